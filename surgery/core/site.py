@@ -1,0 +1,86 @@
+"""Sites: the parts of a model that a selector can name, found from the graph's dataflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class NodeRef(NamedTuple):
+    """A node of the program's graph tree: the path of the GraphModule that holds it ("" is the root) and its name."""
+
+    graph: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One part of the model under one role.
+
+    ``role`` is the full selector that names exactly this site (``layers[3].attn.q``). ``op`` says what it is:
+    ``linear``, ``conv1d`` (a linear stored transposed, ``[in, out]``), ``conv``, ``embedding``, ``experts`` (a 3-D tensor
+    ``[experts, ., .]``), ``norm``, ``bias`` (a table added to scores), ``param`` (any other parameter) or ``region``
+    (a layer, an attention block, a feed-forward block, a stack).
+
+    For a parametric site ``weight`` and ``bias`` are parameter names in the program's weights, ``out_axis``/``in_axis`` the
+    axes of the stored weight, ``rows`` half-open ranges on ``out_axis`` when the site is a slice of the stored tensor (empty:
+    the whole tensor) and ``shape`` the logical ``(out, in)`` of the site, kernel sizes following for convolutions and the
+    number of experts in front for expert tensors. For a region, ``parameters`` are all parameter names inside,
+    ``input`` the value that enters it and ``output`` the value that leaves it (of a sublayer: before the residual addition,
+    after its dropout if it has one; ``norm_output`` is the value after the following norm for post-norm blocks, else None).
+    """
+
+    role: str
+    op: str
+    path: str
+    weight: str = ""
+    bias: str = ""
+    rows: tuple[tuple[int, int], ...] = ()
+    out_axis: int = 0
+    in_axis: int = 1
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    stack: str = ""
+    layer: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    tied_to: str = ""
+    parameters: tuple[str, ...] = ()
+    calls: tuple[NodeRef, ...] = ()
+    input: NodeRef | None = None
+    output: NodeRef | None = None
+    residual: NodeRef | None = None
+    norm_output: NodeRef | None = None
+    facts: dict[str, object] = field(default_factory=dict, compare=False, hash=False)
+    """Further facts for passes and ``show``: activation, causal, cross, stride, groups, experts, top_k, gated ..."""
+
+    @property
+    def is_region(self) -> bool:
+        return self.op == "region"
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A part that the analysis could not give a role; ``show`` lists it."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Repeated layers: ``name`` is how a selector spells it (``layers``, ``encoder.layers``, ``stages[0].layers``)."""
+
+    name: str
+    layers: int
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All sites of a program in model order, its stacks, and what has no role."""
+
+    sites: tuple[Site, ...]
+    stacks: tuple[Stack, ...]
+    unresolved: tuple[Unresolved, ...] = ()

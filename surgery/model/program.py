@@ -1,0 +1,144 @@
+"""The Program: the one value that passes rewrite (graph, weights, anatomy, journal)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from surgery.core.site import Anatomy, NodeRef, Site
+from surgery.core.source import NOWHERE, Span
+
+if TYPE_CHECKING:
+    from surgery.core.method import Method
+    from surgery.model.weights import Weights
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """Type of one value in the graph: ``shape`` holds ints and sympy expressions over the input symbols.
+
+    ``kind`` is ``tensor``, ``int`` (a symbolic or plain integer: ``shape`` is then ``(value,)``), ``float``, ``bool`` or
+    ``other``. Stands in ``node.meta["spec"]``; a node that returns several values has a tuple of specs there.
+    """
+
+    kind: str
+    dtype: str = ""
+    shape: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the flat graph is called.
+
+    The root graph takes one placeholder per flat input (tensors; a cache is its key and value tensors) and returns a flat
+    tuple. ``parameters`` are the keyword arguments of the original ``forward`` that were captured, in order; ``in_spec`` and
+    ``out_spec`` are trees as plain data (see ``surgery.model.pytree``) that say how the flat values nest and which output
+    classes (allow-listed: ModelOutput classes, caches, tuple, list, dict) they build. ``constants`` are non-tensor arguments
+    fixed at capture. ``symbols`` maps each size symbol to (input, axis, traced size).
+    """
+
+    parameters: tuple[str, ...]
+    in_spec: Any
+    out_spec: Any
+    constants: dict[str, Any] = field(default_factory=dict)
+    symbols: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which statement, method and pass made or changed something."""
+
+    span: Span = NOWHERE
+    verb: str = ""
+    method: str = ""
+    note: str = ""
+
+
+class Journal:
+    """For each tensor, module and node the origins that made or changed it, oldest first."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, list[Origin]] = {}
+
+    def record(self, subject: str | NodeRef, origin: Origin) -> None:
+        key = subject if isinstance(subject, str) else f"{subject.graph}::{subject.node}"
+        self.entries.setdefault(key, []).append(origin)
+
+    def of(self, subject: str | NodeRef) -> tuple[Origin, ...]:
+        key = subject if isinstance(subject, str) else f"{subject.graph}::{subject.node}"
+        return tuple(self.entries.get(key, ()))
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A module that surgery added and that is still in the graph.
+
+    ``name`` is the label that ``@name`` selects (the ``as`` name, else the method's name), ``module`` the path of the added
+    module, ``node`` the graph node that calls it, ``tensors`` the names of its parameters and buffers in ``weights``.
+    """
+
+    name: str
+    method: Method
+    site: Site
+    module: str
+    node: NodeRef
+    tensors: tuple[str, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the model came from. ``family`` is the config's ``model_type`` ("" for a plain module), ``architecture`` the
+    model class name, ``config`` the config as plain data, ``hash`` the identity of config and tensor headers."""
+
+    ref: str
+    family: str = ""
+    architecture: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    hash: str = ""
+
+
+@dataclass
+class Program:
+    """Graph, weights, anatomy and journal of one model.
+
+    ``graph`` is a tree of GraphModules on meta tensors: the root, one per repeated layer, parametric leaves as nn modules at
+    the original paths; aten operations between them. ``aliases`` maps every further name of a tied tensor to its
+    first name. ``frozen`` holds the names of parameters that do not train. ``schedules`` are the training methods to carry.
+    """
+
+    graph: fx.GraphModule
+    signature: Signature
+    weights: Weights
+    info: ModelInfo
+    aliases: dict[str, str] = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal)
+    attachments: list[Attachment] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+    schedules: list[tuple[Method, tuple[str, ...]]] = field(default_factory=list)
+    _anatomy: Anatomy | None = None
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Found on first use; :meth:`touch` forgets it after a change of the graph's base structure."""
+        if self._anatomy is None:
+            from surgery.model.anatomy import find_anatomy
+
+            self._anatomy = find_anatomy(self)
+        return self._anatomy
+
+    def touch(self) -> None:
+        self._anatomy = None
+
+    def module(self, path: str) -> Any:
+        return self.graph.get_submodule(path)
+
+    def node(self, ref: NodeRef) -> fx.Node:
+        """The graph node behind a reference; KeyError when there is none."""
+        for node in self.module(ref.graph).graph.nodes:
+            if node.name == ref.node:
+                return node
+        raise KeyError(f"{ref.graph}::{ref.node}")
