@@ -1,0 +1,262 @@
+"""One flat functional graph of a program's graph tree, for the analyses.
+
+Nested GraphModules are inlined and parametric ``nn`` leaves become the aten operations that they run in evaluation, with
+``get_attr`` nodes of the parameters' full names. Nothing is executed or copied: sizes come from ``node.meta["spec"]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.core.diagnostics import fail
+from surgery.core.site import NodeRef
+from surgery.model.program import ValueSpec
+
+aten = torch.ops.aten
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Short name of a torch dtype: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Flattener:
+    """The state of one :func:`flatten` run, and what expansions build nodes with.
+
+    A module of surgery's own may offer ``expand_flat(flattener, args, kwargs, spec) -> value`` that builds its aten
+    operations with :meth:`call` and :meth:`attribute`; without it the call stays an opaque ``call_module``.
+    """
+
+    def __init__(self, root: fx.GraphModule, aliases: Mapping[str, str]) -> None:
+        self.root = root
+        self.aliases = aliases
+        self.graph = fx.Graph()
+        self.path = ""
+        self.origin = NodeRef("", "")
+        self._attributes: dict[str, fx.Node] = {}
+
+    def attribute(self, name: str, tensor: Any, *, absolute: bool = False) -> fx.Node:
+        """The one ``get_attr`` node of a parameter or buffer; ``name`` is relative to the current module path."""
+        full = name if absolute or not self.path else f"{self.path}.{name}"
+        full = self.aliases.get(full, full)
+        node = self._attributes.get(full)
+        if node is None:
+            node = self.graph.create_node("get_attr", full)
+            node.meta["spec"] = ValueSpec("tensor", dtype_name(tensor.dtype), tuple(tensor.shape))
+            node.meta["parameter"] = isinstance(tensor, nn.Parameter)
+            node.meta["refs"] = []
+            node.meta["origin"] = self.origin
+            self._attributes[full] = node
+        return node
+
+    def call(self, target: Callable[..., Any], args: tuple[Any, ...], spec: Any, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+        """A ``call_function`` node with its spec and the origin of the tree node being expanded."""
+        node = self.graph.create_node("call_function", target, args, dict(kwargs or {}))
+        node.meta["spec"] = spec
+        node.meta["origin"] = self.origin
+        node.meta["refs"] = []
+        return node
+
+    # ---------------------------------------------------------------- tree walk
+
+    def inline(self, module: fx.GraphModule, path: str, values: list[Any] | None) -> Any:
+        """Copy one GraphModule's nodes; ``values`` are the outer values of its placeholders (None: make placeholders)."""
+        env: dict[fx.Node, Any] = {}
+        incoming = iter(values or ())
+        result: Any = None
+        for node in module.graph.nodes:
+            ref = NodeRef(path, node.name)
+            self.path, self.origin = path, ref
+            if node.op == "placeholder":
+                value = self._placeholder(node) if values is None else next(incoming)
+            elif node.op == "output":
+                result = fx.node.map_arg(node.args[0], env.__getitem__)
+                continue
+            elif node.op == "get_attr":
+                value = self.attribute(str(node.target), _resolve(module, str(node.target), ref))
+            elif node.op == "call_module":
+                value = self._module(module, node, env)
+            else:
+                value = self._copy(node, env)
+            env[node] = value
+            if isinstance(value, fx.Node):
+                value.meta["refs"].append(ref)
+        return result
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        made = self.graph.create_node("placeholder", node.name, name=node.name)
+        made.meta.update(spec=node.meta.get("spec"), origin=self.origin, refs=[])
+        return made
+
+    def _copy(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        if node.target is operator.getitem:
+            source = env[node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
+            if isinstance(source, (tuple, list)):
+                return source[node.args[1]]  # type: ignore[index]
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        made.meta.update(spec=node.meta.get("spec"), origin=self.origin, refs=[])
+        return made
+
+    def _module(self, owner: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        module = owner.get_submodule(str(node.target))
+        outer, origin = self.path, self.origin
+        full = str(node.target) if not outer else f"{outer}.{node.target}"
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        if isinstance(module, fx.GraphModule):
+            values = list(args)
+            if kwargs:
+                names = [n.target for n in module.graph.nodes if n.op == "placeholder"]
+                values += [kwargs[name] for name in names[len(args) :]]
+            value = self.inline(module, full, values)
+        else:
+            self.path = full
+            value = self._leaf(module, full, args, kwargs, node.meta.get("spec"))
+        self.path, self.origin = outer, origin
+        return value
+
+    def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
+        hook = getattr(module, "expand_flat", None)
+        if hook is not None:
+            return hook(self, args, kwargs, spec)
+        for kind in type(module).__mro__:
+            if kind in _EXPANSIONS:
+                return _EXPANSIONS[kind](self, module, args, kwargs, spec)
+        made = self.graph.create_node("call_module", full, args, kwargs)
+        made.meta.update(spec=spec, origin=self.origin, refs=[], module=module)
+        return made
+
+    def own(self, module: nn.Module, name: str) -> fx.Node | None:
+        """``get_attr`` of a module's own parameter or buffer, None where it has none."""
+        tensor = getattr(module, name, None)
+        return None if tensor is None else self.attribute(name, tensor)
+
+
+def _resolve(module: nn.Module, target: str, ref: NodeRef) -> Any:
+    holder: Any = module
+    try:
+        for part in target.split("."):
+            holder = getattr(holder, part)
+    except AttributeError as cause:
+        raise fail("S0901", f"graph node {ref.graph}::{ref.node} reads `{target}`, which its module does not have", exit_code=2) from cause
+    return holder
+
+
+# ---------------------------------------------------------------- nn leaves
+
+
+def _linear(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    return f.call(aten.linear.default, (args[0], f.own(m, "weight"), f.own(m, "bias")), spec)
+
+
+def _embedding(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    padding = -1 if m.padding_idx is None else m.padding_idx
+    return f.call(aten.embedding.default, (f.own(m, "weight"), args[0], padding), spec)
+
+
+def _layer_norm(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    return f.call(aten.layer_norm.default, (args[0], list(m.normalized_shape), f.own(m, "weight"), f.own(m, "bias"), m.eps), spec)
+
+
+def _rms_norm(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    return f.call(aten.rms_norm.default, (args[0], list(m.normalized_shape), f.own(m, "weight"), m.eps), spec)
+
+
+def _group_norm(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    return f.call(aten.group_norm.default, (args[0], m.num_groups, f.own(m, "weight"), f.own(m, "bias"), m.eps), spec)
+
+
+def _batch_norm(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    affine = (f.own(m, "weight"), f.own(m, "bias"))
+    running = (f.own(m, "running_mean"), f.own(m, "running_var"))
+    momentum = 0.1 if m.momentum is None else m.momentum
+    return f.call(aten.batch_norm.default, (args[0], *affine, *running, m.running_mean is None, momentum, m.eps, False), spec)
+
+
+def _conv(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    rank = m.weight.dim() - 2
+    x = args[0]
+    padding = m.padding
+    if m.padding_mode != "zeros":
+        x = f.call(aten.pad.default, (x, list(m._reversed_padding_repeated_twice), m.padding_mode), None)
+        padding = (0,) * rank
+    packet = getattr(aten, f"conv{rank}d")
+    op, padding = (packet.padding, padding) if isinstance(padding, str) else (packet.default, list(padding))
+    tail = (list(m.stride), padding, list(m.dilation), m.groups)
+    return f.call(op, (x, f.own(m, "weight"), f.own(m, "bias"), *tail), spec)
+
+
+def _conv_transpose(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    rank = m.weight.dim() - 2
+    packet = aten.conv_transpose1d.default if rank == 1 else getattr(aten, f"conv_transpose{rank}d").input
+    tail = (list(m.stride), list(m.padding), list(m.output_padding), m.groups, list(m.dilation))
+    return f.call(packet, (args[0], f.own(m, "weight"), f.own(m, "bias"), *tail), spec)
+
+
+def _identity(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    # a node of its own, so that "after the dropout" stays a place that a reference can name
+    return f.call(aten.dropout.default, (args[0], float(getattr(m, "p", 0.0)), False), spec)
+
+
+_EXPANSIONS: dict[type, Callable[..., Any]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.modules.conv._ConvTransposeNd: _conv_transpose,
+    nn.modules.conv._ConvNd: _conv,
+    nn.modules.dropout._DropoutNd: _identity,
+    nn.Identity: _identity,
+}
+
+
+# ---------------------------------------------------------------- public
+
+
+def flatten(root: fx.GraphModule, aliases: Mapping[str, str] | None = None) -> fx.Graph:
+    """The flat functional graph of a tree, in linear time.
+
+    Every node has ``meta["spec"]`` (see :class:`ValueSpec`), ``meta["origin"]`` (the :class:`NodeRef` of the tree node it
+    comes from) and ``meta["refs"]``: the names of its value in every GraphModule that sees it, in execution order (its
+    maker, the calls that return it, the placeholders that receive it). ``get_attr`` nodes carry full parameter names,
+    one node a name; with ``aliases`` (further name -> first name) tied names become their first name.
+    """
+    flat = Flattener(root, aliases or {})
+    result = flat.inline(root, "", None)
+    node = flat.graph.output(result)
+    node.meta.update(spec=None, origin=flat.origin, refs=[])
+    return flat.graph
+
+
+def constants(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Name to node of every ``get_attr`` of a flat graph."""
+    return {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+
+
+def specs(value: Any) -> Iterable[Any]:
+    """The specs of a value that is a node or a (nested) tuple of nodes."""
+    if isinstance(value, fx.Node):
+        yield value.meta.get("spec")
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from specs(item)
+
+
+def substitute(size: Any, value: int, cache: dict[Any, int]) -> int:
+    """A size expression with ``value`` for every symbol, floored to an integer of at least zero; constants stay."""
+    if isinstance(size, int):
+        return size
+    known = cache.get(size)
+    if known is None:
+        known = max(0, int(size.subs({s: value for s in size.free_symbols})))
+        cache[size] = known
+    return known
