@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -132,6 +133,15 @@ class Program:
 
     def touch(self) -> None:
         self._anatomy = None
+
+    def copy(self) -> Program:
+        """An independent program: own graph (meta tensors), same immutable expressions."""
+        out = replace(
+            self, graph=deepcopy(self.graph), weights=type(self.weights)(self.weights), aliases=dict(self.aliases),
+            journal=Journal(), attachments=list(self.attachments), frozen=set(self.frozen), schedules=list(self.schedules),
+        )  # fmt: skip
+        out.journal.entries = {k: list(v) for k, v in self.journal.entries.items()}
+        return out
 
     def module(self, path: str) -> Any:
         return self.graph.get_submodule(path)

@@ -1,0 +1,260 @@
+"""The onnx backend: one ONNX file with dynamic axes, the original tensor names, and a measured certificate inside."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.core.diagnostics import SurgeryError, error, fail
+from surgery.core.source import Span
+from surgery.model.program import Program
+from surgery.model.sample import placeholders, sample_inputs
+
+INLINE_LIMIT = 1 << 30
+"""Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
+
+CASES = (("random", 2, 16, False), ("padded", 3, 23, True), ("single", 1, 7, False))
+"""(name, batch, length, padding) of the inputs that the certificate measures."""
+
+
+def require_onnx(span: Span | None = None) -> None:
+    """Raises S0830 when the onnx extra is not installed."""
+    missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise fail(
+            "S0830", f"emitting onnx needs {', '.join(missing)}", span, "asked for here",
+            help="pip install 'model-surgery[onnx]'", exit_code=2,
+        )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The exporter prints progress and logs through several channels; none of it belongs in our output."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def output_names(program: Program, count: int) -> list[str]:
+    """Names of the flat outputs from the output tree: the path of keys, joined by dots."""
+    names: list[str] = []
+
+    def walk(spec: Any, path: str) -> None:
+        kind = spec.get("type")
+        if kind == "tensor":
+            names.append(path or "output")
+        elif kind == "cache":
+            layers = int(spec.get("layers", 0)) or sum(1 for i in spec.get("items", []) if i.get("type") == "tensor") // 2
+            names.extend(f"present.{i}.{what}" for what in ("key", "value") for i in range(layers))
+        elif kind != "const":
+            keys = spec.get("keys") or [str(i) for i in range(len(spec.get("items", [])))]
+            for key, item in zip(keys, spec.get("items", []), strict=True):
+                walk(item, f"{path}.{key}" if path else str(key))
+
+    walk(program.signature.out_spec, "")
+    if len(names) != count or len(set(names)) != count:
+        return [f"output_{i}" for i in range(count)]
+    return names
+
+
+def dynamic_shapes(program: Program) -> list[dict[int, Any] | None]:
+    """Per flat input the dynamic axes of the capture, by axis; one Dim per symbol."""
+    dims = {s: torch.export.Dim(_axis_name(s, at), min=0 if "past" in at[0] and at[1] != 0 else 1) for s, at in program.signature.symbols.items()}
+    out: list[dict[int, Any] | None] = []
+    for _, spec in placeholders(program):
+        axes = {i: dims[str(n)] for i, n in enumerate(spec.shape) if str(n) in dims}
+        compound = {i for i, n in enumerate(spec.shape) if hasattr(n, "free_symbols") and str(n) not in dims}
+        out.append({**axes, **dict.fromkeys(compound, torch.export.Dim.AUTO)} or None)
+    return out
+
+
+def _axis_name(symbol: str, at: tuple[str, int, int]) -> str:
+    name, axis, _ = at
+    if "past" in name:
+        return "past" if axis else "past_batch"
+    return ("batch" if axis == 0 else "length") + ("" if "decoder" not in name else "_decoder") + f"_{symbol}"
+
+
+def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
+    """The ONNX model (``onnx.ModelProto`` holder) of a realised root graph: flat inputs, flat outputs, original names."""
+    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=_dtype(root))
+    names = [name for name, _ in placeholders(program)]
+    outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
+    out_names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
+    axes = [None if d is None else {i: torch.export.Dim.DYNAMIC for i in d} for d in dynamic_shapes(program)]
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=tuple(axes), strict=False)
+        return torch.onnx.export(
+            exported, (), dynamo=True, opset_version=opset, input_names=names, output_names=out_names,
+            external_data=False, optimize=True, verbose=False,
+        )  # fmt: skip
+
+
+def _dtype(root: torch.nn.Module) -> torch.dtype:
+    return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+
+
+def finish(onnx_program: Any, root: torch.nn.Module) -> Any:
+    """A deterministic ModelProto: exporter traces and host paths removed, tensor names the module's own."""
+    model = onnx_program.model_proto
+    keep = set(dict(root.named_parameters(remove_duplicate=False))) | set(dict(root.named_buffers(remove_duplicate=False)))
+    del model.metadata_props[:]
+    model.doc_string = ""
+    model.producer_name, model.producer_version = "model-surgery", ""
+    model.graph.name, model.graph.doc_string = "model", ""
+    for graph in [model.graph, *model.functions]:
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    for group in (model.graph.initializer, model.graph.value_info, model.graph.input, model.graph.output):
+        for item in group:
+            del item.metadata_props[:]
+            item.doc_string = ""
+    del model.graph.metadata_props[:]
+    # the exporter may spell a parameter `p_encoder_layer_0_weight`: give every initializer its own name back
+    flat = {n.replace(".", "_"): n for n in keep}
+    rename = {}
+    for init in model.graph.initializer:
+        plain = init.name.removeprefix("p_").removeprefix("b_").removeprefix("c_")
+        if init.name not in keep and plain in flat:
+            rename[init.name] = flat[plain]
+    for init in model.graph.initializer:
+        init.name = rename.get(init.name, init.name)
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = rename.get(name, name)
+    return model
+
+
+def session(data: bytes | str) -> Any:
+    """An onnxruntime session on the CPU with quiet logs and one thread (results must not depend on the machine)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: float) -> list[dict[str, Any]]:
+    """Measures torch against onnxruntime on random, padded and single inputs: per output the largest absolute difference
+    and its share of the output's scale. Positions that a mask switches off are compared too: both sides compute them."""
+    names = [i.name for i in run.get_inputs()]
+    outs = [o.name for o in run.get_outputs()]
+    found: list[dict[str, Any]] = []
+    for case, batch, length, padding in CASES:
+        inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=_dtype(root))
+        with torch.no_grad():
+            expected = root(*inputs)
+        expected = expected if isinstance(expected, (tuple, list)) else (expected,)
+        feeds = {n: t.numpy() for (n, _), t in zip(placeholders(program), inputs, strict=True) if n in names}
+        for name, want, got in zip(outs, expected, run.run(None, feeds), strict=True):
+            want_np = want.detach().double().numpy()
+            error_abs = float(abs(want_np - got.astype("float64")).max()) if want_np.size else 0.0
+            scale = max(1.0, float(abs(want_np).max()) if want_np.size else 1.0)
+            found.append(
+                {
+                    "claim": "torch = onnx", "case": case, "output": name, "batch": batch, "length": length,
+                    "max_abs_error": error_abs, "tolerance": tolerance * scale, "ok": error_abs <= tolerance * scale and math.isfinite(error_abs),
+                }
+            )  # fmt: skip
+    return found
+
+
+def emit(
+    program: Program,
+    root: fx.GraphModule,
+    *,
+    opset: int = 20,
+    tolerance: float = 1e-4,
+    span: Span | None = None,
+) -> tuple[Any, bytes | None, list[dict[str, Any]]]:
+    """Exports, cleans, checks and certifies. Returns the ModelProto, the external data (None when inline) and certificates.
+
+    Raises S0830 without the extra, S0831 when a graph cannot be expressed in ONNX, S0832 when a certificate fails.
+    """
+    require_onnx(span)
+    import onnx
+
+    try:
+        model = finish(export(program, root, opset=opset), root)
+        onnx.checker.check_model(model)
+    except SurgeryError:
+        raise
+    except Exception as exc:
+        first = str(exc).strip().splitlines() or [type(exc).__name__]
+        raise fail(
+            "S0831", "the exporter cannot express this model in ONNX", span, "asked for here",
+            notes=tuple(line.strip() for line in first if line.strip())[:3], help="emit torch instead, or try another opset",
+        ) from exc  # fmt: skip
+    certificates = certify(program, root, session(model.SerializeToString()), tolerance=tolerance)
+    bad = [c for c in certificates if not c["ok"]]
+    if bad:
+        raise SurgeryError(
+            error(
+                "S0832", "the ONNX graph does not compute what the module computes", span, "asked for here",
+                notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
+                help="nothing was written; try another opset, and please report the model's config",
+            )
+        )  # fmt: skip
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "surgery.certificate", json.dumps(certificates, sort_keys=True)
+    return model, None, certificates
+
+
+def write(model: Any, target: Path, replace: Any) -> list[Path]:
+    """Writes the model with ``replace(path, bytes)`` (an atomic write of one file); large weights go to one external file.
+
+    The data file is named by its content, so that at any moment the model file that stands there finds its own data.
+    """
+    from onnx.external_data_helper import convert_model_to_external_data
+
+    if sum(len(i.raw_data) for i in model.graph.initializer) <= INLINE_LIMIT:
+        replace(target, model.SerializeToString(deterministic=True))
+        return [target]
+    digest = hashlib.sha256()
+    for init in model.graph.initializer:
+        digest.update(init.raw_data)
+    name = f"{target.name}.{digest.hexdigest()[:12]}.data"
+    blob, offset = [], 0
+    convert_model_to_external_data(model, all_tensors_to_one_file=True, location=name, size_threshold=1024)
+    for init in model.graph.initializer:
+        if len(init.raw_data) < 1024:
+            continue
+        data = init.raw_data
+        del init.external_data[:]
+        for key, value in (("location", name), ("offset", str(offset)), ("length", str(len(data)))):
+            item = init.external_data.add()
+            item.key, item.value = key, value
+        blob.append(data + b"\0" * (-len(data) % 4096))
+        offset += len(blob[-1])
+        init.ClearField("raw_data")
+        init.data_location = 1
+    replace(target.with_name(name), b"".join(blob))
+    replace(target, model.SerializeToString(deterministic=True))
+    for old in target.parent.glob(f"{target.name}.*.data"):
+        if old.name != name:
+            os.unlink(old)
+    return [target, target.with_name(name)]
+
+
+def initializer_names(model: Any) -> Iterable[str]:
+    return [i.name for i in model.graph.initializer]

@@ -1,0 +1,286 @@
+"""One walk over a checked spec: statements run top to bottom on a Program, each is resolved, applied, verified, recorded.
+
+The walk touches no weight; ``plan`` stops after it, ``compile`` then realises and emits what the walk left.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.core import ast
+from surgery.core.diagnostics import Severity, Sink, SurgeryError, error
+from surgery.core.method import Method
+from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
+from surgery.core.printer import to_text
+from surgery.core.spec import Checked, Spec
+from surgery.model import cost
+from surgery.model.program import Program
+from surgery.passes import registry
+from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
+from surgery.passes.operation import Resolved, SiteChange
+from surgery.passes.resolve import build, pick, resolve
+from surgery.passes.verify import verify
+
+CHANGES_MODEL = (ast.Operation, ast.Merge)
+
+
+@dataclass(frozen=True)
+class Emission:
+    """One ``emit`` with the program as the lines above left it."""
+
+    checked: Checked
+    program: Program
+    base: Program
+
+
+@dataclass
+class Session:
+    """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``."""
+
+    spec: Spec
+    program: Program
+    plan: Plan
+    keep_base: bool = False
+    base: Program | None = None
+    emissions: list[Emission] = field(default_factory=list)
+    checks: list[tuple[Checked, Program, int]] = field(default_factory=list)
+    resolved: dict[str, list[str]] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    before_fold: Program | None = None
+    sink: Sink = field(default_factory=Sink)
+    progress: Callable[[str], None] = lambda text: None
+
+    def run(self) -> None:
+        """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
+        raises SurgeryError with all findings at the end when there was an error."""
+        params_before = sum(parameter_sizes(self.program).values())
+        bytes_before = cost.bytes_of(self.program)
+        flops_before = cost.flops_per_token(self.program)
+        if self.keep_base:
+            self.base = self.program.copy()
+        for position, checked in enumerate(self.spec.statements):
+            handler = HANDLERS.get(type(checked.node))
+            if handler is None:
+                continue
+            try:
+                handler(self, checked, position)
+            except SurgeryError as exc:
+                self.sink.extend(exc.diagnostics)
+                if exc.exit_code == 2:
+                    raise
+        if not self.sink.failed:
+            sizes = parameter_sizes(self.program)
+            self.plan.totals = Totals(
+                params_before=params_before,
+                params_after=sum(sizes.values()),
+                trainable=sum(n for name, n in sizes.items() if name not in self.program.frozen),
+                bytes_before=bytes_before,
+                bytes_after=cost.bytes_of(self.program),
+                flops_per_token_before=flops_before,
+                flops_per_token_after=cost.flops_per_token(self.program),
+            )
+        self.plan.diagnostics = list(self.sink.items)
+
+    def changes_later(self, position: int) -> bool:
+        """Whether a statement after ``position`` changes the model (then what stands now must be kept by a copy)."""
+        return any(isinstance(c.node, CHANGES_MODEL) for c in self.spec.statements[position + 1 :])
+
+    def snapshot(self, position: int) -> Program:
+        return self.program.copy() if self.changes_later(position) else self.program
+
+
+def operate(session: Session, checked: Checked, position: int) -> None:
+    """resolve -> apply -> verify -> record: the passes of one operation."""
+    node = checked.node
+    assert isinstance(node, ast.Operation) and checked.call is not None
+    op = resolve(session.program, checked)
+    if node.verb == "fold" and session.before_fold is None and session.keep_base:
+        session.before_fold = session.program.copy()
+    text = to_text(node)
+    session.progress(f"{node.verb} {op.name}")
+    changes = apply(session.program, op)
+    verify(session.program, f"`{node.verb} {checked.call.name}`", node.span)
+    key = f"{position}: {node.verb} {checked.call.name}"
+    session.resolved[key] = [c.role + _rows(c) for c in changes]
+    session.seeds[key] = op.seed
+    session.versions[f"{node.verb}/{checked.call.name}"] = op.method.version
+    session.plan.steps.append(
+        PlanStep(
+            span=node.span, verb=node.verb, method=checked.call.name, params=_params(op),
+            sites=tuple(_plan_site(c) for c in changes), text=text, doc=node.doc, stage=checked.stage, facts=_facts(op, changes),
+        )
+    )  # fmt: skip
+
+
+def apply(program: Program, op: Resolved) -> list[SiteChange]:
+    """Runs the kind's machinery; every kind is one module of ``passes/kinds``."""
+    kind = importlib.import_module(f"surgery.passes.kinds.{op.method.kind}")
+    changes: list[SiteChange] = kind.apply(program, op)
+    return changes
+
+
+def _rows(change: SiteChange) -> str:
+    return "".join(f"[{a}:{b}]" for a, b in change.rows)
+
+
+def _params(op: Resolved) -> dict[str, Any]:
+    """One value per parameter; those that differ by site are lists in site order."""
+    columns = [m.params() for m in op.methods]
+    out = {}
+    for name in columns[0]:
+        values = [c[name] for c in columns]
+        out[name] = values[0] if all(v == values[0] for v in values) else values
+    return out
+
+
+def _plan_site(c: SiteChange) -> PlanSite:
+    return PlanSite(
+        role=c.role, path=c.path, rows=c.rows, shape_before=c.shape_before, shape_after=c.shape_after,
+        added=c.added, removed=c.removed, trainable=c.trainable, note=c.note,
+    )  # fmt: skip
+
+
+IDENTITY = {
+    "exact": "output at init: unchanged",
+    "near": "output at init: unchanged up to {bound:.0e}",
+    "changed": "output at init: changes by design",
+}
+
+
+def _facts(op: Resolved, changes: list[SiteChange]) -> tuple[str, ...]:
+    cls: type[Method] = type(op.method)
+    if op.verb not in ("adapt", "insert") or cls.kind == "state":
+        return ()
+    return (f"{IDENTITY[cls.identity].format(bound=cls.identity_bound)}; folds: {cls.fold_class}",)
+
+
+def carry(session: Session, checked: Checked, position: int) -> None:
+    """``train``: the method travels with the emitted module."""
+    node, call = checked.node, checked.call
+    assert isinstance(node, ast.Train) and call is not None
+    cls = registry.get("train", call.name)
+    sites = pick(session.program, node.selectors, session.sink)
+    method = build(cls, call, [])[0]
+    session.program.schedules.append((method, tuple(s.role for s in sites)))
+    key = f"{position}: train {call.name}"
+    session.resolved[key] = [s.role for s in sites]
+    session.versions[f"train/{call.name}"] = method.version
+    describe = getattr(method, "facts", None)
+    facts = tuple(describe(parameters=_non_vocabulary(session.program))) if describe else ()
+    session.plan.steps.append(
+        PlanStep(
+            span=node.span, verb="train", method=call.name, params=method.params(), text=to_text(node), doc=node.doc,
+            stage=checked.stage, facts=facts,
+        )
+    )  # fmt: skip
+
+
+def _non_vocabulary(program: Program) -> int:
+    """Parameters without token embedding and head, the N of scaling laws."""
+    sizes = parameter_sizes(program)
+    vocabulary = {program.aliases.get(s.weight, s.weight) for s in program.anatomy.sites if s.role in ("embed.tokens", "head")}
+    return sum(n for name, n in sizes.items() if name not in vocabulary)
+
+
+def expect_quantity(session: Session, checked: Checked, position: int) -> None:
+    node = checked.node
+    assert isinstance(node, ast.ExpectQuantity)
+    sites = pick(session.program, node.selectors, session.sink) if node.selectors else None
+    if node.selectors and not sites:
+        return
+    if node.of and not any(a.name == node.of for a in session.program.attachments):
+        session.sink.error(
+            "S0605", f"nothing in the model is named `{node.of}`", node.span, "no statement above left anything of this name",
+            help="name what an operation creates with `as`; what was folded or removed no longer counts",
+        )  # fmt: skip
+        return
+    found = measure(session.program, node.quantity, sites, node.of)
+    if found.value is None:
+        session.checks.append((checked, session.snapshot(position), len(session.plan.expectations)))
+        session.plan.expectations.append(
+            Expectation(to_text(node).removeprefix("expect "), None, None, None, "measured by compile", node.span)
+        )
+        return
+    result = judge(session, node, found)
+    session.plan.expectations.append(result)
+    if not result.ok:
+        session.sink.add(failed(result, node))
+
+
+def judge(session: Session, node: ast.ExpectQuantity, found: Quantity) -> Expectation:
+    """Compares a measured quantity with its limit; a share is taken of the model as it is here, or of the base."""
+    assert isinstance(node.value, ast.Number) and found.value is not None
+    limit = float(node.value.value)
+    detail = found.arithmetic
+    value = float(found.value)
+    if node.value.unit == "%" and node.quantity != "sparsity":
+        whole, name = _whole(session, node)
+        share = value / whole if whole else 0.0
+        detail += f"; {100 * share:.4g}% of {whole:,.0f} {name}, limit {100 * limit:g}% = {limit * whole:,.1f}"
+        limit *= whole
+    elif node.quantity == "sparsity":
+        detail += f"; {100 * value:.6g}% against {100 * limit:g}%"
+    ok = COMPARE[node.compare](value, limit)
+    return Expectation(to_text(node).removeprefix("expect "), ok, value, limit, detail, node.span)
+
+
+def _whole(session: Session, node: ast.ExpectQuantity) -> tuple[float, str]:
+    """What a percentage is a share of: the same quantity of the whole model, except that trainable and active parameters
+    are shares of all parameters."""
+    quantity = "params" if node.quantity in ("trainable", "active_params") else node.quantity
+    if node.of_base:
+        assert session.base is not None
+        return float(measure(session.base, quantity).value or 0), f"{quantity} of the base"
+    return float(measure(session.program, quantity).value or 0), f"{quantity}"
+
+
+def failed(result: Expectation, node: ast.ExpectQuantity) -> Any:
+    return error(
+        "S0601", f"expected {result.text}", node.span, f"{_figure(result.value)} is not {node.compare} {_figure(result.limit)}",
+        notes=(result.detail,), help="change the operations above, or the limit if it is wrong", severity=Severity.ERROR,
+    )  # fmt: skip
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.4g}"
+
+
+def expect_check(session: Session, checked: Checked, position: int) -> None:
+    node = checked.node
+    assert isinstance(node, ast.ExpectCheck)
+    session.checks.append((checked, session.snapshot(position), len(session.plan.expectations)))
+    session.plan.expectations.append(
+        Expectation(to_text(node).removeprefix("expect "), None, None, checked.within, "measured by compile", node.span)
+    )
+
+
+def schedule_emission(session: Session, checked: Checked, position: int) -> None:
+    node = checked.node
+    assert isinstance(node, ast.Emit) and checked.call is not None
+    params = {k: v for k, v in checked.call.values().items() if v is not None}
+    if session.keep_base:
+        assert session.base is not None
+        session.emissions.append(Emission(checked, session.snapshot(position), session.base))
+    session.plan.steps.append(
+        PlanStep(
+            span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
+            stage=checked.stage,
+        )
+    )  # fmt: skip
+
+
+Handler = Callable[[Session, Checked, int], None]
+
+HANDLERS: dict[type[ast.Statement], Handler] = {
+    ast.Operation: operate,
+    ast.Train: carry,
+    ast.ExpectQuantity: expect_quantity,
+    ast.ExpectCheck: expect_check,
+    ast.Emit: schedule_emission,
+}
