@@ -31,11 +31,11 @@ CASES = (("random", 2, 16, False), ("padded", 3, 23, True), ("single", 1, 7, Fal
 
 
 def require_onnx(span: Span | None = None) -> None:
-    """Raises S0830 when the onnx extra is not installed."""
+    """Raises S0840 when the onnx extra is not installed."""
     missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
     if missing:
         raise fail(
-            "S0830", f"emitting onnx needs {', '.join(missing)}", span, "asked for here",
+            "S0840", f"emitting onnx needs {', '.join(missing)}", span, "asked for here",
             help="pip install 'model-surgery[onnx]'", exit_code=2,
         )  # fmt: skip
 
@@ -189,7 +189,7 @@ def emit(
 ) -> tuple[Any, bytes | None, list[dict[str, Any]]]:
     """Exports, cleans, checks and certifies. Returns the ModelProto, the external data (None when inline) and certificates.
 
-    Raises S0830 without the extra, S0831 when a graph cannot be expressed in ONNX, S0832 when a certificate fails.
+    Raises S0840 without the extra, S0841 when a graph cannot be expressed in ONNX, S0842 when a certificate fails.
     """
     require_onnx(span)
     import onnx
@@ -202,7 +202,7 @@ def emit(
     except Exception as exc:
         first = str(exc).strip().splitlines() or [type(exc).__name__]
         raise fail(
-            "S0831", "the exporter cannot express this model in ONNX", span, "asked for here",
+            "S0841", "the exporter cannot express this model in ONNX", span, "asked for here",
             notes=tuple(line.strip() for line in first if line.strip())[:3], help="emit torch instead, or try another opset",
         ) from exc  # fmt: skip
     certificates = certify(program, root, session(model.SerializeToString()), tolerance=tolerance)
@@ -210,7 +210,7 @@ def emit(
     if bad:
         raise SurgeryError(
             error(
-                "S0832", "the ONNX graph does not compute what the module computes", span, "asked for here",
+                "S0842", "the ONNX graph does not compute what the module computes", span, "asked for here",
                 notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
                 help="nothing was written; try another opset, and please report the model's config",
             )

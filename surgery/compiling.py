@@ -1,0 +1,246 @@
+"""The second half of ``compile``: weights are realised, claims are measured, outputs are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.core import ast
+from surgery.core.diagnostics import Severity, SurgeryError, error, fail
+from surgery.core.lock import Lock
+from surgery.core.plan import Expectation
+from surgery.core.spec import Checked
+from surgery.model.live import Tensors, live_root
+from surgery.model.program import Origin, Program
+from surgery.model.sample import sample_inputs
+from surgery.passes import registry
+from surgery.passes.expect import measure
+from surgery.passes.operation import Resolved
+from surgery.session import Emission, Session, apply, failed, judge
+
+SAMPLES = (("random", 2, 16, False), ("padded", 3, 11, True))
+"""(name, batch, length, padding) of the inputs on which equal outputs are measured."""
+
+DEFAULT_TOLERANCE = {"init": 1e-5, "fold": 1e-5}
+
+
+@dataclass
+class Compilation:
+    """Measures and emits what a session left. ``written`` and ``certificates`` fill as it runs."""
+
+    session: Session
+    checkpoint: Any
+    out: Path
+    force: bool
+    lock: Lock
+    progress: Callable[[str], None]
+    locked: Callable[[], list[Any]]
+    written: list[Path] = field(default_factory=list)
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tensors = Tensors(registry.function)
+
+    def run(self) -> None:
+        """Claims first, then outputs: a claim that fails stops everything before the first byte is written."""
+        self.targets_free()
+        self.identity()
+        for checked, program, index in self.session.checks:
+            self.check(checked, program, index)
+        self.session.sink.raise_if_failed()
+        for emission in self.session.emissions:
+            self.emit(emission)
+
+    # ------------------------------------------------------------ claims
+
+    def outputs(self, program: Program) -> list[list[torch.Tensor]]:
+        """The flat floating outputs of a program in float32 on the sample inputs."""
+        root = live_root(program, self.tensors, dtype=torch.float32).eval()
+        found = []
+        for _, batch, length, padding in SAMPLES:
+            with torch.no_grad():
+                got = root(*sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))
+            got = got if isinstance(got, tuple | list) else (got,)
+            found.append([t for t in got if isinstance(t, torch.Tensor) and t.is_floating_point()])
+        return found
+
+    def compare(self, claim: str, left: Program, right: Program, tolerance: float) -> dict[str, Any]:
+        """Largest absolute difference of any output on any sample, beside the tolerance."""
+        self.progress(f"measuring: {claim}")
+        worst = 0.0
+        for a, b in zip(self.outputs(left), self.outputs(right), strict=True):
+            for x, y in zip(a, b, strict=True):
+                if x.shape != y.shape:
+                    worst = float("inf")
+                elif x.numel():
+                    worst = max(worst, float((x.double() - y.double()).abs().max()))
+        ok = worst <= tolerance
+        entry = {"claim": claim, "max_abs_error": worst, "tolerance": tolerance, "ok": ok, "samples": [s[0] for s in SAMPLES]}
+        self.certificates.append(entry)
+        return entry
+
+    def identity(self) -> None:
+        """The methods' own promise: what was attached leaves the output as it was, exactly or within the stated bound."""
+        program, base = self.session.program, self.session.base
+        assert base is not None
+        old = {a.module for a in base.attachments}
+        # folds and removals have claims of their own: the promise is measured where every new attachment is still there
+        program = self.session.before_fold or program
+        new = [a for a in program.attachments if a.module not in old]
+        if not new or any(a.method.identity == "changed" for a in new):
+            return
+        if any(c.node.verb not in ("adapt", "insert", "freeze", "unfreeze", "fold") for c in self._operations()):
+            return
+        bound = max([1e-5, *(a.method.identity_bound for a in new)])
+        entry = self.compare("unchanged at init", base, program, bound)
+        if not entry["ok"]:
+            names = sorted({f"{a.origin.verb} {a.method.name}" for a in new})
+            raise fail(
+                "S0903", f"{', '.join(names)} changed the output at init by {entry['max_abs_error']:.3g}, promised {bound:.3g}",
+                new[0].origin.span, "made here", help="please report this with the spec and the model's config", exit_code=2,
+            )  # fmt: skip
+
+    def _operations(self) -> list[Any]:
+        return [c for c in self.session.spec.statements if isinstance(c.node, ast.Operation)]
+
+    def check(self, checked: Checked, program: Program, index: int) -> None:
+        node = checked.node
+        if isinstance(node, ast.ExpectQuantity):
+            from surgery.passes.resolve import pick
+
+            sites = pick(program, node.selectors, self.session.sink) if node.selectors else None
+            found = measure(program, node.quantity, sites, node.of, read=lambda name: self.tensors.of(program, name))
+            outcome = judge(self.session, node, found)
+            self.session.plan.expectations[index] = outcome
+            if not outcome.ok:
+                self.session.sink.add(failed(outcome, node))
+            return
+        assert isinstance(node, ast.ExpectCheck) and checked.call is not None
+        CHECKS[checked.call.name](self, checked, program, index)
+
+    def outcome(self, checked: Checked, index: int, ok: bool, value: float | None, limit: float | None, detail: str) -> None:
+        node = checked.node
+        before = self.session.plan.expectations[index]
+        self.session.plan.expectations[index] = Expectation(before.text, ok, value, limit, detail, before.span)
+        if not ok:
+            self.session.sink.error("S0602", f"expected {before.text}", node.span, detail, help=_advice(checked), severity=Severity.ERROR)
+
+    # ------------------------------------------------------------ outputs
+
+    def target(self, emission: Emission) -> Path:
+        node = emission.checked.node
+        assert isinstance(node, ast.Emit)
+        return self.out / node.to
+
+    def targets_free(self) -> None:
+        """Before any work: nothing that stands at a target is lost without --force."""
+        from surgery.backends import protocol
+
+        for emission in self.session.emissions:
+            node = emission.checked.node
+            assert isinstance(node, ast.Emit) and emission.checked.call is not None
+            protocol.check_target(self.target(emission), emission.checked.call.name, self.force, self.lock.spec, node.to_span or node.span)
+
+    def emit(self, emission: Emission) -> None:
+        from surgery.backends import registry as backends
+
+        node, call = emission.checked.node, emission.checked.call
+        assert isinstance(node, ast.Emit) and call is not None
+        self.progress(f"emitting {call.name} to {node.to}")
+        backend = backends.get(call.name, node.span)
+        program = emission.program
+        if backend.folds and not call.values().get("live"):
+            program = self.folded(program, node)
+        emitted = backend.emit(
+            program,
+            backends.request(
+                target=self.target(emission), params=call.values(), tensors=self.tensors, base=emission.base, plan=self.session.plan,
+                certificates=list(self.certificates), lock=self.lock, spec=self.session.spec.source, force=self.force, span=node.span,
+                files=tuple(getattr(self.checkpoint, "tokenizer_files", ()) or ()), progress=self.progress,
+            ),
+        )  # fmt: skip
+        self.certificates.extend(emitted.certificates)
+        self.written.extend(emitted.paths)
+
+    def folded(self, program: Program, node: ast.Emit) -> Program:
+        """A copy in which everything that can fold is folded, with the measured claim that this changed nothing."""
+        if not program.attachments:
+            return program
+        copy = program.copy()
+        fold_all(copy, Origin(span=node.span, verb="emit", method="fold"))
+        entry = self.compare("folded = unfolded", program, copy, 1e-4)
+        if not entry["ok"]:
+            raise SurgeryError(
+                error("S0801", f"folding changed the output by {entry['max_abs_error']:.3g}, allowed {entry['tolerance']:.3g}", node.span)
+            )
+        return copy
+
+    def module(self) -> nn.Module:
+        from surgery.model.runtime import build_module
+
+        return build_module(self.session.program, self.tensors.all(self.session.program))
+
+
+def fold_all(program: Program, origin: Origin) -> None:
+    """Folds every attachment whose method can."""
+    sites = {a.site.role: a.site for a in program.attachments}
+    method = registry.get("fold", "all")()
+    apply(
+        program, Resolved(verb="fold", name="all", place="on", sites=tuple(sites.values()), methods=(method,) * len(sites), origin=origin)
+    )
+
+
+def _advice(checked: Checked) -> str:
+    assert checked.call is not None
+    return {
+        "same_output": "a method that changes the output by design has no such promise: see `surgery explain METHOD`",
+        "runs": "try a size that the model allows",
+        "locked": "review the change, then compile without --locked",
+    }.get(checked.call.name, "")
+
+
+def same_output(work: Compilation, checked: Checked, program: Program, index: int) -> None:
+    assert checked.call is not None
+    at = str(checked.call.get("at"))
+    tolerance = checked.within if checked.within is not None else DEFAULT_TOLERANCE[at]
+    before = work.session.base if at == "init" else (work.session.before_fold or program)
+    assert before is not None
+    entry = work.compare("unchanged at init" if at == "init" else "folded = unfolded", before, program, tolerance)
+    work.outcome(
+        checked,
+        index,
+        entry["ok"],
+        entry["max_abs_error"],
+        tolerance,
+        f"largest difference {entry['max_abs_error']:.3g}, allowed {tolerance:g}",
+    )
+
+
+def runs(work: Compilation, checked: Checked, program: Program, index: int) -> None:
+    assert checked.call is not None
+    batch, length = int(checked.call.get("batch")), int(checked.call.get("length"))
+    root = live_root(program, work.tensors, dtype=torch.float32).eval()
+    try:
+        with torch.no_grad():
+            got = root(*sample_inputs(program, batch=batch, length=length, seed=5, padding=True))
+    except (RuntimeError, IndexError, ValueError) as exc:
+        first = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        work.outcome(checked, index, False, None, None, f"fails at batch {batch}, length {length}: {first}")
+        return
+    got = got if isinstance(got, tuple | list) else (got,)
+    finite = all(bool(torch.isfinite(t).all()) for t in got if isinstance(t, torch.Tensor) and t.is_floating_point())
+    work.outcome(checked, index, finite, None, None, f"batch {batch}, length {length}: " + ("finite" if finite else "not finite"))
+
+
+def locked(work: Compilation, checked: Checked, program: Program, index: int) -> None:
+    found = work.locked()
+    detail = "as locked" if not found else "; ".join([found[0].message, *found[0].notes[:3]])
+    work.outcome(checked, index, not found, None, None, detail)
+
+
+CHECKS: dict[str, Callable[[Compilation, Checked, Program, int], None]] = {"same_output": same_output, "runs": runs, "locked": locked}

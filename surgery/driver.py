@@ -1,0 +1,231 @@
+"""The one file that sees every folder: parse -> check -> open -> capture -> walk -> verify -> realise -> emit.
+
+Every function here raises :class:`~surgery.core.diagnostics.SurgeryError` and nothing else for what a user can get wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.compiling import Compilation
+from surgery.core import ast
+from surgery.core.catalogue import load_catalogue
+from surgery.core.checker import check
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.lock import Lock, drift, lock_path, read_lock
+from surgery.core.plan import Plan
+from surgery.core.source import Source, Span
+from surgery.core.spec import Spec
+from surgery.grammar.parser import parse, read_source
+from surgery.opening import open_program
+from surgery.session import Session
+
+Progress = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """No progress."""
+
+
+@dataclass
+class Result:
+    """What ``compile`` gives: the plan, one path per output, the measured claims, and the module on demand."""
+
+    plan: Plan
+    artifacts: list[Path] = field(default_factory=list)
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+    lock: Path | None = None
+    _module: Callable[[], nn.Module] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The changed model as a module that trains, built on first use."""
+        assert self._module is not None
+        return self._module()
+
+
+def load_spec(spec: str | os.PathLike[str], sets: Mapping[str, str] | None = None) -> Spec:
+    """A checked spec from a path or from text (text has a newline or starts with ``surg ``)."""
+    source = _source(spec)
+    tree, found = parse(source)
+    checked, more = check(tree, source, catalogue=load_catalogue(), sets=dict(sets or {}), read=read_source)
+    problems = [*found, *more]
+    if any(d.is_error for d in problems):
+        raise SurgeryError(*problems)
+    return checked
+
+
+def _source(spec: str | os.PathLike[str]) -> Source:
+    if isinstance(spec, str) and ("\n" in spec or spec.lstrip().startswith("surg ")):
+        return Source("<text>", spec)
+    return read_source(Path(spec))
+
+
+def model_ref(spec: Spec, model: str | nn.Module | None) -> tuple[str | nn.Module, Span | None]:
+    """The reference to open: the argument, else the spec's ``model`` line."""
+    if model is not None:
+        return model, None
+    stated = spec.model
+    if stated is None:
+        raise fail(
+            "S0701",
+            f"{spec.source.name} names no model",
+            help='write `model "..."` in the spec or give one on the command line',
+            exit_code=2,
+        )
+    node = stated.node
+    assert isinstance(node, ast.Model)
+    return node.ref, node.ref_span if node.ref_span.end else node.span
+
+
+def _walk(
+    spec: Spec,
+    model: str | nn.Module | None,
+    *,
+    inputs: Any = None,
+    dynamic: Any = "batch, sequence",
+    allow_code: bool = False,
+    use_cache: bool = True,
+    keep_base: bool = False,
+    progress: Progress = quiet,
+) -> tuple[Session, Any]:
+    ref, span = model_ref(spec, model)
+    base = Path(spec.source.name).parent if spec.source.name not in ("<text>", "<stdin>") else Path()
+    progress("opening the model")
+    program, checkpoint = open_program(
+        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base, progress=progress
+    )
+    from surgery.model import cost
+    from surgery.passes.expect import parameter_sizes
+
+    info = program.info
+    described = {
+        "ref": info.ref, "family": info.family, "hash": info.hash,
+        "params": sum(parameter_sizes(program).values()), "bytes": cost.bytes_of(program),
+    }  # fmt: skip
+    plan = Plan(spec=spec.source.name, edition=spec.edition, model=described)
+    session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=progress)
+    session.run()
+    return session, checkpoint
+
+
+def plan(
+    spec: str | os.PathLike[str],
+    model: str | nn.Module | None = None,
+    *,
+    set: Mapping[str, str] | None = None,
+    inputs: Any = None,
+    allow_code: bool = False,
+    use_cache: bool = True,
+    progress: Progress = quiet,
+) -> Plan:
+    """Everything the spec would do, from config and tensor headers alone.
+
+    A plan with findings is returned, not raised, once the model could be opened: see ``Plan.ok`` and ``Plan.diagnostics``.
+    """
+    session, _ = _walk(load_spec(spec, set), model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, progress=progress)
+    return session.plan
+
+
+def compile_spec(
+    spec: str | os.PathLike[str],
+    model: str | nn.Module | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    set: Mapping[str, str] | None = None,
+    locked: bool = False,
+    inputs: Any = None,
+    force: bool = False,
+    allow_code: bool = False,
+    use_cache: bool = True,
+    write_lock: bool = True,
+    progress: Progress = quiet,
+) -> Result:
+    """Does what :func:`plan` shows: walks, measures every claim, then emits each output whole or not at all.
+
+    ``out`` is the folder that relative ``to`` paths are relative to (default: the working directory). Raises SurgeryError when a
+    statement, an expectation, a certificate or a lock fails; nothing that stood before is touched then.
+    """
+    checked = load_spec(spec, set)
+    session, checkpoint = _walk(
+        checked, model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, keep_base=True, progress=progress
+    )
+    if session.sink.failed:
+        raise SurgeryError(*session.sink.items)
+    lock = make_lock(checked, session)
+    target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
+    if locked:
+        _compare_lock(target, lock)
+    work = Compilation(
+        session=session, checkpoint=checkpoint, out=Path(out) if out else Path(), force=force, lock=lock, progress=progress,
+        locked=_locked_check(target, lock),
+    )  # fmt: skip
+    work.run()
+    result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
+    if target is not None and write_lock and not locked:
+        result.lock = _write_lock(target, lock)
+    return result
+
+
+def make_lock(spec: Spec, session: Session) -> Lock:
+    """What this run resolved to. Equal inputs give equal locks on any machine."""
+    from surgery.model.weights import digest
+
+    program = session.program
+    total = hashlib.sha256()
+    for name in sorted(program.weights):
+        total.update(f"{name}={digest(program.weights[name])};".encode())
+    return Lock(
+        spec=Path(spec.source.name).name,
+        edition=spec.edition,
+        model={"ref": program.info.ref, "hash": program.info.hash},
+        params={k: str(v) for k, v in spec.params.items()},
+        seeds=session.seeds,
+        methods=session.versions,
+        sites=session.resolved,
+        weights=total.hexdigest(),
+    )
+
+
+def _compare_lock(target: Path | None, lock: Lock) -> None:
+    if target is None:
+        raise fail("S0405", "a spec given as text has no lock file", help="write the spec to a file")
+    found = drift(read_lock(target), lock)
+    if found:
+        raise SurgeryError(*found)
+
+
+def _locked_check(target: Path | None, lock: Lock) -> Callable[[], list[Any]]:
+    """For ``expect locked``: the drift against the lock file beside the spec."""
+
+    def run() -> list[Any]:
+        try:
+            _compare_lock(target, lock)
+        except SurgeryError as exc:
+            return list(exc.diagnostics)
+        return []
+
+    return run
+
+
+def _write_lock(target: Path, lock: Lock) -> Path | None:
+    from surgery.model.atomic import AtomicOutput
+
+    text = lock.to_text()
+    try:
+        if target.read_text(encoding="utf-8") == text:
+            return target
+    except (OSError, UnicodeDecodeError):
+        pass
+    if not os.access(target.parent, os.W_OK):
+        return None  # a spec in a read-only place has no lock; --locked says so when it is asked for
+    with AtomicOutput(target, force=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target

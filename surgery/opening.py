@@ -1,0 +1,117 @@
+"""From a model reference (or a live module) to a Program: checkpoint headers, capture, lazy weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.core.source import Span
+from surgery.model.program import ModelInfo, Program
+from surgery.model.weights import Held, Weights
+
+
+def cache_folder() -> Path:
+    """Where captures are kept: ``$SURGERY_CACHE``, else ``$XDG_CACHE_HOME/surgery``, else ``~/.cache/surgery``."""
+    stated = os.environ.get("SURGERY_CACHE")
+    if stated:
+        return Path(stated)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "surgery"
+
+
+def open_program(
+    ref: str | nn.Module,
+    *,
+    inputs: Any = None,
+    dynamic: Any = "batch, sequence",
+    allow_code: bool = False,
+    use_cache: bool = True,
+    span: Span | None = None,
+    base: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Program, Any]:
+    """The program of a model and its checkpoint (None for a live module).
+
+    No weight is read: parameters are meta tensors with expressions over the stored tensors.
+    """
+    if isinstance(ref, nn.Module):
+        return capture(ref, inputs, dynamic=dynamic), None
+    from surgery.model.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(ref, allow_code=allow_code, span=span, base=base)
+    if checkpoint.kind == "artifact":
+        from surgery.model.artifact import read_artifact
+        from surgery.passes import registry
+
+        assert checkpoint.path is not None
+        return read_artifact(checkpoint.path, resolver=registry.get), checkpoint
+    if checkpoint.kind == "python":
+        program = capture(checkpoint.module, checkpoint.inputs if inputs is None else inputs, dynamic=dynamic)
+        program.info = _renamed(program.info, ref)
+        return program, checkpoint
+    from surgery.model.capture import cached_capture
+    from surgery.model.checkpoint_bind import bind
+
+    progress("capturing the model")
+    captured = cached_capture(checkpoint.config, checkpoint.architecture, cache_folder() if use_cache else None)
+    weights = bind(checkpoint, captured.parameters, captured.aliases)
+    return assemble(captured, weights, info_of(checkpoint)), checkpoint
+
+
+def info_of(checkpoint: Any) -> ModelInfo:
+    return ModelInfo(
+        ref=str(checkpoint.ref), family=checkpoint.family, architecture=checkpoint.architecture, config=checkpoint.config,
+        dtype=checkpoint.dtype or "float32", hash=checkpoint.hash,
+    )  # fmt: skip
+
+
+def _renamed(info: ModelInfo, ref: str) -> ModelInfo:
+    return ModelInfo(ref=ref, family=info.family, architecture=info.architecture, config=info.config, dtype=info.dtype, hash=info.hash)
+
+
+def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:
+    """Graph, weights and constants as one program, expressions in state-dict order, constants held by content."""
+    for name, tensor in captured.constants.items():
+        weights.setdefault(name, held(tensor))
+    return Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
+
+
+def held(tensor: torch.Tensor) -> Held:
+    """An expression for a tensor in memory, identified by its content."""
+    plain = tensor.detach().cpu().contiguous()
+    content = plain.view(torch.uint8) if plain.dim() and plain.numel() else plain.reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode() + content.numpy().tobytes()).hexdigest()
+    return Held(tuple(plain.shape), str(plain.dtype).removeprefix("torch."), digest, plain)
+
+
+def capture(module: nn.Module, inputs: Any, *, dynamic: Any = "batch, sequence") -> Program:
+    """A Program of any ``nn.Module`` with example inputs (a tuple of tensors or a dict of keyword arguments).
+
+    ``dynamic`` says which axes may change: ``"batch, sequence"``, or ``{input: {axis: name}}``. The module is left as it is: its
+    tensors are copied when the program is realised and never shared. Raises S05xx when the module cannot be captured.
+    """
+    from surgery.model.capture import capture_module
+
+    captured = capture_module(module, inputs, dynamic=dynamic)
+    state = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    weights = Weights()
+    total = hashlib.sha256()
+    for name in captured.parameters:
+        if name in captured.constants:
+            continue
+        weights[name] = held(state[name])
+        total.update(f"{name}={weights[name].digest};".encode())  # type: ignore[attr-defined]
+    config = getattr(module, "config", None)
+    plain = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    floats = [str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()]
+    info = ModelInfo(
+        ref=f"<{type(module).__name__}>", family=str(plain.get("model_type", "")), architecture=type(module).__name__, config=plain,
+        dtype=floats[0] if floats else "float32", hash=total.hexdigest(),
+    )  # fmt: skip
+    return assemble(captured, weights, info)
