@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgery.core.source import Span
 from surgery.model.program import ModelInfo, Program
-from surgery.model.weights import Held, Weights
+from surgery.model.realise import held
+from surgery.model.weights import Weights
 
 
 def cache_folder() -> Path:
@@ -80,14 +80,6 @@ def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:
     for name, tensor in captured.constants.items():
         weights.setdefault(name, held(tensor))
     return Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
-
-
-def held(tensor: torch.Tensor) -> Held:
-    """An expression for a tensor in memory, identified by its content."""
-    plain = tensor.detach().cpu().contiguous()
-    content = plain.view(torch.uint8) if plain.dim() and plain.numel() else plain.reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode() + content.numpy().tobytes()).hexdigest()
-    return Held(tuple(plain.shape), str(plain.dtype).removeprefix("torch."), digest, plain)
 
 
 def capture(module: nn.Module, inputs: Any, *, dynamic: Any = "batch, sequence") -> Program:

@@ -1,0 +1,76 @@
+"""A program's root graph with real tensors, to be run here and now (certificates, checks, export)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.model.program import Program
+from surgery.model.realise import realise
+from surgery.model.retarget import retarget
+
+
+class Tensors:
+    """Realised tensors by the identity of their expression, so that programs that share weights share memory.
+
+    Up to ``max_bytes`` are kept, the least recently used goes first; a tensor handed out stays valid for its holder.
+    """
+
+    def __init__(self, functions: Callable[[str], Callable[..., Any]], max_bytes: int = 8 << 30) -> None:
+        self.functions = functions
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._memo: dict[str, Any] = {}
+
+    def of(self, program: Program, name: str) -> torch.Tensor:
+        """One tensor by its name or a tied name. Do not change it in place."""
+        expr = program.weights[program.aliases.get(name, name)]
+        key = expr.identity
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        value = realise(expr, self._memo, functions=self.functions)
+        self._kept[key] = value
+        self._bytes += value.numel() * value.element_size()
+        while self._bytes > self.max_bytes and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+        return value
+
+    def all(self, program: Program) -> dict[str, torch.Tensor]:
+        return {name: self.of(program, name) for name in program.weights}
+
+
+def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None = None, device: str = "cpu") -> fx.GraphModule:
+    """An independent root graph whose parameters and buffers hold the program's values in ``dtype`` (None: the program's own).
+
+    Called with the flat inputs of the program's signature, returns its flat outputs. Tied parameters are one object.
+    """
+    wanted = dtype or getattr(torch, program.info.dtype)
+    root = deepcopy(program.graph)
+    retarget(root, dtype=wanted, device=torch.device(device))
+    made: dict[str, nn.Parameter] = {}
+    for path, module in root.named_modules():
+        prefix = path + "." if path else ""
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = program.aliases.get(prefix + leaf, prefix + leaf)
+            if name not in made:
+                value = _cast(tensors.of(program, name), wanted).to(device)
+                made[name] = nn.Parameter(value, requires_grad=value.is_floating_point() and name not in program.frozen)
+            module._parameters[leaf] = made[name]
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = _cast(tensors.of(program, prefix + leaf), wanted).to(device)
+    return root
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
