@@ -176,12 +176,10 @@ def compile_spec(
 
 def make_lock(spec: Spec, session: Session) -> Lock:
     """What this run resolved to. Equal inputs give equal locks on any machine."""
-    from surgery.model.weights import digest
-
     program = session.program
     total = hashlib.sha256()
     for name in sorted(program.weights):
-        total.update(f"{name}={digest(program.weights[name])};".encode())
+        total.update(f"{name}={program.weights[name].digest};".encode())
     return Lock(
         spec=Path(spec.source.name).name,
         edition=spec.edition,
@@ -229,3 +227,39 @@ def _write_lock(target: Path, lock: Lock) -> Path | None:
     with AtomicOutput(target, force=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
+
+
+def load(path: str | os.PathLike[str], *, device: str = "cpu", dtype: Any = None) -> nn.Module:
+    """The module of an emitted torch artifact: original signature and outputs, ready to train. No generated code runs."""
+    from surgery.backends import to_torch
+    from surgery.passes import registry
+
+    return to_torch.load(Path(path), device=device, dtype=dtype, resolver=registry.get)
+
+
+def save(module: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Saves a loaded (and trained) module as an artifact again, whole or not at all."""
+    from surgery.model.artifact import save_trained
+
+    return save_trained(module, Path(path), force=force)
+
+
+def show(ref: str, **options: Any) -> Any:
+    """See :func:`surgery.inspection.show`."""
+    from surgery import inspection
+
+    return inspection.show(ref, **options)
+
+
+def select(selector: str, model: str, **options: Any) -> Any:
+    """See :func:`surgery.inspection.select`."""
+    from surgery import inspection
+
+    return inspection.select(selector, model, **options)
+
+
+def diff(a: str, b: str, **options: Any) -> Any:
+    """See :func:`surgery.inspection.diff`."""
+    from surgery import inspection
+
+    return inspection.diff(a, b, **options)
