@@ -1,0 +1,490 @@
+"""The program's graph tree as JSON, and back, byte for byte.
+
+The data is a table of distinct module descriptions: a graph (``nodes``), a leaf (``tag`` and ``config``) or a scope that only
+holds others; each names its children by index into the table, and children come before parents. Eighty equal layers are one
+description. Specs of values are a table too. A node is ``[name, op, target, args, kwargs, spec, scope?]``.
+
+Loading does not trust the data. ``fx`` turns a graph into Python text and executes it, so everything that reaches that text is
+checked first: names of nodes and placeholders are identifiers that fx would have given itself; targets of functions are looked
+up in an allow-list of single operations and targets of modules and attributes are paths of plain words that must lead through
+registered sub-modules to a parameter, buffer or callable module (never to a Python attribute); keyword names are identifiers;
+arguments are numbers, node references, dtypes, devices, slices and strings, which fx writes with ``repr``. Placeholder defaults
+and type annotations, which fx would paste in unquoted, cannot be expressed at all. Nothing is imported and nothing unpickled.
+Everything else that is wrong with the data is S0826.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import math
+import re
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.model import modules as registry
+from surgery.model import oplist
+from surgery.model.exprjson import dump_expr, load_expr, make_symbols
+from surgery.model.program import ValueSpec
+
+SCHEMA = "surgery.graph/1"
+MAX_MODULES = 200_000
+MAX_NODES = 5_000_000
+OPS = {"placeholder": "in", "get_attr": "get", "call_module": "mod", "call_function": "fn", "output": "out"}
+_OP_OF = {short: long for long, short in OPS.items()}
+_WORD = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_-]*")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_KINDS = ("tensor", "int", "float", "bool", "other")
+_FORMATS = {
+    str(f).removeprefix("torch."): f for f in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
+}
+_LAYOUTS = {"strided": torch.strided}
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128 float8_e4m3fn float8_e5m2 uint16 uint32 uint64"
+    ).split()
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a short name; ValueError when there is none."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {str(name)[:40]!r}")
+    return _DTYPES[name]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def dump(root: fx.GraphModule) -> dict[str, Any]:
+    """The JSON-able, deterministic data of a graph tree.
+
+    Raises S0824 for an operation that is not on the list, S0825 for a module class that is not registered and S0830 for an
+    argument or a size that has no stored form.
+    """
+    return _Writer().tree(root)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.specs: dict[str, int] = {}
+        self.spec_data: list[Any] = []
+        self.symbols: dict[str, str] = {}
+        self.table: dict[str, int] = {}
+        self.descriptions: list[Any] = []
+        self.schemas: dict[str, str] = {}
+        self.built_children: dict[str, frozenset[str]] = {}
+
+    def tree(self, root: fx.GraphModule) -> dict[str, Any]:
+        top = self.module(root, "")
+        first: dict[int, str] = {}
+        aliases = []
+        for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
+            if first.setdefault(id(tensor), name) != name:
+                aliases.append([name, first[id(tensor)]])
+        return {
+            "schema": SCHEMA, "torch": torch.__version__.split("+")[0], "ops": dict(sorted(self.schemas.items())),
+            "symbols": dict(sorted(self.symbols.items())), "specs": self.spec_data, "modules": self.descriptions, "root": top,
+            "aliases": aliases,
+        }  # fmt: skip
+
+    def module(self, module: nn.Module, path: str) -> int:
+        own: frozenset[str] = frozenset()
+        if isinstance(module, fx.GraphModule):
+            data: dict[str, Any] = {"nodes": [self.node(n, path) for n in module.graph.nodes]} | self.tensors(module)
+        elif type(module) in registry.SCOPES:
+            data = {} | self.tensors(module)
+        else:
+            tag, config = registry.config_of(module)
+            data = {"tag": tag, "config": config}
+            own = self.own_children(tag, config)
+            data |= self.leaf_dtypes(module, own)
+        children = {
+            name: self.module(child, f"{path}.{name}" if path else name) for name, child in module.named_children() if name not in own
+        }
+        if children:
+            data["children"] = children
+        return self.intern(data)
+
+    def intern(self, data: dict[str, Any]) -> int:
+        key = json.dumps(data, sort_keys=False, allow_nan=False)
+        if key not in self.table:
+            self.table[key] = len(self.descriptions)
+            self.descriptions.append(data)
+        return self.table[key]
+
+    def own_children(self, tag: str, config: dict[str, Any]) -> frozenset[str]:
+        """Names of the sub-modules that the class makes itself: they are not written."""
+        if tag in registry.TORCH_MODULES:
+            return frozenset()
+        key = tag + json.dumps(config, sort_keys=True)
+        if key not in self.built_children:
+            self.built_children[key] = frozenset(dict(registry.build(tag, config, None).named_children()))
+        return self.built_children[key]
+
+    def leaf_dtypes(self, module: nn.Module, own: frozenset[str]) -> dict[str, Any]:
+        found = {name: dtype_name(t.dtype) for name, t in leaf_tensors(module, own)}
+        main = next((d for d in found.values() if _DTYPES[d].is_floating_point), None)
+        data: dict[str, Any] = {} if main is None else {"dtype": main}
+        others = {name: d for name, d in found.items() if d != main}
+        return data | ({"dtypes": others} if others else {})
+
+    def tensors(self, module: nn.Module) -> dict[str, Any]:
+        own = [[n, dtype_name(p.dtype), list(p.shape)] for n, p in module.named_parameters(recurse=False, remove_duplicate=False)]
+        held = [
+            [n, dtype_name(b.dtype), list(b.shape), n not in module._non_persistent_buffers_set]
+            for n, b in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+        return ({"parameters": own} if own else {}) | ({"buffers": held} if held else {})
+
+    def node(self, node: fx.Node, path: str) -> list[Any]:
+        target = str(node.target)
+        if node.op == "call_function":
+            name = oplist.target_name(node.target)
+            if name is None:
+                raise unknown_op(_describe(node.target), f"node {node.name} of {path or 'the model'}")
+            target = name
+            if isinstance(node.target, torch._ops.OpOverload):
+                self.schemas[name] = oplist.schema(node.target)
+        elif node.op not in OPS:
+            raise fail(
+                "S0830",
+                f"node {node.name} of {path or 'the model'} is a {node.op}, which has no stored form",
+                help="capture the model again",
+            )
+        where = f"node {node.name} of {path or 'the model'}"
+        args = [self.arg(a, where) for a in node.args]
+        kwargs = {k: self.arg(v, where) for k, v in node.kwargs.items()}
+        data: list[Any] = [node.name, OPS[node.op], target, args, kwargs, self.spec(node.meta.get("spec"), where)]
+        scope = node.meta.get("scope")
+        return [*data, scope] if isinstance(scope, str) else data
+
+    def arg(self, value: Any, where: str) -> Any:
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, fx.Node):
+            return {"n": value.name}
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, tuple):
+            return {"t": [self.arg(v, where) for v in value]}
+        if isinstance(value, list):
+            return [self.arg(v, where) for v in value]
+        if isinstance(value, slice):
+            return {"slice": [self.arg(v, where) for v in (value.start, value.stop, value.step)]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": dtype_name(value)}
+        if isinstance(value, torch.device):
+            return {"device": str(value)}
+        if isinstance(value, torch.memory_format):
+            return {"format": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.layout) and value is torch.strided:
+            return {"layout": "strided"}
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return {"d": [[k, self.arg(v, where)] for k, v in value.items()]}
+        raise fail(
+            "S0830", f"{where} has an argument of type {type(value).__name__} that has no stored form", help="capture the model again"
+        )
+
+    def spec(self, spec: Any, where: str) -> int | None:
+        if spec is None:
+            return None
+        if isinstance(spec, (tuple, list)):
+            data: Any = [self.spec(s, where) for s in spec]
+        else:
+            try:
+                data = {"k": spec.kind, "d": spec.dtype, "s": [dump_expr(s, self.symbols) for s in spec.shape]}
+            except ValueError as err:
+                raise fail("S0830", f"{where} has a size that has no stored form: {err}", help="capture the model again") from None
+        key = json.dumps(data)
+        if key not in self.specs:
+            self.specs[key] = len(self.spec_data)
+            self.spec_data.append(data)
+        return self.specs[key]
+
+
+def leaf_tensors(module: nn.Module, own: frozenset[str]) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a leaf by name: its own, and those of the sub-modules that belong to it."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(name, t) for name, t in named if "." not in name or name.split(".")[0] in own]
+
+
+def unknown_op(name: str, where: str) -> SurgeryError:
+    return fail(
+        "S0824", f"{where} uses the operation {name[:80]}, which is not on the list of operations that an artifact may hold",
+        help="if the operation is harmless, add it to surgery/model/oplist.py and report it",
+    )  # fmt: skip
+
+
+def _describe(target: Any) -> str:
+    return (
+        str(target)
+        if isinstance(target, torch._ops.OpOverload)
+        else f"{getattr(target, '__module__', '?')}.{getattr(target, '__name__', target)}"
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def load(data: Any, *, modules: registry.Resolver | None = None) -> fx.GraphModule:
+    """The graph tree on the meta device, parameters not requiring gradients, in training mode as ``fx`` makes it.
+
+    ``modules`` finds classes of tags that are not registered yet. Raises S0824 (operation not on the list), S0825 (module
+    class unknown), S0827 (an operation's schema has changed in this torch) and S0826 for any other defect.
+    """
+    try:
+        return _Reader(data, modules).tree()
+    except SurgeryError:
+        raise
+    except Exception as err:
+        raise malformed(f"{type(err).__name__}: {str(err)[:120]}") from err
+
+
+def malformed(why: str) -> SurgeryError:
+    return fail("S0826", f"the stored graph is damaged: {why}", help="emit the artifact again from its spec")
+
+
+class _Reader:
+    def __init__(self, data: Any, resolver: registry.Resolver | None) -> None:
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            schema = data.get("schema") if isinstance(data, dict) else None
+            raise malformed(f"its schema is {str(schema)[:60]!r}, this surgery reads {SCHEMA!r}")
+        self.data = data
+        self.resolver = resolver
+        self.symbols = make_symbols(data["symbols"])
+        self.specs: list[Any] = []
+        for entry in data["specs"]:
+            self.specs.append(self.spec(entry))
+        self.check_schemas(data["ops"])
+        self.check_size(data["modules"], data["root"])
+
+    def check_schemas(self, recorded: dict[str, str]) -> None:
+        for name, text in recorded.items():
+            if name not in oplist.ATEN:
+                raise unknown_op(name, "the graph")
+            now = oplist.overload(name)._schema
+            if str(now) != text and not _still_accepts(now, str(text)):
+                raise fail(
+                    "S0827", f"the operation {name} takes other arguments in torch {torch.__version__} than in the torch that wrote the artifact ({self.data.get('torch')})",
+                    notes=(f"written with: {str(text)[:300]}", f"this torch:   {now}"), help="load it with the torch that wrote it, or emit it again from its spec",
+                )  # fmt: skip
+
+    def check_size(self, table: list[Any], root: int) -> None:
+        """Children stand before parents, so nothing is circular; and the tree that the table unfolds to is of sane size."""
+        counts: list[int] = []
+        nodes: list[int] = []
+        depth: list[int] = []
+        for i, entry in enumerate(table):
+            children = list(entry.get("children", {}).values())
+            if any(type(c) is not int or not 0 <= c < i for c in children):
+                raise malformed("a module stands before its children")
+            counts.append(1 + sum(counts[c] for c in children))
+            nodes.append(len(entry.get("nodes", ())) + sum(nodes[c] for c in children))
+            depth.append(1 + max((depth[c] for c in children), default=0))
+        if counts[root] > MAX_MODULES or nodes[root] > MAX_NODES or depth[root] > 64:
+            raise malformed(f"it unfolds to {counts[root]} modules with {nodes[root]} nodes")
+
+    def tree(self) -> fx.GraphModule:
+        root = self.module(self.data["root"])
+        if not isinstance(root, fx.GraphModule):
+            raise malformed("its root is not a graph")
+        for alias, first in self.data["aliases"]:
+            self.tie(root, alias, first)
+        return root
+
+    def tie(self, root: nn.Module, alias: str, first: str) -> None:
+        kind, holder, name = find_tensor(root, alias)
+        kind_first, source, source_name = find_tensor(root, first)
+        if not kind or kind != kind_first:
+            raise malformed(f"{alias!r} cannot share {first!r}")
+        getattr(holder, kind)[name] = getattr(source, kind)[source_name]
+
+    def module(self, index: int) -> nn.Module:
+        entry = self.data["modules"][index]
+        if "nodes" in entry:
+            made: nn.Module = fx.GraphModule(nn.Module(), fx.Graph())
+        elif "tag" in entry:
+            made = self.leaf(entry)
+        else:
+            made = nn.Module()
+        if "tag" not in entry:
+            self.add_tensors(made, entry)
+        for name, child in entry.get("children", {}).items():
+            made.add_module(word(name), self.module(child))
+        if "nodes" in entry:
+            assert isinstance(made, fx.GraphModule)
+            made.graph = self.graph(entry["nodes"], made)
+        return made
+
+    def leaf(self, entry: dict[str, Any]) -> nn.Module:
+        main = dtype_of(entry["dtype"]) if "dtype" in entry else None
+        made = registry.build(entry["tag"], entry["config"], main, self.resolver)
+        others = entry.get("dtypes", {})
+        for holder in made.modules():
+            prefix = "" if holder is made else next(n for n, m in made.named_modules() if m is holder) + "."
+            for store in (holder._parameters, holder._buffers):
+                for name, tensor in list(store.items()):
+                    if tensor is None:
+                        continue
+                    want = others.get(prefix + name)
+                    dtype = dtype_of(want) if want else main if main is not None and tensor.is_floating_point() else tensor.dtype
+                    self.retype(store, name, tensor, dtype)
+        return made
+
+    @staticmethod
+    def retype(store: dict[str, Any], name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        if isinstance(tensor, nn.Parameter):
+            if tensor.dtype == dtype:
+                tensor.requires_grad_(False)
+            else:
+                store[name] = nn.Parameter(torch.empty_like(tensor, dtype=dtype), requires_grad=False)
+        elif tensor.dtype != dtype:
+            store[name] = torch.empty_like(tensor, dtype=dtype)
+
+    def add_tensors(self, module: nn.Module, entry: dict[str, Any]) -> None:
+        for name, dtype, shape in entry.get("parameters", ()):
+            tensor = torch.empty(sizes(shape), dtype=dtype_of(dtype), device="meta")
+            module.register_parameter(word(name), nn.Parameter(tensor, requires_grad=False))
+        for name, dtype, shape, persistent in entry.get("buffers", ()):
+            module.register_buffer(word(name), torch.empty(sizes(shape), dtype=dtype_of(dtype), device="meta"), persistent=bool(persistent))
+
+    def graph(self, nodes: list[Any], owner: nn.Module) -> fx.Graph:
+        graph = fx.Graph()
+        known: dict[str, fx.Node] = {}
+        for name, short, target, args, kwargs, spec, *scope in nodes:
+            op = _OP_OF[short]
+            identifier(name)
+            found = self.target(op, target, owner)
+            if op == "placeholder" and (args or kwargs):
+                raise malformed(f"input {name} has a default")
+            node = graph.create_node(
+                op, found, tuple(self.arg(a, known) for a in args), {identifier(k): self.arg(v, known) for k, v in kwargs.items()}, name
+            )  # fmt: skip
+            if node.name != name or name in known:
+                raise malformed(f"the node name {name!r} cannot be used")
+            known[name] = node
+            if spec is not None:
+                node.meta["spec"] = self.specs[spec]
+            if scope:
+                node.meta["scope"] = str(scope[0])
+        if not nodes or nodes[-1][1] != "out":
+            raise malformed("a graph has no output")
+        return graph
+
+    def target(self, op: str, target: Any, owner: nn.Module) -> Any:
+        if op == "call_function":
+            if target in oplist.PYTHON:
+                return oplist.PYTHON[target]
+            if target not in oplist.ATEN:
+                raise unknown_op(str(target), "the graph")
+            if target not in self.data["ops"]:
+                raise malformed(f"the schema of {target} is not recorded")
+            return oplist.overload(target)
+        if op == "placeholder":
+            return identifier(target)
+        if op == "get_attr" and not find_tensor(owner, target)[0]:
+            raise malformed(f"{str(target)[:80]!r} is not a parameter or buffer")
+        if op == "call_module" and not _callable(owner, target):
+            raise malformed(f"{str(target)[:80]!r} is not a module that can be called")
+        if op == "output" and target != "output":
+            raise malformed("an output has a target")
+        return target
+
+    def arg(self, data: Any, known: dict[str, fx.Node]) -> Any:
+        if data is None or isinstance(data, (bool, int, float, str)):
+            return data
+        if isinstance(data, list):
+            return [self.arg(d, known) for d in data]
+        ((tag, value),) = data.items()
+        if tag == "n":
+            return known[value]
+        if tag == "t":
+            return tuple(self.arg(d, known) for d in value)
+        if tag == "dtype":
+            return dtype_of(value)
+        if tag == "device":
+            return torch.device(str(value))
+        if tag == "slice":
+            return slice(*(self.arg(d, known) for d in value))
+        if tag == "float":
+            return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[value]
+        if tag == "format":
+            return _FORMATS[value]
+        if tag == "layout":
+            return _LAYOUTS[value]
+        if tag == "d":
+            return {str(k): self.arg(v, known) for k, v in value}
+        raise malformed(f"unknown argument tag {tag[:40]!r}")
+
+    def spec(self, entry: Any) -> Any:
+        if isinstance(entry, list):
+            return tuple(None if i is None else self.specs[i] for i in entry)
+        if entry["k"] not in _KINDS or not isinstance(entry["d"], str):
+            raise malformed(f"unknown kind of value {str(entry['k'])[:40]!r}")
+        return ValueSpec(entry["k"], entry["d"], tuple(load_expr(s, self.symbols) for s in entry["s"]))
+
+
+def _still_accepts(now: Any, text: str) -> bool:
+    """Whether calls written against the recorded schema still mean the same."""
+    try:
+        return bool(now.is_backward_compatible_with(torch._C.parse_schema(text)))
+    except RuntimeError:
+        return False
+
+
+def identifier(name: Any) -> str:
+    """``name`` itself if it may stand unquoted in generated code; S0826 otherwise."""
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name.startswith("__"):
+        raise malformed(f"{str(name)[:60]!r} is not a name")
+    return name
+
+
+def word(name: Any) -> str:
+    """One step of a module path; S0826 for anything that is not a plain word."""
+    if not isinstance(name, str) or not _WORD.fullmatch(name) or keyword.iskeyword(name):
+        raise malformed(f"{str(name)[:60]!r} is not a module name")
+    return name
+
+
+def sizes(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, list) or any(type(s) is not int or s < 0 for s in shape):
+        raise malformed("a tensor has no proper shape")
+    return tuple(shape)
+
+
+def _walk(root: nn.Module, path: str) -> nn.Module | None:
+    for step in path.split("."):
+        child = root._modules.get(word(step))
+        if child is None:
+            return None
+        root = child
+    return root
+
+
+def find_tensor(root: nn.Module, path: str) -> tuple[str, nn.Module, str]:
+    """(store, module, name) of a parameter or buffer below ``root``; the store is ``""`` when there is none."""
+    if not isinstance(path, str):
+        return "", root, ""
+    where, _, name = path.rpartition(".")
+    holder = _walk(root, where) if where else root
+    if holder is not None:
+        for store in ("_parameters", "_buffers"):
+            if getattr(holder, store).get(word(name)) is not None:
+                return store, holder, name
+    return "", root, name
+
+
+def _callable(root: nn.Module, path: Any) -> bool:
+    found = _walk(root, path) if isinstance(path, str) else None
+    return found is not None and type(found) not in registry.SCOPES
