@@ -6,7 +6,10 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from functools import cache
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 from surgery.core.method import FOLD_CLASSES, KINDS, Method, MethodInfo
 
@@ -55,3 +58,23 @@ def get(verb: str, name: str) -> type[Method]:
 
 def catalogue() -> list[MethodInfo]:
     return [cls.info() for cls in methods().values()]
+
+
+@cache
+def function(reference: str) -> Callable[..., Any]:
+    """The function behind ``verb/name:function`` of an ``Apply`` expression.
+
+    A function of the method's own file comes first; otherwise the one of that name in its kind, with the method class
+    bound in front. KeyError when there is neither.
+    """
+    path, _, name = reference.partition(":")
+    verb, _, method = path.partition("/")
+    cls = get(verb, method)
+    own = getattr(sys.modules[cls.__module__], name, None)
+    if inspect.isfunction(own) and own.__module__ == cls.__module__:
+        return own
+    kind = importlib.import_module(f"surgery.passes.kinds.{cls.kind}")
+    shared = getattr(kind, name, None)
+    if not inspect.isfunction(shared) or shared.__module__ != kind.__name__:
+        raise KeyError(reference)
+    return partial(shared, cls)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.delta import Tensors
+from surgery.passes.kinds.geometry import Geometry, take
+from surgery.passes.kinds.lowrank import LowRankMethod, low_rank_input, lora_tensors, product
+
+
+@dataclass(frozen=True)
+class Dora(LowRankMethod):
+    """LoRA on the direction of a weight, with a trained magnitude for each output.
+
+    The weight with its low-rank change ``V = W + s B A`` (``s = alpha / rank``) is scaled, output by output, to a trained length:
+
+        y = x (diag(m / n) V)^T + b,   n = |V| per output, held constant in backward,   m [out]
+
+    ``m`` starts at the norms of ``W`` and ``B`` at zero: unchanged at the start up to the rounding of ``m / n``. The bias is not
+    scaled. With dropout the whole branch, base product included, sees the dropped input. A convolution takes norms over all
+    axes but the first, an embedding over its rows.
+
+    Adds ``rank (in + out) + out`` parameters per site. Folds exactly: ``diag(m / n) (W + s B A)``.
+
+        adapt dora(rank = 8, alpha = 16) on layers[*].attn.{q, v}
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.09353, equations 5 and 11.
+    """
+
+    identity: ClassVar[str] = "near"
+    identity_bound: ClassVar[float] = 1e-5
+    reads: ClassVar[tuple[str, ...]] = ("weight", "bias", "base")
+
+    def tensors(self, site: Geometry) -> tuple[TensorSpec, ...]:
+        length = (site.experts, site.out) if site.experts else (site.out,)
+        return (*lora_tensors(site, self.rank), TensorSpec("magnitude", length, "norms"))
+
+    def count(self, site: Geometry) -> int:
+        return super().count(site) + site.out * max(1, site.experts)
+
+    def fold(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        a, b = self.factors(site, t)
+        v = weight + self.scale() * product(site, a, b)
+        return (t["magnitude"] / _lengths(v).detach()).unsqueeze(-1) * v
+
+    def delta(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        return self.fold(site, t, weight) - weight
+
+    def ratio(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        """``m / n`` per output.
+
+        For matrices ``n^2 = |W|^2 + 2 s B.(W A^T) + s^2 B (A A^T) B^T`` row by row: the product ``B A`` is never formed.
+        """
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            a, b = self.factors(site, t)
+            scale, m = self.scale(), t["magnitude"]
+            weight = weight.to(m.dtype)
+            if site.op == "linear":
+                a, b = a.to(m.dtype), b.to(m.dtype)
+                square = _lengths(weight).square()
+                square = square + b.mul(scale).mul(2 * F.linear(weight, a) + scale * (b @ (a @ a.t()))).sum(-1)
+                n = square.clamp_min_(torch.finfo(m.dtype).tiny).sqrt_()
+            else:
+                n = _lengths(weight + scale * product(site, a.to(m.dtype), b.to(m.dtype)))
+        return m / n
+
+    def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
+        a, b = self.factors(site, t)
+        ratio = self.ratio(site, t, extra["weight"])
+        channels = 1 if site.op == "conv" else -1
+        base, bias = extra["base"], extra.get("bias")
+        if self.dropout and training and site.op != "embedding":
+            x = F.dropout(x, self.dropout)
+            base, bias = site.apply(x, extra["weight"].to(x.dtype)), None
+        else:
+            base = take(base, site.rows, channels % base.dim())
+        h = low_rank_input(site, x, a)
+        shape = (-1,) + (1,) * (base.dim() - 2) if channels == 1 else (-1,)
+        if bias is not None:
+            base = base - bias.to(base.dtype).view(shape)
+        wide = ratio.to(base.dtype)
+        b = (b.reshape(b.shape[0], -1) * (ratio * self.scale()).unsqueeze(-1)).to(h.dtype)
+        if site.op == "conv":
+            change = site.pointwise(h, b)
+            change = torch.addcmul(change, base, (wide - 1).view(shape))
+            return out + site.spread(change, axis=1)
+        change = torch.addcmul(F.linear(h, b), base, wide - 1)
+        return out + site.spread(change, axis=-1).to(out.dtype)
+
+
+def norms(stored: Tensor, *, site: Any, **_: Any) -> Tensor:
+    """The initial magnitude: the length of each output's weights."""
+    weight = Geometry.of(site).to_canonical(stored)
+    return _lengths(weight.float() if weight.dtype != torch.float64 else weight)
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=-1)

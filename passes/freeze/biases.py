@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from surgery.passes.kinds.state import StateMethod
+
+
+@dataclass(frozen=True)
+class Biases(StateMethod):
+    """The biases of the selected parts stop training: parameters whose name ends in `bias`.
+
+    freeze biases on layers[*]
+    """
+
+    sets: ClassVar[Literal["frozen", "trainable"]] = "frozen"
+    missing: ClassVar[tuple[str, str]] = ("no bias", "models such as Llama have no biases: select other parameters")
+
+    def chooses(self, name: str, norm: bool) -> bool:
+        return name.rpartition(".")[2] == "bias"

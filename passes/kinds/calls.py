@@ -1,0 +1,59 @@
+"""Reading a site's call in the graph: which node it is, what its input is, how a convolution is set up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.core.site import Site
+from surgery.model.program import Program
+
+_CONV_ARGS = ("stride", "padding", "dilation", "groups")
+
+
+def calls_of(program: Program, site: Site) -> list[tuple[str, fx.Node]]:
+    """The nodes that use a site's weight, with the path of their GraphModule; for expert tensors the nodes that read it.
+
+    A site's own ``calls`` are used when there are any, so that a tied weight's other uses stay out of it.
+    """
+    if site.op == "experts":
+        return _readers(program, site.weight)
+    return [(ref.graph, program.node(ref)) for ref in site.calls]
+
+
+def _readers(program: Program, name: str) -> list[tuple[str, fx.Node]]:
+    found = []
+    for path, module in program.graph.named_modules():
+        if isinstance(module, fx.GraphModule) and (not path or name.startswith(path + ".")):
+            local = name[len(path) + 1 :] if path else name
+            found += [(path, node) for node in module.graph.find_nodes(op="get_attr", target=local)]
+    return found
+
+
+def operand(node: fx.Node) -> fx.Node:
+    """The activation (or ids) that a linear, convolution or embedding node takes."""
+    if node.op == "call_module":
+        value = node.args[0] if node.args else node.kwargs["input"]
+    else:
+        name = str(node.target)
+        at = 1 if "embedding" in name or "addmm" in name else 0
+        value = node.args[at]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def call_config(program: Program, graph: str, node: fx.Node) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a convolution, padding index of an embedding; empty for others."""
+    if node.op == "call_module":
+        module = program.module(graph).get_submodule(str(node.target))
+        if isinstance(module, nn.Embedding):
+            return {"padding_idx": module.padding_idx}
+        return {k: getattr(module, k) for k in _CONV_ARGS if hasattr(module, k)}
+    name = str(node.target)
+    if "conv" in name:
+        return dict(zip(_CONV_ARGS, node.args[3:7], strict=False)) | {k: v for k, v in node.kwargs.items() if k in _CONV_ARGS}
+    if "embedding" in name and len(node.args) > 2:
+        index = node.args[2]
+        return {"padding_idx": None if index == -1 else index}
+    return {}

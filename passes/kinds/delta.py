@@ -1,0 +1,395 @@
+"""Kind ``delta``: a change of one weight, live as a module beside the weight or folded into it.
+
+A method of this kind subclasses :class:`DeltaMethod` (or :class:`~surgery.passes.kinds.lowrank.LowRankMethod` when its change is
+``s B K A``) and states tensors, change and count; this module owns everything else: nodes, names, seeds, slices, folding.
+
+Meaning with several adapters on one site: each one's change is computed from the stored weight ``W`` alone and the changes
+add up, ``W' = W + sum_i dW_i(W)``. So their order does not matter, DoRA's included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from surgery.core.diagnostics import fail
+from surgery.core.method import Method, param
+from surgery.core.site import Site
+from surgery.model.modules import register_module
+from surgery.model.program import Attachment, Program
+from surgery.model.weights import Apply, Expr, Select, Update
+from surgery.passes.kinds import attach
+from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.calls import call_config, calls_of, operand
+from surgery.passes.kinds.geometry import Geometry, geometry_of, take
+from surgery.passes.operation import Resolved, SiteChange
+
+Tensors = Mapping[str, Tensor]
+MODULE_TAG = "surgery.delta"
+
+
+@dataclass(frozen=True)
+class DeltaMethod(Method):
+    """Base of the methods that change one weight.
+
+    Give either :meth:`delta` or :meth:`fold`; each is made from the other. ``reads`` names what the live module needs
+    besides the site's input and output: ``weight`` (stored weight), ``bias``, ``base`` (the output before any adapter). A method
+    whose change depends on the weight must read it.
+    """
+
+    kind: ClassVar[str] = "delta"
+    fold_class: ClassVar[str] = "merge"
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    dropout: float = param(0.0, "probability of zeroing an input of the added branch while training", min=0, max=0.99, unit="%")
+    seed: int = param(0, "changes every random initial value of this statement", min=0)
+
+    # -------------------------------------------------------------- mathematics of the method
+
+    def tensors(self, site: Geometry) -> tuple[TensorSpec, ...]:
+        """The tensors added at a site, in order."""
+        raise NotImplementedError
+
+    def count(self, site: Geometry) -> int:
+        """How many parameters are added at a site, by the method's published formula."""
+        raise NotImplementedError
+
+    def delta(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        """The change of the canonical ``weight`` (see :class:`Geometry`), same shape."""
+        return self.fold(site, t, weight) - weight
+
+    def fold(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        """The canonical weight with the change in it."""
+        return weight + self.delta(site, t, weight)
+
+    def rebase(self, site: Geometry) -> tuple[str, int] | None:
+        """Function and output number that give the rewritten base weight, for methods that move a part of it out."""
+        return None
+
+    def check(self, site: Geometry) -> str:
+        """Why the method cannot stand at this site, or an empty text."""
+        return ""
+
+    def note(self, site: Geometry) -> str:
+        """A remark about this site for the plan, or an empty text."""
+        return ""
+
+    def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
+        """The site's output ``out`` with this method's change, from the site's input ``x``; methods give a faster one."""
+        weight = extra.get("weight")
+        if self.dropout and training and site.op != "embedding":
+            x = F.dropout(x, self.dropout)
+        change = site.apply(x, self.delta(site, t, None if weight is None else weight.to(out.dtype)))  # type: ignore[arg-type]
+        return out + site.spread(change, axis=1 if site.op == "conv" else -1)
+
+    def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
+        """The stored expert tensor with this method's change (of the canonical ``weight`` of the site's rows)."""
+        t = {k: v.to(weight.dtype) for k, v in t.items()}
+        change = site.from_canonical(self.delta(site, t, weight))
+        return stored + site.spread(change, axis=site.out_axis)
+
+    def wants_weight(self) -> bool:
+        """Whether the change depends on the stored weight, so that nothing else may rewrite that weight under it."""
+        return "weight" in self.reads
+
+
+class DeltaModule(nn.Module):
+    """What stands in the graph: ``(x, out, *reads) -> out'``, or for expert tensors ``(stored, base) -> stored'``."""
+
+    edits: int
+    """Which argument is the value that passes through when the module is taken out."""
+
+    def __init__(self, method: DeltaMethod, site: Geometry) -> None:
+        super().__init__()
+        self.method = method
+        self.site = site
+        self.edits = 0 if site.op == "experts" else 1
+        self.active = True
+        for spec in method.tensors(site):
+            empty = torch.empty(spec.shape, dtype=attach.torch_dtype(spec.dtype or "float32"))
+            if spec.buffer:
+                self.register_buffer(spec.name, empty)
+            else:
+                self.register_parameter(spec.name, nn.Parameter(empty, requires_grad=spec.trainable))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+    def forward(self, x: Tensor, out: Tensor, *extra: Tensor) -> Tensor:
+        site, method = self.site, self.method
+        if site.op == "experts":
+            if not self.active:
+                return x
+            return method.on_weight(site, self.tensors(), x, site.to_canonical(site.select(out)))
+        if not self.active:
+            return out
+        more = dict(zip(method.reads, extra, strict=True))
+        if "weight" in more:
+            more["weight"] = site.to_canonical(site.select(more["weight"]))
+        if site.rows and more.get("bias") is not None:
+            more["bias"] = take(more["bias"], site.rows, 0)
+        return method.forward(site, self.tensors(), x, out, more, self.training)
+
+    def module_config(self) -> dict[str, Any]:
+        return {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": self.site.as_json()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DeltaModule:
+        from surgery.passes import registry
+
+        verb, _, name = config["method"].partition("/")
+        method = registry.get(verb, name)
+        if not issubclass(method, DeltaMethod):
+            raise ValueError(f"{config['method']} is not a method of kind delta")
+        return cls(method(**config["params"]), Geometry.of(config["site"]))
+
+    def extra_repr(self) -> str:
+        return f"{self.method.verb} {self.method.name}, {self.site.op} {self.site.inp} -> {self.site.out}"
+
+
+register_module(MODULE_TAG, DeltaModule)
+
+
+# ------------------------------------------------------------------ attach
+
+
+def apply(program: Program, op: Resolved) -> list[SiteChange]:
+    """Attach the statement's method at every site. O(sites); no weight is read or copied."""
+    attach.freeze_base(program)
+    pool: dict[str, str] = {}
+    touched: dict[str, fx.GraphModule] = {}
+    changes = [_attach(program, op, site, method, pool, touched) for site, method in zip(op.sites, op.methods, strict=True)]
+    for gm in touched.values():
+        gm.recompile()
+    return changes
+
+
+def _attach(
+    program: Program, op: Resolved, site: Site, method: Method, pool: dict[str, str], touched: dict[str, fx.GraphModule]
+) -> SiteChange:
+    assert isinstance(method, DeltaMethod)
+    calls = calls_of(program, site)
+    if not site.weight or not calls:
+        geometry_of(replace(site, op=site.op if site.op != "linear" else "param"), (), {}, op.origin.span)
+    weight_name = program.aliases.get(site.weight, site.weight)
+    source = program.weights[weight_name]
+    graph = calls[0][0]
+    geometry = geometry_of(site, source.shape, call_config(program, graph, calls[0][1]), op.origin.span)
+    why = method.check(geometry)
+    if why:
+        raise fail("S0271", f"{op.method.name} cannot stand at {site.role}: {why}", op.origin.span, "asked for here")
+    rebase = method.rebase(geometry)
+    if rebase:
+        _refuse_rebase(program, op, site, weight_name)
+
+    module = DeltaModule.__new__(DeltaModule)
+    nn.Module.__init__(module)
+    module.method, module.site, module.active = method, geometry, True
+    module.edits = 0 if geometry.op == "experts" else 1
+    parent, leaf = site.weight.rpartition(".")[::2]
+    if attach.relative(parent, graph) is None:
+        parent = graph
+    word = site.role.rpartition(".")[2].partition("[")[0]
+    label = op.name if leaf == "weight" and not geometry.rows else f"{op.name}_{word}"
+    path = attach.join(parent, attach.free_name(attach.parent_module(program, parent), label))
+    program.graph.add_submodule(path, module)
+
+    params = (*_hashable(method.params()), ("site", geometry.pairs()))
+    part = _part(source, site, geometry)
+    names, added, trainable = attach.add_tensors(
+        program, module, path, method.tensors(geometry), op,
+        dtype=attach.adapter_dtype(source.dtype), source=part, params=params, pool=pool,
+    )  # fmt: skip
+    if rebase:
+        function, output = rebase
+        new = Apply(part.shape, source.dtype, f"{op.verb}/{op.method.name}:{function}", (part,), _seeded(params, op, path), output)
+        _rewrite(program, weight_name, source, new, geometry)
+        program.journal.record(weight_name, op.origin)
+    first = None
+    for graph, node in calls:
+        made = _insert(program, graph, node, site, geometry, method, path, op)
+        touched[graph] = program.module(graph)
+        first = first or attach.node_ref(graph, made)
+    assert first is not None
+    program.journal.record(path, op.origin)
+    program.attachments.append(Attachment(op.name, method, site, path, first, tuple(names), op.origin))
+    own = 0 if weight_name in program.frozen else torch.Size(geometry.canonical).numel()
+    own += 0 if not site.bias or site.bias in program.frozen else _size(program, site.bias)
+    shape = geometry.canonical
+    return SiteChange(site.role, site.path, site.rows, shape, shape, added, 0, trainable + own, method.note(geometry))
+
+
+def _seeded(params: tuple[tuple[str, Any], ...], op: Resolved, path: str) -> tuple[tuple[str, Any], ...]:
+    kept = tuple(p for p in params if p[0] != "seed")
+    return (*kept, ("seed", attach.seed_of(op.seed, op.name, path)))
+
+
+def _size(program: Program, name: str) -> int:
+    expr = program.weights.get(program.aliases.get(name, name))
+    return 0 if expr is None else int(torch.Size(expr.shape).numel())
+
+
+def _part(source: Expr, site: Site, geometry: Geometry) -> Expr:
+    """The stored weight, restricted to the site's rows."""
+    if not geometry.rows:
+        return source
+    shape = list(source.shape)
+    shape[geometry.out_axis] = geometry.out
+    return Select(tuple(shape), source.dtype, source, geometry.out_axis, geometry.rows)
+
+
+def _rewrite(program: Program, name: str, source: Expr, part: Expr, geometry: Geometry) -> None:
+    whole = Update(source.shape, source.dtype, source, part, geometry.out_axis, geometry.rows) if geometry.rows else part
+    program.weights[name] = whole
+
+
+def _refuse_rebase(program: Program, op: Resolved, site: Site, weight: str) -> None:
+    for a in program.attachments:
+        if a.site.weight and program.aliases.get(a.site.weight, a.site.weight) == weight and _wants(a):
+            raise fail(
+                "S0470", f"{op.method.name} rewrites the weight of {site.role}, on which {a.name} depends", op.origin.span, "rewritten here",
+                also=[(a.origin.span, f"{a.name} reads this weight")], help=f"put this statement in front of {a.name}",
+            )  # fmt: skip
+
+
+def _wants(a: Attachment) -> bool:
+    return isinstance(a.method, DeltaMethod) and a.method.wants_weight()
+
+
+def _insert(
+    program: Program, graph: str, base: fx.Node, site: Site, geometry: Geometry, method: DeltaMethod, path: str, op: Resolved
+) -> fx.Node:
+    gm = program.module(graph)
+    target = attach.relative(path, graph)
+    if target is None:
+        raise fail("S0570", f"{site.role} is used from {graph or 'the root'}, where {path} cannot be reached", op.origin.span)
+    current = end_of_chain(gm, base)
+    x = None if geometry.op == "experts" else operand(base)
+
+    def read(name: str) -> fx.Node:
+        local = attach.relative(name, graph)
+        if local is None:
+            raise fail("S0570", f"{site.role} is used from {graph or 'the root'}, where {name} cannot be reached", op.origin.span)
+        return attach.get_attr(gm, local, base)
+
+    def args() -> tuple[Any, ...]:
+        if geometry.op == "experts":
+            return (current, base)
+        sources = {"weight": lambda: read(site.weight), "bias": lambda: read(site.bias), "base": lambda: base}
+        reads = [r for r in method.reads if r != "bias" or site.bias]
+        if "bias" in method.reads and not site.bias:
+            return (x, current, *(sources[r]() for r in reads), None)
+        return (x, current, *(sources[r]() for r in method.reads))
+
+    node = attach.call_after(program, graph, current, target, args)
+    program.journal.record(attach.node_ref(graph, node), op.origin)
+    return node
+
+
+def end_of_chain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
+    """The value that the rest of the graph reads as the site's output: behind all adapters that are already there."""
+    current = base
+    while True:
+        for user in current.users:
+            if user.op == "call_module":
+                module = gm.get_submodule(str(user.target))
+                if isinstance(module, DeltaModule) and user.args[module.edits] is current:
+                    current = user
+                    break
+        else:
+            return current
+
+
+def _hashable(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items() if k != "seed")
+
+
+# ------------------------------------------------------------------ fold
+
+
+def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, base: bool = False, **params: Any) -> Tensor:
+    """The function ``VERB/NAME:fold``: the stored weight (of the site's rows) with the method's change in it.
+
+    Computed in float32 (float64 for a float64 weight) and given back in that dtype: the one rounding is the caller's cast.
+    With ``base`` the second tensor is the weight before other adapters were folded, from which this change is computed.
+    """
+    geometry = Geometry.of(site)
+    method = cls(**params)
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    rest = list(tensors)
+    origin = geometry.to_canonical(rest.pop(0).to(wide)) if base else None
+    names = [s.name for s in method.tensors(geometry)]
+    t = {n: v.to(wide) for n, v in zip(names, rest, strict=True)}
+    weight = geometry.to_canonical(current.to(wide))
+    folded = method.fold(geometry, t, weight) if origin is None else weight + method.delta(geometry, t, origin)
+    return geometry.from_canonical(folded).contiguous()
+
+
+def fold_attachments(program: Program, group: list[Attachment], op: Resolved) -> None:
+    """Fold all of ``group`` (attachments on one stored weight, in the order of attaching) and take their modules out.
+
+    Raises S0471 when an adapter that stays reads the weight that would change.
+    """
+    name = program.aliases.get(group[0].site.weight, group[0].site.weight)
+    for a in program.attachments:
+        same = a.site.weight and program.aliases.get(a.site.weight, a.site.weight) == name
+        if same and a not in group and _wants(a) and _overlap(a, group):
+            raise fail(
+                "S0471", f"folding {group[0].name} changes the weight of {a.site.role}, on which {a.name} depends", op.origin.span,
+                "folded here", also=[(a.origin.span, f"{a.name} reads this weight")], help=f"fold {a.name} in the same statement",
+            )  # fmt: skip
+    name = untie(program, group[0].site.weight)
+    before = program.weights[name]
+    for a in group:
+        module = program.module(a.module)
+        assert isinstance(module, DeltaModule)
+        geometry, method = module.site, module.method
+        source = program.weights[name]
+        part = _part(source, a.site, geometry)
+        inputs: list[Expr] = [part]
+        flags: tuple[tuple[str, Any], ...] = ()
+        if method.wants_weight() and source is not before:
+            inputs.append(_part(before, a.site, geometry))
+            flags = (("base", True),)
+        inputs += [program.weights[program.aliases.get(n, n)] for n in a.tensors]
+        params = (*_hashable(method.params()), *flags, ("site", geometry.pairs()))
+        new = Apply(part.shape, part.dtype, f"{method.verb}/{method.name}:fold", tuple(inputs), params)
+        _rewrite(program, name, source, new, geometry)
+        program.journal.record(name, op.origin)
+        attach.detach(program, a)
+
+
+def _overlap(a: Attachment, group: list[Attachment]) -> bool:
+    mine = a.site.rows
+    return any(not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows) for b in group)
+
+
+def untie(program: Program, name: str) -> str:
+    """Make ``name`` a tensor of its own if it is tied to others, so that a change of it stays with it. Returns ``name``."""
+    first = program.aliases.get(name, name)
+    heirs = [k for k, v in program.aliases.items() if v == first]
+    if not heirs:
+        return name
+    expr = program.weights[first]
+    if name == first:
+        for other in heirs:
+            program.aliases[other] = heirs[0]
+        del program.aliases[heirs[0]]
+        program.weights[heirs[0]] = expr
+        if first in program.frozen:
+            program.frozen.add(heirs[0])
+    else:
+        del program.aliases[name]
+        program.weights[name] = expr
+        if first in program.frozen:
+            program.frozen.add(name)
+    owner, _, leaf = name.rpartition(".")
+    module = program.module(owner)
+    old = getattr(module, leaf)
+    setattr(module, leaf, nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad))
+    return name
