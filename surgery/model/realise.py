@@ -1,0 +1,397 @@
+"""Expressions to tensors: one output at a time, reading only the bytes that are needed.
+
+All work is on the CPU. Results do not depend on the number of threads: products and methods' own functions run on one
+thread, everything else is elementwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
+from typing import Any
+
+import torch
+
+from surgery.core.diagnostics import fail
+from surgery.model.weights import (
+    Add,
+    Apply,
+    Cast,
+    Concat,
+    Expr,
+    Held,
+    Init,
+    Load,
+    MatMul,
+    Reshape,
+    Scale,
+    Select,
+    Stack,
+    Update,
+    Weights,
+    nodes,
+)
+
+Resolver = Callable[[str], Callable[..., Any]]
+"""Finds a method's function by its name ``verb/name:function``. It is called with the argument tensors and the params as keywords."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a short name such as ``bfloat16``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
+
+
+def held(tensor: torch.Tensor) -> Held:
+    """An expression for a tensor in memory. The tensor is copied, so later changes of the module do not reach it."""
+    copy = tensor.detach().to("cpu").clone().contiguous()
+    digest = hashlib.sha256(f"{copy.dtype}{tuple(copy.shape)}".encode())
+    if copy.numel():
+        digest.update(memoryview(copy.reshape(-1).view(torch.uint8).numpy()))
+    return Held(tuple(copy.shape), str(copy.dtype).removeprefix("torch."), digest.hexdigest(), copy)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: sums of products are then added in one order, whatever the machine."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def no_functions(name: str) -> Callable[..., Any]:
+    raise fail(
+        "S0728",
+        f"there is no function {name!r} to compute a weight with",
+        exit_code=2,
+        help="install the version of surgery that made this program",
+    )
+
+
+def realise(expr: Expr, memo: MutableMapping[str, Any] | None = None, *, functions: Resolver = no_functions) -> torch.Tensor:
+    """The value of one expression, a fresh contiguous CPU tensor of its shape and dtype.
+
+    ``memo`` (by ``Expr.identity``) is used and filled with results of functions, so that calls with one memo share them.
+    Raises S0721 when a file cannot be read any more, S0728 for an unknown function or one that gives another shape.
+    """
+    return Realiser({"": expr}, functions, memo=memo)[""]
+
+
+class Realiser(Mapping[str, torch.Tensor]):
+    """Computes the weights of a program one by one; iterate in order for the smallest memory.
+
+    Results of functions and products that several outputs need are kept until their last use, up to ``max_bytes`` (then the least
+    recently used goes first and is computed again, to the same bits, when needed).
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Expr],
+        functions: Resolver = no_functions,
+        max_bytes: int = 2 << 30,
+        *,
+        memo: MutableMapping[str, Any] | None = None,
+    ) -> None:
+        self.weights = weights
+        self.functions = functions
+        self.max_bytes = max_bytes
+        self._memo = memo
+        self._cache: OrderedDict[str, tuple[torch.Tensor, ...]] = OrderedDict()
+        self._cached_bytes = 0
+        self._uses: dict[str, int] = {}
+        self._depth = 0
+        for expr in weights.values():
+            count = 0
+            for node in nodes(expr):
+                count += 1
+                if isinstance(node, Apply | MatMul):
+                    slot = _slot(node)
+                    self._uses[slot] = self._uses.get(slot, 0) + 1
+            self._depth = max(self._depth, count)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        expr = self.weights[name]
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(limit, min(4 * self._depth, 200_000) + 2000))
+        try:
+            with torch.no_grad():
+                value = self._value(expr)
+        finally:
+            sys.setrecursionlimit(limit)
+        assert tuple(value.shape) == expr.shape and value.dtype == torch_dtype(expr.dtype), (
+            name,
+            expr.shape,
+            tuple(value.shape),
+            value.dtype,
+        )
+        if isinstance(expr, Held) or not value.is_contiguous() or value.untyped_storage().nbytes() != value.numel() * value.element_size():
+            value = value.clone(memory_format=torch.contiguous_format)
+        elif isinstance(expr, Apply | MatMul):
+            value = value.clone()  # the cache must not share memory with what a caller may change
+        return value
+
+    # ------------------------------------------------------------ evaluation
+
+    def _value(self, expr: Expr) -> torch.Tensor:
+        match expr:
+            case Load():
+                return read(expr)
+            case Held():
+                tensor: torch.Tensor = expr.tensor
+                return tensor
+            case Init():
+                return initial_value(expr)
+            case Select(source=Load() as source):
+                return read_part(source, expr.axis, expr.ranges)
+            case Select():
+                return _take(self._value(expr.source), expr.axis, expr.ranges)
+            case Concat() | Stack():
+                return self._assemble(expr)
+            case Reshape():
+                value = self._value(expr.source)
+                return (value.permute(expr.permute) if expr.permute else value).reshape(expr.shape)
+            case Cast():
+                return self._value(expr.source).to(torch_dtype(expr.dtype))
+            case Scale():
+                return _rounded(_wide(self._value(expr.source)) * expr.factor, expr)
+            case Add():
+                return self._sum(expr)
+            case MatMul() | Apply():
+                return self._shared(expr)
+            case Update():
+                return self._update(expr)
+        raise TypeError(f"no rule for {type(expr).__name__}")
+
+    def _assemble(self, expr: Concat | Stack) -> torch.Tensor:
+        """Parts go straight into their place, so that never all of them are in memory beside the result."""
+        out = torch.empty(expr.shape, dtype=torch_dtype(expr.dtype))
+        at = 0
+        for part in expr.parts:
+            if isinstance(expr, Stack):
+                out.select(expr.axis, at).copy_(self._value(part))
+                at += 1
+            else:
+                size = part.shape[expr.axis]
+                out.narrow(expr.axis, at, size).copy_(self._value(part))
+                at += size
+        return out
+
+    def _sum(self, expr: Add) -> torch.Tensor:
+        """Left to right; half-precision sums are added in float32 and rounded once."""
+        dtype = torch_dtype(expr.dtype)
+        wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+        total = self._value(expr.parts[0]).to(wide).broadcast_to(expr.shape).clone(memory_format=torch.contiguous_format)
+        for part in expr.parts[1:]:
+            total += self._value(part).to(wide)
+        return total.to(dtype)
+
+    def _update(self, expr: Update) -> torch.Tensor:
+        out = self._value(expr.source).clone(memory_format=torch.contiguous_format)
+        part = self._value(expr.part)
+        at = 0
+        for start, stop in expr.ranges:
+            out.narrow(expr.axis, start, stop - start).copy_(part.narrow(expr.axis, at, stop - start))
+            at += stop - start
+        return out
+
+    # ------------------------------------------------------------ shared results
+
+    def _shared(self, expr: MatMul | Apply) -> torch.Tensor:
+        slot = _slot(expr)
+        results = self._memo.get(slot) if self._memo is not None else self._cache.get(slot)
+        if results is None:
+            results = self._compute(expr)
+            if self._memo is not None:
+                self._memo[slot] = results
+            elif self._uses.get(slot, 1) > 1:
+                self._keep(slot, results)
+        elif self._memo is None:
+            self._cache.move_to_end(slot)
+        if self._memo is None:
+            self._release(slot)
+        return _pick(expr, results)
+
+    def _compute(self, expr: MatMul | Apply) -> tuple[torch.Tensor, ...]:
+        if isinstance(expr, MatMul):
+            left, right = self._value(expr.left), self._value(expr.right)
+            with one_thread():
+                return (_rounded(_wide(left) @ _wide(right), expr),)
+        function = self.functions(expr.function)
+        args = [self._value(arg) for arg in expr.args]
+        with one_thread():
+            result = function(*args, **dict(expr.params))
+        return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+    def _keep(self, slot: str, results: tuple[torch.Tensor, ...]) -> None:
+        size = sum(t.numel() * t.element_size() for t in results)
+        if size > self.max_bytes:
+            return
+        self._cache[slot] = results
+        self._cached_bytes += size
+        while self._cached_bytes > self.max_bytes:
+            oldest = next(iter(self._cache))
+            self._drop(oldest)
+
+    def _release(self, slot: str) -> None:
+        self._uses[slot] = self._uses.get(slot, 1) - 1
+        if self._uses[slot] <= 0:
+            self._drop(slot)
+
+    def _drop(self, slot: str) -> None:
+        results = self._cache.pop(slot, None)
+        if results is not None:
+            self._cached_bytes -= sum(t.numel() * t.element_size() for t in results)
+
+
+def _slot(expr: MatMul | Apply) -> str:
+    """One slot for all outputs of a function call: its identity without the choice of output."""
+    if isinstance(expr, MatMul):
+        return expr.identity
+    call = [expr.function, [a.identity for a in expr.args], expr.params]
+    return hashlib.sha256(repr(call).encode()).hexdigest()
+
+
+def _pick(expr: MatMul | Apply, results: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    index = expr.output if isinstance(expr, Apply) and expr.output is not None else 0
+    value = results[index]
+    if tuple(value.shape) != expr.shape:
+        name = expr.function if isinstance(expr, Apply) else "matmul"
+        raise fail(
+            "S0728", f"{name} gave a tensor of {list(value.shape)} where {list(expr.shape)} was planned", exit_code=2,
+            help="this is a fault of the method: its shapes and its function disagree",
+        )  # fmt: skip
+    return value.to(torch_dtype(expr.dtype))
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() and value.element_size() < 4 else value
+
+
+def _rounded(value: torch.Tensor, expr: Expr) -> torch.Tensor:
+    return value.to(torch_dtype(expr.dtype))
+
+
+def _take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    pieces = [value.narrow(axis, start, stop - start) for start, stop in ranges]
+    if len(pieces) == 1:
+        return pieces[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(pieces, axis) if pieces else value.narrow(axis, 0, 0).clone()
+
+
+# ---------------------------------------------------------------- leaves
+
+
+def initial_value(expr: Init) -> torch.Tensor:
+    """A start value. Random ones are drawn in float32 by one generator per tensor, seeded by the expression."""
+    dtype = torch_dtype(expr.dtype)
+    match expr.kind:
+        case "zeros":
+            return torch.zeros(expr.shape, dtype=dtype)
+        case "ones":
+            return torch.ones(expr.shape, dtype=dtype)
+        case "constant":
+            return torch.full(expr.shape, expr.args[0]).to(dtype)
+        case "arange":
+            return torch.arange(expr.shape[-1]).to(dtype).expand(expr.shape).contiguous()
+        case "normal" | "uniform":
+            generator = torch.Generator().manual_seed(expr.seed)
+            value = torch.empty(expr.shape, dtype=torch.float32)
+            draw = value.normal_ if expr.kind == "normal" else value.uniform_
+            return draw(*expr.args, generator=generator).to(dtype)
+    raise ValueError(f"no initial value of kind {expr.kind!r}")
+
+
+def read(expr: Load) -> torch.Tensor:
+    """All bytes of a stored tensor. S0721 when the file is gone or shorter than when it was opened."""
+    out = torch.empty(expr.shape, dtype=torch_dtype(expr.dtype))
+    if out.numel():
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        _read_into(expr, expr.span[0], view)
+    return out
+
+
+def _read_into(expr: Load, offset: int, view: memoryview) -> None:
+    done = 0
+    try:
+        with open(expr.file, "rb", buffering=0) as file:
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+    except OSError as exc:
+        raise _gone(expr, exc.strerror or str(exc)) from None
+    if done < len(view):
+        raise _gone(expr, "the file is shorter than when it was opened")
+
+
+def _gone(expr: Load, why: str) -> Exception:
+    return fail(
+        "S0721", f"cannot read `{expr.key}` from {expr.file}: {why}", exit_code=2,
+        help="leave the checkpoint alone while surgery runs, and start again",
+    )  # fmt: skip
+
+
+def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Index ranges of a stored tensor. Ranges of the first axis are read byte-exactly; those of others are copied out of a
+    mapping of the tensor, so that only the pages they touch are read, and nothing stays mapped."""
+    size = sum(stop - start for start, stop in ranges)
+    out = torch.empty((*expr.shape[:axis], size, *expr.shape[axis + 1 :]), dtype=torch_dtype(expr.dtype))
+    if out.numel() == 0:
+        return out
+    if axis == 0:
+        row = expr.nbytes // expr.shape[0]
+        view, at = memoryview(out.reshape(-1).view(torch.uint8).numpy()), 0
+        for start, stop in ranges:
+            _read_into(expr, expr.span[0] + start * row, view[at : at + (stop - start) * row])
+            at += (stop - start) * row
+        return out
+    begin = expr.span[0] - expr.span[0] % ALLOCATIONGRANULARITY
+    try:
+        with open(expr.file, "rb") as file:
+            if os.fstat(file.fileno()).st_size < expr.span[1]:
+                raise _gone(expr, "the file is shorter than when it was opened")
+            mapping = mmap(file.fileno(), expr.span[1] - begin, access=ACCESS_COPY, offset=begin)
+    except OSError as exc:
+        raise _gone(expr, exc.strerror or str(exc)) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=expr.span[0] - begin)
+    if raw.data_ptr() % out.element_size():
+        raw = raw.clone()
+    stored = raw.view(out.dtype).view(expr.shape)
+    at = 0
+    for start, stop in ranges:
+        out.narrow(axis, at, stop - start).copy_(stored.narrow(axis, start, stop - start))
+        at += stop - start
+    del stored, raw
+    return out
+
+
+def check_twins(weights: Weights) -> None:
+    """Names that one parameter stands for must hold the same values where a checkpoint stores both. S0726 otherwise."""
+    for name, kept, other in weights.twins:
+        if not torch.equal(realise(kept), realise(other)):
+            raise fail(
+                "S0726", f"`{name}` is tied to another tensor by the config, but the checkpoint stores different values for the two",
+                help="set `tie_word_embeddings` to false in config.json if they are meant to differ",
+            )  # fmt: skip

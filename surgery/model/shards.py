@@ -1,0 +1,161 @@
+"""Writing safetensors files tensor by tensor: the header first, since shapes are known, then each tensor as it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.model.atomic import storage_errors
+from surgery.model.checkpoint_headers import CODE_OF_DTYPE
+from surgery.model.weights import DTYPE_BYTES
+
+MAX_SHARD_BYTES = 5_000_000_000
+Progress = Callable[[str, int], None]
+"""Called with a tensor's name and its bytes after it was written."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """``files`` in order (an index last), ``shard_of`` the file name of each tensor, ``total`` bytes of all tensors."""
+
+    files: tuple[Path, ...]
+    shard_of: dict[str, str]
+    total: int
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
+    """Names by shard, in order: a shard is closed before the tensor that would make it too large; a larger tensor stands alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_safetensors(
+    target: str | Path,
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    read_ahead: bool = False,
+) -> Written:
+    """Stream tensors to one safetensors file or to shards with an index.
+
+    ``tensors[name]`` gives a tensor or a function that makes it; it is asked for once, in the order of ``shapes``, and dropped when
+    written. A ``target`` that ends in ``.safetensors`` is that one file; a folder gets ``model.safetensors``, or shards
+    ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` when the total exceeds ``max_shard_bytes``.
+    ``read_ahead`` makes the next tensor while one is written (one more in memory). The bytes depend on the arguments alone.
+
+    Raises SurgeryError S0801 (no space), S0802 (not writable), S0804 (other failure of the storage).
+    """
+    target = Path(target)
+    sizes = {name: math.prod(shape) * DTYPE_BYTES[dtypes[name]] for name, shape in shapes.items()}
+    metadata = {"format": "pt"} if metadata is None else dict(metadata)
+    single = target.suffix == ".safetensors"
+    shards = [list(sizes)] if single else plan_shards(sizes, max_shard_bytes)
+    if single:
+        paths = [target]
+    elif len(shards) == 1:
+        paths = [target / "model.safetensors"]
+    else:
+        paths = [target / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    made = _stream([name for shard in shards for name in shard], tensors, read_ahead)
+    try:
+        for path, names in zip(paths, shards, strict=True):
+            _write_file(path, names, made, shapes, dtypes, metadata, progress)
+    finally:
+        made.close()
+    shard_of = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
+    total = sum(sizes.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+        index_path = target / "model.safetensors.index.json"
+        with storage_errors(index_path):
+            index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        paths.append(index_path)
+    return Written(tuple(paths), shard_of, total)
+
+
+def _make(tensors: Mapping[str, Any], name: str) -> torch.Tensor:
+    value = tensors[name]
+    made = value if isinstance(value, torch.Tensor) else value()
+    assert isinstance(made, torch.Tensor), name
+    return made
+
+
+def _stream(names: list[str], tensors: Mapping[str, Any], read_ahead: bool) -> Generator[torch.Tensor, None, None]:
+    if not read_ahead:
+        for name in names:
+            yield _make(tensors, name)
+        return
+    # One worker makes tensors in the same order as the plain loop would, so caches and seeds see the same sequence.
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(_make, tensors, names[0]) if names else None
+        for i in range(len(names)):
+            assert coming is not None
+            value = coming.result()
+            coming = pool.submit(_make, tensors, names[i + 1]) if i + 1 < len(names) else None
+            yield value
+            del value
+
+
+def header_bytes(names: list[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a file, padded with spaces so that data starts at a multiple of 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in names:
+        end = at + math.prod(shapes[name]) * DTYPE_BYTES[dtypes[name]]
+        table[name] = {"dtype": CODE_OF_DTYPE[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_file(
+    path: Path,
+    names: list[str],
+    made: Iterator[torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    header = header_bytes(names, shapes, dtypes, metadata)
+    with storage_errors(path):
+        file = open(path, "wb", buffering=0)
+    with file:
+        _write_all(file, path, memoryview(header))
+        for name in names:
+            value = next(made)
+            if tuple(value.shape) != tuple(shapes[name]) or str(value.dtype) != f"torch.{dtypes[name]}":
+                raise ValueError(f"{name}: promised {dtypes[name]}{list(shapes[name])}, got {value.dtype}{list(value.shape)}")
+            value = value.detach().contiguous()
+            size = value.numel() * value.element_size()
+            if size:
+                _write_all(file, path, memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            del value
+            if progress is not None:
+                progress(name, size)
+
+
+def _write_all(file: Any, path: Path, view: memoryview) -> None:
+    with storage_errors(path):
+        done = 0
+        while done < len(view):
+            done += file.write(view[done : done + (1 << 26)])
