@@ -57,9 +57,7 @@ class Flattener:
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], spec: Any, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A ``call_function`` node with its spec and the origin of the tree node being expanded."""
         node = self.graph.create_node("call_function", target, args, dict(kwargs or {}))
-        node.meta["spec"] = spec
-        node.meta["origin"] = self.origin
-        node.meta["refs"] = []
+        node.meta.update(spec=spec, origin=self.origin, refs=[], path=self.path)
         return node
 
     # ---------------------------------------------------------------- tree walk
@@ -226,7 +224,7 @@ def flatten(root: fx.GraphModule, aliases: Mapping[str, str] | None = None) -> f
     """The flat functional graph of a tree, in linear time.
 
     Every node has ``meta["spec"]`` (see :class:`ValueSpec`), ``meta["origin"]`` (the :class:`NodeRef` of the tree node it
-    comes from) and ``meta["refs"]``: the names of its value in every GraphModule that sees it, in execution order (its
+    comes from), ``meta["path"]`` on what an ``nn`` leaf became (the leaf's path) and ``meta["refs"]``: the names of its value in every GraphModule that sees it, in execution order (its
     maker, the calls that return it, the placeholders that receive it). ``get_attr`` nodes carry full parameter names,
     one node a name; with ``aliases`` (further name -> first name) tied names become their first name.
     """

@@ -1,0 +1,368 @@
+"""A flat graph with what every part of the anatomy asks for: projections, norms, parameters, order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgery.core.site import NodeRef
+from surgery.model.anatomy import ops
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(eq=False)
+class Projection:
+    """One call of a parametric product: ``kind`` is linear, conv1d (stored ``[in, out]``), conv, experts or matmul.
+
+    ``rows`` are the rows of the stored parameter (on ``out_axis``) that make the output features, in their order;
+    ``feature_axis`` is the output's axis that carries them.
+    """
+
+    order: int
+    node: fx.Node
+    x: fx.Node
+    kind: str
+    weight: str
+    bias: str
+    out_axis: int
+    in_axis: int
+    rows: IntArray
+    stored: tuple[int, ...]
+    feature_axis: int = -1
+
+    @property
+    def whole(self) -> bool:
+        return len(self.rows) == self.stored[self.out_axis]
+
+
+@dataclass(eq=False)
+class Norm:
+    """One normalisation: ``x`` its input, ``out`` its output (after scale and shift), ``kind`` layer, rms, batch, group."""
+
+    x: fx.Node
+    out: fx.Node
+    kind: str
+    weight: str = ""
+    bias: str = ""
+    eps: float | None = None
+    inner: list[fx.Node] = field(default_factory=list)
+
+
+class GraphView:
+    """Indexes of one flat graph, built in one pass."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[fx.Node] = list(graph.nodes)
+        self.position: dict[fx.Node, int] = {n: i for i, n in enumerate(self.nodes)}
+        self.constant: dict[fx.Node, bool] = {}
+        self.projections: list[Projection] = []
+        self.by_node: dict[fx.Node, Projection] = {}
+        self.embeddings: list[fx.Node] = []
+        self.norms: list[Norm] = []
+        self.norm_of: dict[fx.Node, Norm] = {}
+        self.norm_inner: dict[fx.Node, Norm] = {}
+        for node in self.nodes:
+            self._index(node)
+        for node in self.nodes:
+            if ops.name_of(node) == "rsqrt":
+                self._decomposed_norm(node)
+
+    # ---------------------------------------------------------------- construction
+
+    def _index(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.constant[node] = True
+            return
+        if node.op != "call_function":
+            self.constant[node] = False
+            return
+        inputs = ops.tensors(node)
+        self.constant[node] = bool(inputs) and all(self.constant[n] for n in inputs)
+        name = ops.name_of(node)
+        if name == "embedding":
+            self.embeddings.append(node)
+        elif name == "linear":
+            self._project(node, node.args[0], node.args[1], self._argument(node, 2), "linear", transposed=False)
+        elif name == "addmm":
+            self._project(node, node.args[1], node.args[2], node.args[0], "conv1d", transposed=True)
+        elif name in ops.MATMUL:
+            self._matmul(node, name)
+        elif name in ops.CONV:
+            self._conv(node, name)
+        elif name in ops.NORMS:
+            self._norm(node, name)
+
+    @staticmethod
+    def _argument(node: fx.Node, at: int, key: str = "bias") -> Any:
+        return node.args[at] if len(node.args) > at else node.kwargs.get(key)
+
+    def _matmul(self, node: fx.Node, name: str) -> None:
+        if name == "baddbmm":
+            x, weight = node.args[1], node.args[2]
+        elif name == "einsum":
+            operands = node.args[1]
+            if not isinstance(operands, (list, tuple)) or len(operands) != 2:
+                return
+            x, weight = operands
+        else:
+            x, weight = node.args[0], node.args[1]
+        if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):
+            return
+        if name == "einsum":
+            self._einsum(node, x, weight)
+        elif self.constant[weight] and not self.constant[x] and self.parameter(weight) is not None:
+            self._project(node, x, weight, None, "matmul", transposed=True)
+
+    def _einsum(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
+        """A contraction with a whole parameter whose last kept letters become the features."""
+        equation = str(node.args[0]).replace(" ", "")
+        if "->" not in equation or "." in equation:
+            return
+        left, out = equation.split("->")
+        first, second = left.split(",")
+        if self.constant[x] and not self.constant[weight]:
+            x, weight, first, second = weight, x, second, first
+        source = self.parameter(weight)
+        if source is None or not self.constant[weight] or source is not weight:
+            return
+        kept = [c for c in second if c in out and c not in first]
+        summed = [c for c in second if c in first and c not in out]
+        stored = ops.shape_of(source)
+        if len(kept) != 1 or len(summed) != 1 or stored is None or len(stored) != 2:
+            return
+        out_axis = second.index(kept[0])
+        rows = np.arange(stored[out_axis])
+        kind = "linear" if out_axis == 0 else "conv1d"
+        self._add(Projection(0, node, x, kind, str(source.target), "", out_axis, 1 - out_axis, rows, stored, out.index(kept[0]) - len(out)))
+
+    def _project(self, node: fx.Node, x: Any, weight: Any, bias: Any, kind: str, *, transposed: bool) -> None:
+        if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or self.constant[x]:
+            return
+        source = self.parameter(weight)
+        if source is None or not self.constant[weight]:
+            return
+        stored = ops.shape_of(source)
+        if stored is None or len(stored) not in (2, 3):
+            return
+        if weight is source:
+            in_axis, out_axis = (len(stored) - 2, len(stored) - 1) if transposed else (len(stored) - 1, len(stored) - 2)
+            rows = np.arange(stored[out_axis])
+        else:
+            traced = _trace_weight(source, weight, stored, transposed)
+            if traced is None:
+                return
+            out_axis, in_axis, rows = traced
+        if len(stored) == 3:
+            kind = "experts"
+        elif kind in ("conv1d", "matmul"):
+            kind = "conv1d" if out_axis == 1 else "linear"
+        self._add(Projection(0, node, x, kind, str(source.target), self.parameter_name(bias), out_axis, in_axis, rows, stored))
+
+    def _conv(self, node: fx.Node, name: str) -> None:
+        x, weight = node.args[0], node.args[1]
+        if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or self.constant[x]:
+            return
+        source = self.parameter(weight)
+        stored = None if source is None else ops.shape_of(source)
+        if source is None or stored is None:
+            return
+        transposed = "transpose" in name or (name == "convolution" and bool(node.args[6]))
+        out_axis = 1 if transposed else 0
+        bias = self.parameter_name(self._argument(node, 2))
+        feature = -(len(stored) - 1)
+        rows = np.arange(stored[out_axis])
+        self._add(Projection(0, node, x, "conv", str(source.target), bias, out_axis, 1 - out_axis, rows, stored, feature))
+
+    def _add(self, projection: Projection) -> None:
+        projection.order = len(self.projections)
+        self.projections.append(projection)
+        self.by_node[projection.node] = projection
+
+    def _norm(self, node: fx.Node, name: str) -> None:
+        if not isinstance(node.args[0], fx.Node):
+            return
+        kind = ops.NORMS[name]
+        at = {"layer": 2, "rms": 2, "batch": 1, "group": 2, "instance": 1}[kind]
+        weight = self.parameter_name(self._argument(node, at, "weight"))
+        bias = "" if kind == "rms" else self.parameter_name(self._argument(node, at + 1))
+        norm = Norm(node.args[0], node, kind, weight, bias)
+        self.norms.append(norm)
+        self.norm_of[node] = norm
+
+    def _decomposed_norm(self, rsqrt: fx.Node) -> None:
+        """``x * rsqrt(mean(x * x) + eps)`` and its centred form, up to the scale (``w``, ``1 + w``) and shift behind it."""
+        mean = self._statistic(rsqrt)
+        if mean is None:
+            return
+        product = next((u for u in rsqrt.users if ops.name_of(u) == "mul" and len(ops.tensors(u)) == 2), None)
+        if product is None:
+            return
+        x = next(n for n in ops.tensors(product) if n is not rsqrt)
+        kind = "rms"
+        if ops.name_of(x) == "sub":
+            centre = [n for n in ops.tensors(x) if ops.name_of(n) == "mean"]
+            if centre:
+                kind, x = "layer", ops.tensors(x)[0]
+        norm = Norm(x, product, kind, inner=[rsqrt, product])
+        node = product
+        while True:
+            after = [u for u in node.users if ops.name_of(u) not in ops.SIZES]
+            if len(after) != 1:
+                break
+            node = after[0]
+            name = ops.name_of(node)
+            if name in ("to", "_to_copy", "type_as"):
+                continue
+            other = [n for n in ops.tensors(node) if self.constant[n]]
+            if name == "mul" and len(other) == 1 and not norm.weight:
+                norm.weight, norm.out = self.parameter_name(other[0]), node
+            elif name == "add" and len(other) == 1 and norm.weight:
+                norm.bias, norm.out = self.parameter_name(other[0]), node
+            else:
+                break
+            norm.inner.append(node)
+        self.norms.append(norm)
+        self.norm_of[norm.out] = norm
+        for inner in norm.inner:
+            self.norm_inner[inner] = norm
+
+    @staticmethod
+    def _statistic(rsqrt: fx.Node) -> fx.Node | None:
+        node = rsqrt
+        for _ in range(4):
+            inputs = ops.tensors(node)
+            if not inputs:
+                return None
+            node = inputs[0]
+            if ops.name_of(node) in ("mean", "var"):
+                return node
+        return None
+
+    # ---------------------------------------------------------------- questions
+
+    def parameter(self, node: Any) -> fx.Node | None:
+        """The one parameter (or buffer) behind a constant value, through shape ops, parts, casts, ``1 + w``; else None."""
+        while isinstance(node, fx.Node):
+            if node.op == "get_attr":
+                return node
+            if not self.constant.get(node, False):
+                return None
+            inputs = ops.tensors(node)
+            if len(inputs) != 1:
+                return None
+            node = inputs[0]
+        return None
+
+    def parameter_name(self, node: Any) -> str:
+        found = self.parameter(node)
+        return "" if found is None else str(found.target)
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """Users that take the value itself, in graph order (sizes left out)."""
+        return sorted((u for u in node.users if ops.name_of(u) not in ops.SIZES), key=self.position.__getitem__)
+
+    def path(self, node: fx.Node, weight: str = "") -> str:
+        """Path of the module that a node was, else of the module that holds its parameter."""
+        found = node.meta.get("path")
+        return str(found) if found is not None else weight.rpartition(".")[0]
+
+    def strip(self, node: fx.Node, *, gather: bool = False) -> fx.Node:
+        """Back through ops that only move values."""
+        while True:
+            name = ops.name_of(node)
+            if name in ops.SHAPE or (gather and (name in ops.GATHER or name in ops.PARTS)):
+                node = node.all_input_nodes[0]
+            else:
+                return node
+
+    def backward(self, start: fx.Node) -> Iterator[fx.Node]:
+        """Every value that ``start`` depends on, itself first, each once; ``send(True)`` skips the inputs of the last."""
+        seen = {start}
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            skip = yield node
+            if skip:
+                continue
+            for n in node.all_input_nodes:
+                if n not in seen:
+                    seen.add(n)
+                    stack.append(n)
+
+
+def ref_in(node: fx.Node, graph: str, *, last: bool = False) -> NodeRef | None:
+    """The name of a value inside one GraphModule: its first there, or its last (what a repeated call receives)."""
+    found = [r for r in node.meta.get("refs", ()) if r.graph == graph]
+    return (found[-1] if last else found[0]) if found else None
+
+
+def _trace_weight(source: fx.Node, weight: fx.Node, stored: tuple[int, ...], transposed: bool) -> tuple[int, int, IntArray] | None:
+    """Out axis, in axis and rows of a weight that is a transposed or sliced view of a stored parameter."""
+    chain = []
+    node = weight
+    while node is not source:
+        chain.append(node)
+        node = ops.tensors(node)[0]
+    coordinates: list[Any] = [np.broadcast_to(np.arange(n).reshape((-1,) + (1,) * (len(stored) - i - 1)), stored) for i, n in enumerate(stored)]
+    for step in reversed(chain):
+        moved = [_apply(step, c) for c in coordinates]
+        if any(m is None for m in moved):
+            return None
+        coordinates = moved
+    shape = coordinates[0].shape
+    if len(shape) not in (2, 3) or 0 in shape:
+        return None
+    out_at, in_at = (len(shape) - 1, len(shape) - 2) if transposed else (len(shape) - 2, len(shape) - 1)
+
+    def moving(at: int) -> int | None:
+        line = tuple(slice(None) if i == at else 0 for i in range(len(shape)))
+        axes = [i for i, c in enumerate(coordinates) if shape[at] > 1 and (c[line] != c[line][0]).any()]
+        return axes[0] if len(axes) == 1 else None
+
+    out_axis, in_axis = moving(out_at), moving(in_at)
+    if out_axis is None or in_axis is None:
+        return None
+    rows = coordinates[out_axis][tuple(slice(None) if i == out_at else 0 for i in range(len(shape)))]
+    return out_axis, in_axis, np.ascontiguousarray(rows)
+
+
+def _apply(step: fx.Node, value: Any) -> Any:
+    """One shape operation on an array of coordinates; None for anything else."""
+    name, args = ops.name_of(step), step.args
+    if name == "getitem":
+        return value[args[1]] if isinstance(value, list) else None
+    if isinstance(value, list):
+        return None
+    if name in ("transpose", "swapaxes"):
+        return np.swapaxes(value, args[1], args[2])  # type: ignore[arg-type]
+    if name == "permute":
+        return np.transpose(value, args[1])  # type: ignore[arg-type]
+    if name in ("t", "mT", "numpy_T"):
+        return np.swapaxes(value, -1, -2)
+    if name == "select":
+        return np.take(value, args[2], args[1])  # type: ignore[arg-type]
+    if name == "slice":
+        stop = args[3] if len(args) > 3 else None
+        stop = None if stop is None or (isinstance(stop, int) and stop > (1 << 62)) else stop
+        dim = (args[1] if len(args) > 1 else 0) % value.ndim  # type: ignore[operator]
+        return value[(slice(None),) * dim + (slice(args[2] if len(args) > 2 else None, stop, args[4] if len(args) > 4 else 1),)]
+    if name in ("split", "split_with_sizes", "chunk", "unbind"):
+        specs = step.meta["spec"]
+        dim = args[2 if name != "unbind" else 1] if len(args) > (2 if name != "unbind" else 1) else 0
+        if name == "unbind":
+            return [np.take(value, i, dim) for i in range(value.shape[dim])]  # type: ignore[arg-type, index]
+        return np.split(value, np.cumsum([s.shape[dim] for s in specs])[:-1].tolist(), dim)  # type: ignore[index, arg-type]
+    if name in ops.SHAPE:
+        shape = ops.shape_of(step)
+        if shape is None:
+            return None
+        return value if value.shape == shape else (np.broadcast_to(value, shape) if name.startswith("expand") else value.reshape(shape))
+    if name in ("mul", "div", "add", "sub", "neg"):
+        return value
+    return None
