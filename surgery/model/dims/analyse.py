@@ -1,0 +1,158 @@
+"""One walk over a flat graph that gives every tensor axis its expression."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.core.diagnostics import fail
+from surgery.model.dims import (  # noqa: F401  (importing the rules registers them)
+    rules_attention,
+    rules_conv,
+    rules_create,
+    rules_elementwise,
+    rules_index,
+    rules_linear,
+    rules_norm,
+    rules_reduce,
+    rules_shape,
+)
+from surgery.model.dims.algebra import Axis
+from surgery.model.dims.context import RULES, Context, Rule, name_of
+from surgery.model.dims.domains import lose_domain
+from surgery.model.dims.result import Dims
+
+
+def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | None = None, strict: bool = False) -> Dims:
+    """Dimension classes of a flat functional graph, in time linear in its nodes.
+
+    ``graph`` holds placeholders, ``get_attr`` nodes named after full parameter names, operators and one output; each node's
+    ``meta["spec"]`` is a :class:`~surgery.model.program.ValueSpec` or a tuple of them. ``aliases`` maps further names of tied
+    tensors to their first names. An operator without a rule freezes every axis that enters it and every axis it makes; a rule
+    whose result contradicts the traced sizes does the same, or with ``strict`` raises.
+
+    Raises: S0950 (strict only) when a rule's axes do not have the traced sizes.
+    """
+    if isinstance(graph, fx.GraphModule):
+        graph = graph.graph
+    cx = Context()
+    parameters: dict[str, tuple[Axis, ...]] = {}
+    unknown: list[tuple[fx.Node, str]] = []
+    found: dict[Any, Rule | None] = {}
+    names: dict[Any, str] = {}
+    aliases = aliases or {}
+    for node in graph.nodes:
+        cx.node = cx.algebra.node = node
+        if node.op == "output":
+            for value in _nodes_in(node.args):
+                _each(cx, value, lambda axis: cx.mark(axis, "output"))
+                lose_domain(cx, value, "positions on it are a result of the model")
+            continue
+        spec = node.meta.get("spec")
+        if spec is None or (not isinstance(spec, tuple) and spec.kind != "tensor"):
+            cx.values[node] = None
+            if node.op == "call_function":
+                for value in _nodes_in((node.args, node.kwargs)):
+                    lose_domain(cx, value, "positions on it are read as numbers")
+                    if spec is None:
+                        _each(cx, value, lambda axis: cx.freeze(axis, "it goes into an operation without a known result"))
+            continue
+        of = cx.sizes.of
+        if isinstance(spec, tuple):
+            shapes: Any = [tuple(of(s) for s in one.shape) if one.kind == "tensor" else () for one in spec]
+        else:
+            shapes = tuple([s if type(s) is int else of(s) for s in spec.shape])
+        cx.specs[node] = shapes
+        if node.op == "placeholder":
+            axes = cx.fresh()
+            for axis, size in zip(axes, spec.shape, strict=True):
+                cx.mark(axis, "input")
+                cx.freeze(axis, "an input's size" if type(size) is int else "a dynamic input size")
+            cx.values[node] = axes
+        elif node.op == "get_attr":
+            name = aliases.get(str(node.target), str(node.target))
+            if name not in parameters:
+                parameters[name] = cx.fresh()
+            cx.values[node] = parameters[name]
+        else:
+            target = node.target
+            if target not in found:
+                found[target] = _rule_for(target)
+                names[target] = name_of(target)[0]
+            run = found[target]
+            if run is None:
+                unknown.append((node, names[target]))
+                cx.values[node] = _opaque(cx, node, f"{names[target]} has no dimension rule")
+            else:
+                cx.values[node] = _checked(cx, node, run, names[target], shapes, strict)
+    return Dims(cx, parameters, unknown)
+
+
+def _rule_for(target: Any) -> Rule | None:
+    full, short = name_of(target)
+    found = RULES.get(full) or RULES.get(short)
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        found = rules_elementwise.pointwise
+    return found
+
+
+def _checked(cx: Context, node: fx.Node, run: Rule, name: str, shapes: Any, strict: bool) -> Any:
+    """The rule's axes when their sizes are the traced ones; otherwise everything around the node is frozen."""
+    problem = ""
+    try:
+        value = run(cx, node)
+    except (IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, AssertionError) as exc:
+        problem, value = f"its rule failed ({type(exc).__name__}: {exc})", None
+    if not problem:
+        if isinstance(shapes, list):
+            good = isinstance(value, list) and len(value) == len(shapes)
+            good = good and all(tuple([a.size for a in axes]) == shape for axes, shape in zip(value, shapes, strict=True))
+        else:
+            good = type(value) is tuple and tuple([a.size for a in value]) == shapes
+        if good:
+            return value
+        got = [tuple(a.size for a in axes) for axes in value] if isinstance(value, list) else tuple(a.size for a in value or ())
+        problem = f"its rule gives sizes {got}, traced were {shapes}"
+    if strict:
+        raise fail(
+            "S0950",
+            f"the dimension rule of {name} is wrong at node {node.name}: {problem}",
+            exit_code=2,
+            help="this is a fault in surgery, not in the model: please report it with the model's config",
+        )
+    return _opaque(cx, node, f"{name}: {problem}")
+
+
+def _opaque(cx: Context, node: fx.Node, why: str) -> Any:
+    """Freeze all that enters, give frozen results."""
+    for value in _nodes_in((node.args, node.kwargs)):
+        _each(cx, value, lambda axis: cx.freeze(axis, why))
+        lose_domain(cx, value, why)
+    shapes = cx.specs[node]
+    if isinstance(shapes, list):
+        return [cx.fresh(why, index=i) for i in range(len(shapes))]
+    return cx.fresh(why)
+
+
+def _each(cx: Context, node: fx.Node, act: Any) -> None:
+    value = cx.values.get(node)
+    for axes in value if isinstance(value, list) else [value or ()]:
+        for axis in axes:
+            act(axis)
+
+
+def _nodes_in(args: Any) -> Iterator[fx.Node]:
+    stack = [args]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, fx.Node):
+            yield item
+        elif isinstance(item, Mapping):
+            stack.extend(reversed(list(item.values())))
+        elif isinstance(item, (list, tuple)):
+            stack.extend(reversed(item))
+        elif isinstance(item, slice):
+            stack.extend((item.step, item.stop, item.start))

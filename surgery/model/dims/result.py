@@ -1,0 +1,447 @@
+"""The result of the analysis and the questions it answers: axes, leaves, holders, coupled cuts, rows of a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgery.model.dims import names
+from surgery.model.dims.algebra import CAT, LEAF, ONE, PROD, Axis, Reason, factors, find, leaves_below
+from surgery.model.dims.constants import Constant, Cut
+from surgery.model.dims.context import Axes, Context
+from surgery.model.dims.masks import Keep, Mask, Ranges, from_ranges, to_ranges
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A class of units that live and go together.
+
+    ``name`` is unique in the analysis and the same in every run; ``letter`` is its short form. ``flags``: ``norm`` (a normaliser's
+    statistics run over it), ``softmax``, ``topk``, ``sort``, ``scan``, ``reduce:*``, ``indexed``, ``contract``, ``input``,
+    ``output`` (part of the model's interface), ``default_scale`` (an attention scale derived from it). ``frozen`` says why it
+    cannot be cut (None: it can), ``node`` the place that decided so.
+    """
+
+    axis: Axis = field(repr=False)
+    name: str
+    letter: str
+    size: int
+    flags: frozenset[str]
+    frozen: str | None
+    node: fx.Node | None = field(repr=False)
+
+    @property
+    def free(self) -> bool:
+        return self.frozen is None
+
+    @property
+    def reason(self) -> str:
+        return "" if self.frozen is None else self.frozen if self.node is None else f"{self.frozen} (at {self.node.name})"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One stored axis that a cut changes: the ranges that go and those that stay, in its present numbering."""
+
+    parameter: str
+    axis: int
+    removed: Ranges
+    kept: Ranges
+
+
+@dataclass(frozen=True)
+class Change:
+    """A constant that a cut changes. ``value`` is new; for a symbolic entry ``ratio`` (numerator, denominator) multiplies it."""
+
+    node: fx.Node
+    path: tuple[Any, ...]
+    kind: str
+    value: Any
+    ratio: tuple[int, int]
+    site: Constant = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Everything that goes with some units: ``root`` names the leaves and units, ``refusal`` why it must not be done ("": it may)."""
+
+    root: tuple[tuple[Leaf, tuple[int, ...]], ...]
+    members: tuple[Member, ...]
+    constants: tuple[Change, ...]
+    flags: frozenset[str]
+    refusal: str
+    keep: Keep = field(repr=False)
+
+    def __str__(self) -> str:
+        head = ", ".join(f"{leaf.name}[{_units(units)}] of {leaf.size}" for leaf, units in self.root)
+        lines = [f"cut {head}" + (f" refused: {self.refusal}" if self.refusal else "")]
+        for m in self.members:
+            lines.append(f"  {m.parameter} axis {m.axis}: -{_spans(m.removed)}")
+        for c in self.constants:
+            lines.append(f"  {c.node.name} {'.'.join(map(str, c.path))}: {c.value}")
+        return "\n".join(lines)
+
+
+def _spans(ranges: Ranges) -> str:
+    return "[" + ", ".join(f"{a}:{b}" for a, b in ranges) + "]"
+
+
+def _units(units: Sequence[int]) -> str:
+    return ", ".join(map(str, units))
+
+
+class Dims:
+    """Dimension classes of one graph; see :func:`surgery.model.dims.analyse`."""
+
+    def __init__(self, cx: Context, parameters: dict[str, Axes], unknown: list[tuple[fx.Node, str]]) -> None:
+        self._cx = cx
+        self._parameters = parameters
+        self.unknown = tuple(unknown)
+        """Nodes whose operator has no rule, with the operator's name."""
+        self._leaves: dict[Axis, tuple[Axis, ...]] = {}
+
+    # -- expressions ----------------------------------------------------------------------------------------------
+
+    def axes(self, node: fx.Node) -> Any:
+        """Axes of a node's value: a tuple; a list of tuples for several values; None when it is no tensor. KeyError: not analysed."""
+        return self._cx.values[node]
+
+    def parameter(self, name: str) -> Axes:
+        """Axes of a parameter or buffer. KeyError when the graph does not use it."""
+        return self._parameters[name]
+
+    @property
+    def parameters(self) -> Mapping[str, Axes]:
+        return self._parameters
+
+    def text(self, axis: Axis, *, unique: bool = False) -> str:
+        """The printed expression: ``(H*d)``, ``[F+F]``; with ``unique`` leaves print as their unique names."""
+        return names.text(axis, self._names if unique else self._letters, self._names)
+
+    def root(self, axis: Axis) -> Axis:
+        """The representative of an axis: two axes are one class when their roots are one object."""
+        return find(axis)
+
+    def same(self, a: Axis, b: Axis) -> bool:
+        """Whether two axes have the same structure, position by position."""
+        ra, rb = find(a), find(b)
+        return ra is rb or (ra.size == rb.size and ra.kind == rb.kind != LEAF and self._signature(ra) == self._signature(rb))
+
+    def _signature(self, axis: Axis) -> str:
+        return names.text(axis, self._uids, self._uids)
+
+    @cached_property
+    def _uids(self) -> dict[Axis, str]:
+        return {leaf: f"#{leaf.uid}" for leaf in self._all_leaves}
+
+    @cached_property
+    def _all_leaves(self) -> tuple[Axis, ...]:
+        seen: dict[Axis, None] = {}
+        for axes in self._parameters.values():
+            for axis in axes:
+                seen.update(dict.fromkeys(self._below(axis)))
+        for value in self._cx.values.values():
+            for axes in value if isinstance(value, list) else (value or (),):
+                for axis in axes:
+                    seen.update(dict.fromkeys(self._below(axis)))
+        return tuple(seen)
+
+    @cached_property
+    def _letters(self) -> dict[Axis, str]:
+        return names.letters(self._cx, self._all_leaves)
+
+    @cached_property
+    def _names(self) -> dict[Axis, str]:
+        letter = self._letters
+        return names.numbered({leaf: letter[leaf] for leaf in self._all_leaves})
+
+    def _below(self, axis: Axis) -> tuple[Axis, ...]:
+        root = find(axis)
+        got = self._leaves.get(root)
+        if got is None:
+            got = self._leaves[root] = tuple(leaves_below(root))
+        return got
+
+    # -- leaves ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _public(self) -> dict[Axis, Leaf]:
+        out: dict[Axis, Leaf] = {}
+        for axis in self._all_leaves:
+            why: Reason | None = axis.frozen
+            flags = frozenset(f for f in axis.flags if not f.startswith("~"))
+            text, node = (None, None) if why is None else (why.text, why.node)
+            out[axis] = Leaf(axis, self._names[axis], self._letters[axis], axis.size, flags, text, node)
+        return out
+
+    def leaves(self, axis: Axis) -> tuple[Leaf, ...]:
+        """The distinct leaves of an expression in order of appearance; axes of size 1 have none."""
+        return tuple(self._public[leaf] for leaf in self._below(axis))
+
+    def leaf(self, axis: Axis) -> Leaf | None:
+        """The leaf that an axis is; None for a product, a concatenation or an axis of size 1."""
+        root = find(axis)
+        return self._public[root] if root.kind == LEAF and root is not ONE else None
+
+    def all_leaves(self, *, stored: bool = True) -> tuple[Leaf, ...]:
+        """All leaves in the order of the parameters; ``stored``: only those that a parameter or buffer holds."""
+        return tuple(self._public[a] for a in self._all_leaves if not stored or a in self._holders)
+
+    @cached_property
+    def _holders(self) -> dict[Axis, list[tuple[str, int, Axis]]]:
+        out: dict[Axis, list[tuple[str, int, Axis]]] = {}
+        for name, axes in self._parameters.items():
+            for i, axis in enumerate(axes):
+                for leaf in self._below(axis):
+                    out.setdefault(leaf, []).append((name, i, find(axis)))
+        return out
+
+    def holders(self, leaf: Leaf) -> list[tuple[str, int, Axis]]:
+        """(parameter, axis number, expression) of every stored axis that contains the leaf, in graph order."""
+        return list(self._holders.get(leaf.axis, ()))
+
+    @cached_property
+    def _constants_of(self) -> dict[Axis, list[Constant]]:
+        out: dict[Axis, list[Constant]] = {}
+        for site in self._cx.constants:
+            for leaf in dict.fromkeys(x for a in site.axes for x in self._below(a)):
+                out.setdefault(leaf, []).append(site)
+        return out
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """Every registered place in the graph that depends on sizes."""
+        return tuple(self._cx.constants)
+
+    def constants_of(self, leaf: Leaf) -> tuple[Constant, ...]:
+        return tuple(self._constants_of.get(leaf.axis, ()))
+
+    def size(self, axis: Axis) -> int:
+        """The traced size; a symbolic size is the prime that stands for its symbol."""
+        return find(axis).size
+
+    def symbolic(self, axis: Axis) -> bool:
+        return any("dynamic" in (leaf.frozen.text if leaf.frozen else "") for leaf in self._below(axis))
+
+    # -- slices ---------------------------------------------------------------------------------------------------
+
+    def cut_of(self, node: fx.Node) -> Cut | None:
+        """What a slice, select or part of a split (its getitem) takes of its input's axis; None for other nodes."""
+        return self._cx.cuts.get(node)
+
+    def rows(self, axis: Axis, cuts: Iterable[Cut]) -> Ranges:
+        """Positions of ``axis`` that survive a chain of cuts of it or of its sub-expressions.
+
+        For the rows of a fused weight that feed one consumer: walk from the consumer back to the product, collect
+        :meth:`cut_of` of the nodes on the way, evaluate on the weight's output axis; join the rows of several paths.
+        """
+        masks: dict[Axis, Mask] = {}
+        for cut in cuts:
+            root = find(cut.axis)
+            mask = np.zeros(root.size, bool)
+            mask[cut.start : cut.stop : cut.step] = True
+            masks[root] = masks[root] & mask if root in masks else mask
+        kept = Keep(masks).mask(axis)
+        return ((0, find(axis).size),) if kept is None else to_ranges(kept)
+
+    def slice_of(self, axis: Axis, part: Axis) -> Ranges:
+        """Positions of ``axis`` that belong to ``part``: a segment (at any depth) of its concatenations, every time it occurs."""
+        target = find(part)
+        root = find(axis)
+        if target is root:
+            return ((0, root.size),)
+        done: dict[Axis, Mask] = {ONE: np.zeros(1, bool)}
+        stack = [root]
+        while stack:
+            top = stack[-1]
+            if top in done:
+                stack.pop()
+            elif top is target:
+                done[top] = np.ones(top.size, bool)
+            elif top.kind == LEAF:
+                done[top] = np.zeros(top.size, bool)
+            else:
+                parts = factors(top) if top.kind == PROD else [find(p) for p in top.parts]
+                missing = [p for p in parts if p not in done]
+                if missing:
+                    stack.extend(missing)
+                elif top.kind == CAT:
+                    done[top] = np.concatenate([done[p] for p in parts])
+                else:  # a factor that holds the part anywhere: its positions, whatever the other factors
+                    got = np.zeros(1, bool)
+                    for p in parts:
+                        got = (got[:, None] | done[p][None, :]).reshape(-1)
+                    if target.kind == PROD and _run(parts, factors(target)):
+                        got[:] = True
+                    done[top] = got
+        return to_ranges(done[root])
+
+    def index_set(self, axis: Axis, leaf: Leaf, units: Iterable[int]) -> Ranges:
+        """Positions of ``axis`` that belong to the given units of a leaf (rows of some heads in a projection)."""
+        keep = np.ones(leaf.size, bool)
+        keep[list(units)] = False
+        mask = Keep({leaf.axis: keep}).mask(axis)
+        return () if mask is None else to_ranges(~mask)
+
+    # -- cuts -----------------------------------------------------------------------------------------------------
+
+    def remove(self, units: Mapping[Leaf, Iterable[int]], *, ragged: Mapping[tuple[Leaf, Leaf], Mask] | None = None) -> Group:
+        """Remove units of leaves: every stored axis, index and constant that changes.
+
+        ``ragged`` maps (outer leaf, inner leaf) to a mask ``[outer, inner]`` of what stays, with equal row sums: another choice of
+        inner units for each outer unit, refused unless the inner leaf always directly follows the outer one.
+        """
+        keeps: dict[Axis, Mask] = {}
+        root: list[tuple[Leaf, tuple[int, ...]]] = []
+        refusals: list[str] = []
+        for leaf, gone in units.items():
+            gone = tuple(sorted(set(gone)))
+            root.append((leaf, gone))
+            mask = np.ones(leaf.size, bool)
+            if gone and not 0 <= gone[0] <= gone[-1] < leaf.size:
+                raise IndexError(f"{leaf.name} has units 0..{leaf.size - 1}, not {gone}")
+            mask[list(gone)] = False
+            keeps[leaf.axis] = mask
+            if gone and not leaf.free:
+                refusals.append(f"{leaf.name} is fixed: {leaf.reason}")
+            elif not mask.any():
+                refusals.append(f"nothing of {leaf.name} would be left")
+        touched = list(keeps)
+        pairs: dict[tuple[Axis, Axis], Mask] = {}
+        for (outer, inner), mask in (ragged or {}).items():
+            pairs[outer.axis, inner.axis] = mask
+            touched += [outer.axis, inner.axis]
+            gone = tuple(int(i) for i in np.flatnonzero(~mask.reshape(-1)))
+            root.append((inner, gone))
+            refusals += self._ragged_faults(outer, inner, mask)
+        keep = Keep(keeps, pairs)
+        return self._group(tuple(root), touched, keep, refusals)
+
+    def _ragged_faults(self, outer: Leaf, inner: Leaf, mask: Mask) -> list[str]:
+        sums = {int(s) for s in mask.sum(axis=1) if s}
+        if len(sums) != 1:
+            return [f"every unit of {outer.name} must keep the same number of {inner.name}"]
+        for leaf in (outer, inner):
+            if not leaf.free:
+                return [f"{leaf.name} is fixed: {leaf.reason}"]
+        if not mask.any(axis=1).all():
+            return [f"remove whole units of {outer.name} in a cut of their own"]
+        for name, i, axis in self._holders.get(inner.axis, ()):
+            if not _follows(axis, outer.axis, inner.axis):
+                return [f"{inner.name} stands without {outer.name} in {name} axis {i}"]
+        return []
+
+    def _group(self, root: tuple[tuple[Leaf, tuple[int, ...]], ...], touched: list[Axis], keep: Keep, refusals: list[str]) -> Group:
+        members: list[Member] = []
+        seen: set[tuple[str, int]] = set()
+        order = {name: i for i, name in enumerate(self._parameters)}
+        held = [h for leaf in dict.fromkeys(touched) for h in self._holders.get(leaf, ())]
+        for name, i, axis in sorted(held, key=lambda h: (order[h[0]], h[1])):
+            if (name, i) in seen:
+                continue
+            seen.add((name, i))
+            mask = keep.mask(axis)
+            if mask is not None:
+                members.append(Member(name, i, to_ranges(~mask), to_ranges(mask)))
+        changes: list[Change] = []
+        done: set[int] = set()
+        for leaf in dict.fromkeys(touched):
+            for site in self._constants_of.get(leaf, ()):
+                if id(site) in done:
+                    continue
+                done.add(id(site))
+                if all(keep.size(a) == find(a).size for a in site.axes):
+                    continue
+                ratio = site.ratio(keep.size)
+                changes.append(Change(site.node, site.path, site.kind, site.value(keep.size), (ratio.numerator, ratio.denominator), site))
+        flags = frozenset(f for leaf in touched for f in self._public[leaf].flags)
+        return Group(root, tuple(members), tuple(changes), flags, "; ".join(refusals), keep)
+
+    def coupled(self, parameter: str, axis: int, units: Iterable[int]) -> Group:
+        """What must go when the positions ``units`` of a stored axis go.
+
+        The positions must be whole units of leaves: then those units are removed wherever they occur. Otherwise, and on
+        frozen leaves, the group carries a refusal that says which positions go together.
+        """
+        expression = find(self._parameters[parameter][axis])
+        wanted = np.zeros(expression.size, bool)
+        wanted[list(units)] = True
+        chosen: dict[Leaf, Iterable[int]] = {}
+        covered = np.zeros(expression.size, bool)
+        for leaf, occurrence in self._occurrences(expression):
+            there = occurrence >= 0
+            total, asked, new = (
+                np.bincount(occurrence[there & chosen_positions], minlength=leaf.size)
+                for chosen_positions in (there, wanted, wanted & ~covered)
+            )
+            whole = (total > 0) & (asked == total) & (new > 0)
+            if whole.any():
+                chosen[leaf] = sorted({*chosen.get(leaf, ()), *(int(u) for u in np.flatnonzero(whole))})
+                covered |= there & whole[occurrence]
+        group = self.remove(chosen)
+        if not chosen or (wanted & ~covered).any():
+            loose = to_ranges(wanted & ~covered)
+            why = f"positions {_spans(loose)} of {parameter} axis {axis} = {self.text(expression)} are no whole units"
+            group = Group(group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep)
+        return group
+
+    def _occurrences(self, expression: Axis) -> list[tuple[Leaf, np.ndarray]]:
+        """For each occurrence of a leaf in an expression the unit at every position (-1: another part)."""
+        out: list[tuple[Leaf, np.ndarray]] = []
+        here = np.arange(expression.size)
+        stack: list[tuple[Axis, np.ndarray]] = [(expression, here)]
+        while stack:
+            axis, index = stack.pop()
+            root = find(axis)
+            if root is ONE:
+                continue
+            if root.kind == LEAF:
+                out.append((self._public[root], index))
+            elif root.kind == CAT:
+                start, todo = 0, []
+                for part in map(find, root.parts):
+                    inside = (index >= start) & (index < start + part.size)
+                    todo.append((part, np.where(inside, index - start, -1)))
+                    start += part.size
+                stack.extend(reversed(todo))
+            else:
+                inner, todo = root.size, []
+                for part in factors(root):
+                    inner //= part.size
+                    todo.append((part, np.where(index >= 0, index // inner % part.size, -1)))
+                stack.extend(reversed(todo))
+        return out
+
+
+def _run(parts: Sequence[Axis], inner: Sequence[Axis]) -> bool:
+    n = len(inner)
+    return any(list(parts[i : i + n]) == list(inner) for i in range(len(parts) - n + 1))
+
+
+def _follows(axis: Axis, outer: Axis, inner: Axis) -> bool:
+    """Whether ``inner`` stands directly behind ``outer`` wherever it occurs in the expression."""
+    stack = [find(axis)]
+    while stack:
+        top = stack.pop()
+        if top is inner:
+            return False
+        if top.kind == PROD:
+            previous: Axis | None = None
+            for part in factors(top):
+                if part is inner:
+                    if previous is not outer:
+                        return False
+                else:
+                    stack.append(part)
+                previous = part
+        elif top.kind == CAT:
+            stack.extend(find(p) for p in top.parts)
+    return True
+
+
+__all__ = ["Change", "Dims", "Group", "Leaf", "Member", "from_ranges"]
