@@ -270,6 +270,10 @@ class Stage(Statement):
 
 @dataclass(frozen=True)
 class File(Node):
-    """A whole spec as written (imports not yet read)."""
+    """A whole spec as written (imports not yet read).
+
+    ``broken_names`` are names that statements with syntax errors would have declared: uses of them need no second error.
+    """
 
     statements: tuple[Statement, ...]
+    broken_names: tuple[str, ...] = field(default=(), compare=False)
