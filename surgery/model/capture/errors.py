@@ -1,0 +1,92 @@
+"""Turning what goes wrong inside a trace into a diagnostic that names the line of model code."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+
+import torch
+from torch import nn
+
+from surgery.core.diagnostics import SurgeryError, fail
+
+_TORCH = os.path.dirname(torch.__file__)
+_OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+class Fallback(Exception):
+    """A regional capture is not possible; the text says why, and the whole model is traced instead."""
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """``error``, what caused it and so on, each once."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def model_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost frame of model code: not torch, not surgery, not the standard library."""
+    for link in chain(error):
+        frames = traceback.extract_tb(link.__traceback__)
+        for frame in reversed(frames):
+            path = os.path.abspath(frame.filename)
+            inside = [path.startswith(_TORCH + os.sep), path.startswith(_OURS + os.sep)]
+            plain = path.startswith(_STDLIB + os.sep) and "site-packages" not in path
+            wrapper = f"{os.sep}transformers{os.sep}utils{os.sep}" in path
+            if not any(inside) and not plain and not wrapper and not frame.filename.startswith("<"):
+                return frame
+    return None
+
+
+def _place(frame: traceback.FrameSummary | None, module: nn.Module) -> str:
+    if frame is None:
+        return type(module).__name__
+    parts = frame.filename.replace(os.sep, "/").split("/site-packages/")
+    return f"{parts[-1]}:{frame.lineno} (in {frame.name})"
+
+
+def capture_error(error: BaseException, module: nn.Module) -> SurgeryError:
+    """The diagnostic for an exception that ended a trace.
+
+    S0501: anything the tracer cannot follow; S0502: code that depends on values in a tensor; S0503: a size that was to stay
+    open is fixed by the model.
+    """
+    for link in chain(error):
+        if isinstance(link, SurgeryError):
+            return link
+    frame = model_frame(error)
+    where = _place(frame, module)
+    line = f"the line is: {frame.line}" if frame is not None and frame.line else ""
+    kinds = {type(link).__name__ for link in chain(error)}
+    text = " ".join(str(link) for link in chain(error))
+    reason = _first_line(str(error))
+    notes = [n for n in (line, f"the tracer says: {reason}" if reason else "") if n]
+    name = type(module).__name__
+    data = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "UserErrorType"} & kinds
+    if data or "data-dependent" in text or "Cannot call item() on" in text or ".item() on a meta" in text or "Tensor.item() cannot be called on meta" in text:
+        return fail(
+            "S0502", f"{name} cannot be captured: {where} depends on values in a tensor",
+            notes=notes, help="rewrite that line with tensor operations such as torch.where, or wrap the part that has it and give its result as an input",
+        )  # fmt: skip
+    if "ConstraintViolation" in " ".join(kinds) or "ConstraintViolationError" in text or "specialized" in text:
+        return fail(
+            "S0503", f"{name} fixes a size that was to stay open at {where}",
+            notes=notes, help="leave that axis out of `dynamic`, or make the model take any size there",
+        )  # fmt: skip
+    return fail(
+        "S0501", f"{name} cannot be captured: {where} does something that the tracer cannot follow",
+        notes=notes, help="the model must run on tensors of any batch size without Python code that looks into them",
+    )  # fmt: skip
+
+
+def _first_line(text: str) -> str:
+    for line in text.splitlines():
+        if line.strip():
+            return line.strip()[:200]
+    return ""

@@ -1,0 +1,167 @@
+"""Running ``torch.export`` on a model as a function of flat tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.model import pytree
+from surgery.model.capture.errors import Fallback, capture_error
+from surgery.model.capture.regions import Region, Regions
+
+Axes = dict[int, str]  # axis -> name of its size; axes with one name have one size; "a+b" is a sum of others
+
+
+@dataclass
+class Call:
+    """How a model is called: named values that nest tensors, the flat tensors' names, and the named sizes of their axes."""
+
+    values: dict[str, Any]
+    axes: dict[str, Axes]
+    constants: dict[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()  # axis names whose size may turn out fixed without being an error
+
+    def tree(self) -> pytree.Tree:
+        return pytree.spec_of(self.values)
+
+    def flat(self) -> list[tuple[str, Tensor]]:
+        return list(zip(flat_names(self.tree()), pytree.flatten(self.values, self.tree()), strict=True))
+
+
+def flat_names(tree: pytree.Tree, prefix: str = "") -> list[str]:
+    """Names of a tree's leaves in order: ``input_ids``, ``past_key_values_key_0`` ..."""
+    kind = tree["type"]
+    if kind == "tensor":
+        return [prefix or "x"]
+    if kind == "cache":
+        parts = ("",) if tree["class"] == "DynamicCache" else ("_self", "_cross")
+        return [f"{prefix}{part}_{what}_{i}" for part in parts for what in ("key", "value") for i in range(tree["layers"])]
+    keys = tree.get("keys") or [str(i) for i in range(len(tree.get("items", [])))]
+    return [
+        name for key, item in zip(keys, tree.get("items", []), strict=True) for name in flat_names(item, f"{prefix}_{key}" if prefix else key)
+    ]
+
+
+class FlatModel(nn.Module):
+    """The model behind a flat signature. ``note`` receives the tree of its output (an attribute would be reset by the export)."""
+
+    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.tree = call.tree()
+        self.names = flat_names(self.tree)
+        self.note = note
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        self._unify(leaves)
+        values = _build(iter(leaves), self.tree)
+        out = self.model(**values, **self.call.constants)
+        tree = pytree.spec_of(out)
+        self.note(tree)
+        return tuple(pytree.flatten(out, tree))
+
+    def _unify(self, leaves: tuple[Tensor, ...]) -> None:
+        """Tells the tracer which sizes are one: every open axis starts with a symbol of its own."""
+        first: dict[str, Any] = {}
+        sums = []
+        for name, leaf in zip(self.names, leaves, strict=True):
+            for axis, size in self.call.axes.get(name, {}).items():
+                if "+" in size:
+                    sums.append((leaf.shape[axis], size))
+                elif size in first:
+                    torch._check(leaf.shape[axis] == first[size])
+                else:
+                    first[size] = leaf.shape[axis]
+        for actual, size in sums:
+            left, right = size.split("+")
+            if left in first and right in first:
+                torch._check(actual == first[left] + first[right])
+
+
+def _build(stream: Iterator[Tensor], tree: pytree.Tree) -> Any:
+    """Like ``pytree.unflatten``, but a cache holds its tensors as they are: filling one the usual way would trace a
+    concatenation with nothing for each layer."""
+    kind = tree["type"]
+    if kind == "cache" and tree["class"] == "DynamicCache":
+        n = tree["layers"]
+        keys = [next(stream) for _ in range(n)]
+        return filled_cache(keys, [next(stream) for _ in range(n)])
+    if kind == "dict":
+        return {k: _build(stream, item) for k, item in zip(tree["keys"], tree["items"], strict=True)}
+    if kind in ("list", "tuple"):
+        items = [_build(stream, item) for item in tree["items"]]
+        return items if kind == "list" else tuple(items)
+    return pytree.unflatten(stream, tree)
+
+
+def filled_cache(keys: list[Tensor], values: list[Tensor]) -> Any:
+    """A ``DynamicCache`` that holds these tensors themselves, one pair a layer, shape (batch, kv heads, past, head width)."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    for k, v in zip(keys, values, strict=True):
+        layer = DynamicLayer()
+        layer.keys, layer.values = k, v
+        layer.dtype, layer.device, layer.is_initialized = k.dtype, k.device, True
+        cache.layers.append(layer)
+    return cache
+
+
+@dataclass
+class Trace:
+    """A raw export: the flat program, the calls of layers found in it, the output's tree and the flat names."""
+
+    exported: torch.export.ExportedProgram
+    regions: list[Region]
+    out_tree: pytree.Tree
+    names: list[str]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracer chatter, and layer drop off: Python code that skips whole layers at random has no graph, and the usual
+    draw ``torch.rand([]) < rate`` never skips when it draws one."""
+    rand = torch.rand
+
+    def draw(*size: Any, **kwargs: Any) -> Any:
+        return 1.0 if size == ([],) and not kwargs else rand(*size, **kwargs)
+
+    loggers = [logging.getLogger(n) for n in ("torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export", "transformers")]
+    levels = [lg.level for lg in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for lg in loggers:
+            lg.setLevel(logging.CRITICAL)
+        torch.rand = draw  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.rand = rand
+            for lg, level in zip(loggers, levels, strict=True):
+                lg.setLevel(level)
+
+
+def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
+    """Exports ``model`` (on meta, nothing requiring grad) in its current mode. Raises SurgeryError S0501-S0503."""
+    found: list[pytree.Tree] = []
+    flat = FlatModel(model, call, found.append)
+    flat.training = model.training
+    hard, soft = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
+    dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
+    leaves = tuple(leaf for _, leaf in call.flat())
+    with _quiet(), Regions(model, stubs) as regions:
+        try:
+            exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
+        except Fallback:
+            raise
+        except Exception as error:
+            raise capture_error(error, model) from error
+    return Trace(exported, regions.regions, found[-1], flat.names)

@@ -1,0 +1,146 @@
+"""How transformers models are called at capture: main inputs, their axes, and sizes that trace well."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core.diagnostics import fail
+from surgery.model.capture.flatcall import Axes, Call, filled_cache
+
+BATCH, LENGTH, TARGET, PAST = 2, 12, 7, 8
+QUERY = 3  # new tokens of a causal model; differs from every other size, so that no two sizes are taken for one
+
+
+def hf_call(model: Any) -> Call:
+    """Meta inputs for a transformers model, from its class, its ``forward`` and its config.
+
+    Text: ids, mask and, where taken, token types; encoder-decoders their decoder ids and mask too; causal models get a
+    filled cache, so that one graph serves prefill, decoding and padding. Vision and audio models get their features.
+    Raises S0505 for a model whose main input is none of these.
+    """
+    config = model.config
+    taken = inspect.signature(type(model).forward).parameters
+    values: dict[str, Any] = {}
+    axes: dict[str, Axes] = {}
+    constants: dict[str, Any] = {}
+
+    def ids(name: str, length: int, size: str) -> None:
+        if name in taken:
+            values[name] = torch.ones(BATCH, length, dtype=torch.long, device="meta")
+            axes[name] = {0: "batch", 1: size}
+
+    causal = _is_causal(model, taken)
+    both = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in taken
+    features = _features(model, taken)
+    if "input_ids" in taken and features is None or "pixel_values" in taken and "input_ids" in taken:
+        text = getattr(config, "text_config", None) or config
+        longest = getattr(text, "max_position_embeddings", None) or LENGTH
+        length = min(LENGTH, longest)
+        if causal:
+            values["input_ids"] = torch.ones(BATCH, QUERY, dtype=torch.long, device="meta")
+            axes["input_ids"] = {0: "batch", 1: "query"}
+            values["attention_mask"] = torch.ones(BATCH, QUERY + PAST, dtype=torch.long, device="meta")
+            axes["attention_mask"] = {0: "batch", 1: "query+past"}
+            if "position_ids" in taken and _learned_positions(model):
+                values["position_ids"] = torch.ones(BATCH, QUERY, dtype=torch.long, device="meta")
+                axes["position_ids"] = {0: "batch", 1: "query"}
+            _cache(model, values, axes)
+            constants["use_cache"] = True
+        else:
+            ids("input_ids", length, "sequence")
+            ids("attention_mask", length, "sequence")
+            if (getattr(text, "type_vocab_size", 0) or 0) > 1:
+                ids("token_type_ids", length, "sequence")
+    if features is not None:
+        name, tensor, feature_axes = features
+        values[name] = tensor
+        axes[name] = feature_axes
+        if name != "pixel_values" and "attention_mask" in taken and 1 in feature_axes:
+            ids("attention_mask", tensor.shape[1], feature_axes[1])
+    if both:
+        ids("decoder_input_ids", TARGET, "target")
+        ids("decoder_attention_mask", TARGET, "target")
+    if not values:
+        raise fail(
+            "S0505", f"the inputs of {type(model).__name__} are not known",
+            notes=["its forward takes " + ", ".join(n for n in taken if n != "self")],
+            help="capture it from Python with example inputs: surgery.capture(module, inputs)",
+        )  # fmt: skip
+    if "use_cache" in taken and "use_cache" not in constants:
+        constants["use_cache"] = False
+    order = [n for n in taken if n in values]
+    return Call({n: values[n] for n in order}, axes, constants)
+
+
+def _is_causal(model: Any, taken: Any) -> bool:
+    """Decoder-only models that can cache; a cross-attending or encoder-only model cannot."""
+    config = model.config
+    if "past_key_values" not in taken or "input_ids" not in taken or getattr(config, "is_encoder_decoder", False):
+        return False
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    encoder_like = "token_type_ids" in taken and getattr(text, "is_decoder", None) is False and type(model).__name__ != "GPT2LMHeadModel"
+    if encoder_like and not _always_causal(config):
+        return False
+    return getattr(text, "is_decoder", None) is not False or _always_causal(config)
+
+
+def _always_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    family = config.model_type
+    return family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _learned_positions(model: Any) -> bool:
+    """Whether positions are looked up in a table, so that left padding needs them as an input; rotary ones are relative."""
+    names = [n for n, _ in model.named_modules()]
+    return any(n.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings") for n in names)
+
+
+def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
+    text = model.config.get_text_config(decoder=True)
+    layers = int(text.num_hidden_layers)
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def one() -> Tensor:
+        return torch.zeros(BATCH, heads, PAST, width, dtype=dtype, device="meta")
+
+    values["past_key_values"] = filled_cache([one() for _ in range(layers)], [one() for _ in range(layers)])
+    for i in range(layers):
+        for what in ("key", "value"):
+            axes[f"past_key_values_{what}_{i}"] = {0: "batch", 2: "past"}
+
+
+def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
+    """Pixels (batch, channels, height, width) or audio features, None for a text model."""
+    config = model.config
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if "pixel_values" in taken:
+        vision = getattr(config, "vision_config", None) or config
+        size = getattr(vision, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        channels = int(getattr(vision, "num_channels", 3))
+        return "pixel_values", torch.zeros(BATCH, channels, height, width, dtype=dtype, device="meta"), {0: "batch"}
+    if "input_features" in taken:
+        bins = int(getattr(config, "num_mel_bins", 80))
+        frames = 2 * int(getattr(config, "max_source_positions", 1500))
+        return "input_features", torch.zeros(BATCH, bins, frames, dtype=dtype, device="meta"), {0: "batch"}
+    if "input_values" in taken:
+        if hasattr(config, "max_length") and hasattr(config, "num_mel_bins") and hasattr(config, "frequency_stride"):
+            shape = (BATCH, int(config.max_length), int(config.num_mel_bins))
+            return "input_values", torch.zeros(*shape, dtype=dtype, device="meta"), {0: "batch"}
+        reach = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            reach = (reach - 1) * stride + kernel
+        step = 1
+        for stride in config.conv_stride:
+            step *= stride
+        samples = reach + 10 * step
+        return "input_values", torch.zeros(BATCH, samples, dtype=dtype, device="meta"), {0: "batch", 1: "sequence"}
+    return None

@@ -1,0 +1,216 @@
+"""From a config or a module to a :class:`Captured`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.model.capture import build, flatten
+from surgery.model.capture.errors import Fallback
+from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
+from surgery.model.capture.inputs import hf_call
+from surgery.model.capture.normalise import Normaliser
+from surgery.model.capture.template import Cutter
+from surgery.model.capture.tree import Tensors, stand_up
+from surgery.model.program import Signature
+
+
+@dataclass
+class Captured:
+    """A model as a graph, without weights.
+
+    ``graph``: tree of GraphModules on meta tensors, the model's own dtype written as bfloat16. ``aliases``: further name of a
+    tied tensor -> its first name. ``constants``: values of lifted constants and of buffers outside the state dict, by full
+    name. ``parameters``: every state-dict name -> (shape, dtype as captured). ``fallback``: why the layers were traced one by
+    one, "" when twins were stamped.
+    """
+
+    graph: fx.GraphModule
+    signature: Signature
+    aliases: dict[str, str]
+    constants: dict[str, Tensor]
+    parameters: dict[str, tuple[tuple[int, ...], str]]
+    fallback: str = ""
+
+
+def capture_config(config: Any, architecture: str | None = None, *, cache_dir: Path | None = None) -> Captured:
+    """The graph of a transformers model from its config (or a plain dict with ``model_type``), without weights.
+
+    ``architecture``: model class name, default the config's own. ``cache_dir``: folder of earlier captures, or None.
+    Raises SurgeryError: S0501-S0503 (cannot be traced), S0504 (unknown family, class or unfit sizes), S0505 (inputs unknown).
+    """
+    own = build.as_config(config)
+    cls = build.model_class(own, architecture)
+    if cache_dir is not None:
+        from surgery.model.capture.cache import cached
+
+        return cached(own, cls.__name__, cache_dir, lambda: _capture_hf(own, cls))
+    return _capture_hf(own, cls)
+
+
+def _capture_hf(config: Any, cls: type[Any]) -> Captured:
+    dtype = torch.bfloat16
+    model = build.hf_model(config, cls, dtype)
+    build.hoist_plain_tensors(model)
+    values = build.buffers_to_meta(model, None)
+    if any(v.dtype == dtype for v in values.values()):  # values as a model of full precision has them, not rounded ones
+        precise = build.hf_model(config, cls, torch.float32)
+        build.hoist_plain_tensors(precise)
+        values = build.buffers_to_meta(precise, None)
+    return capture_traced(model, hf_call(model), values)
+
+
+def capture_module(module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], *, dynamic: str | dict[str, Axes] = "batch, sequence") -> Captured:
+    """The graph of any module from example inputs. The module is copied: no tensor is shared with it, none is changed.
+
+    ``dynamic``: which axes stay open. ``"batch, sequence"``: axis 0 of every tensor, and axis 1 of integer tensors and of
+    floating ones of three axes; ``"batch"``: axis 0 only; a dict gives ``{input: {axis: name}}``, where axes of one name
+    have one size. Raises SurgeryError S0501-S0503, S0506 (inputs do not fit ``forward``).
+    """
+    kind = build.main_dtype(module)
+    clone, _ = build.meta_clone(module, kind)
+    build.hoist_plain_tensors(clone)
+    values = build.buffers_to_meta(clone, kind)
+    clone.train()
+    call = _bind(module, inputs, kind, dynamic)
+    return capture_traced(clone, call, {name: v.detach().clone() for name, v in values.items()})
+
+
+def _bind(module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], kind: torch.dtype | None, dynamic: str | dict[str, Axes]) -> Call:
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(**inputs) if isinstance(inputs, dict) else signature.bind(*inputs)
+    except TypeError as error:
+        raise fail(
+            "S0506", f"the example inputs do not fit {type(module).__name__}.forward: {error}", help=f"its parameters are {signature}"
+        ) from error
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        variadic = signature.parameters[name].kind
+        if variadic is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif variadic in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise fail(
+                "S0506", f"{type(module).__name__}.forward takes `{name}` by position only",
+                help="wrap the module in one whose forward names its inputs",
+            )  # fmt: skip
+        else:
+            named[name] = value
+    values = {n: _on_meta(v, kind) for n, v in named.items() if _has_tensors(v)}
+    constants = {n: v for n, v in named.items() if n not in values}
+    call = Call(values, {}, constants)
+    call.axes, call.optional = _open_axes(call, dynamic)
+    return call
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_has_tensors(v) for v in value)
+    if isinstance(value, dict):
+        return any(_has_tensors(v) for v in value.values())
+    return isinstance(value, Tensor) or hasattr(value, "get_seq_length")
+
+
+def _on_meta(value: Any, kind: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, dtype=torch.bfloat16 if value.dtype == kind else value.dtype, device="meta", requires_grad=False)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_meta(v, kind) for v in value)
+    if isinstance(value, dict):
+        return {k: _on_meta(v, kind) for k, v in value.items()}
+    if hasattr(value, "get_seq_length"):
+        from surgery.model.capture.flatcall import filled_cache
+
+        return filled_cache([_on_meta(la.keys, kind) for la in value.layers], [_on_meta(la.values, kind) for la in value.layers])
+    return value
+
+
+def _open_axes(call: Call, dynamic: str | dict[str, Axes]) -> tuple[dict[str, Axes], frozenset[str]]:
+    flat = call.flat()
+    names = {name for name, _ in flat}
+    if not isinstance(dynamic, str):
+        unknown = sorted(set(dynamic) - names)
+        if unknown:
+            raise fail("S0506", f"`dynamic` names no input {unknown[0]!r}", help="the inputs are " + ", ".join(sorted(names)))
+        return {n: dict(a) for n, a in dynamic.items()}, frozenset()
+    words = {w.strip() for w in dynamic.split(",") if w.strip()}
+    if not words <= {"batch", "sequence"}:
+        raise fail("S0506", f"`dynamic` is {dynamic!r}", help='write "batch", "batch, sequence" or a dict {input: {axis: name}}')
+    axes: dict[str, Axes] = {}
+    batch = next((t.shape[0] for _, t in flat if t.ndim > 0), None)
+    lengths: dict[int, str] = {}
+    for name, tensor in flat:
+        if tensor.ndim == 0:
+            continue
+        one: Axes = {0: "batch"} if "batch" in words and tensor.shape[0] == batch and tensor.shape[0] > 1 else {}
+        sequential = (tensor.ndim == 2 and not tensor.dtype.is_floating_point) or tensor.ndim == 3
+        if "sequence" in words and sequential and tensor.shape[1] > 1:
+            size = tensor.shape[1]
+            one[1] = lengths.setdefault(size, "sequence" if not lengths else f"sequence_{len(lengths)}")
+        axes[name] = one
+    return axes, frozenset(lengths.values())
+
+
+def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> Captured:
+    """The capture of a model that is on meta, called like ``call``; ``values`` are its buffers' values by name."""
+    wanted = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    tensors = Tensors(model, wanted)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    reason = ""
+    try:
+        return _assemble(model, call, values, tensors, trace(model, call, stubs=True), reason)
+    except Fallback as fallback:
+        reason = str(fallback)
+    except SurgeryError as error:
+        reason = str(error)
+    try:
+        return _assemble(model, call, values, tensors, trace(model, call, stubs=False), reason)
+    except Fallback as fallback:
+        raise fail("S0501", f"{type(model).__name__} cannot be captured: {fallback}", help="report this with the model's config") from fallback
+
+
+def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors, traced: Trace, reason: str) -> Captured:
+    exported = traced.exported
+    gm, signature = exported.graph_module, exported.graph_signature
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    owners = {ph: tensors.all_names[tensors.first[full.removeprefix("model.")]] for ph, full in stored.items()}
+    lifted_names = dict(signature.inputs_to_lifted_tensor_constants)
+    lifted = {ph: exported.constants[full].detach() for ph, full in lifted_names.items()}
+    lifted_targets = {ph: _attribute(i) for i, ph in enumerate(lifted)}
+    parameters = {ph for ph in owners if ph in signature.inputs_to_parameters}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in placeholders if n.name not in owners and n.name not in lifted]
+    flatten.inline_wrappers(gm, parameters | {n.name for n in inputs})
+    flatten.drop_checks(gm.graph)
+    symbols = flatten.Symbols()
+    for name, node in zip(traced.names, inputs, strict=True):
+        symbols.declare(name, node.meta["val"])
+    flatten.attach_specs(gm.graph.nodes, symbols)
+    Normaliser(model, owners).run(gm.graph)
+    flatten.drop_dead(gm.graph)
+    root = Cutter(gm.graph, traced.regions, owners, lifted_targets).cut(flat_names(call.tree()))
+    graph, constants = stand_up(root, tensors, model, {lifted_targets[ph]: v for ph, v in lifted.items()})
+    constants.update({name: values[name] for name in sorted(tensors.temporary) if name in values})
+    return Captured(
+        graph=graph,
+        signature=Signature(
+            parameters=tuple(call.values), in_spec=call.tree(), out_spec=traced.out_tree, constants=dict(call.constants), symbols=symbols.origins
+        ),
+        aliases=tensors.aliases,
+        constants=constants,
+        parameters={
+            name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name in tensors.first if name not in tensors.temporary for t in [tensors.of(name)]
+        },
+        fallback=reason,
+    )
+
+
+def _attribute(index: int) -> str:
+    return f"constant_{index}"
