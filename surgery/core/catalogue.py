@@ -184,3 +184,6 @@ CATALOGUE_FILE = Path(__file__).with_name("catalogue.json")
 def load() -> Catalogue:
     """The packaged catalogue."""
     return parse(CATALOGUE_FILE.read_text("utf-8"))
+
+
+load_catalogue = load

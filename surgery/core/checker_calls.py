@@ -101,13 +101,14 @@ class Calls:
         return Bound(call.name, info, args, spans, call.span)
 
     def _positional(self, call: ast.Call, arg: ast.Arg, known: dict[str, ParamInfo], seen: dict[str, Span]) -> None:
-        free = [n for n in known if n not in seen and not any(a.name == n for a in call.args)]
+        free = [p for n, p in known.items() if n not in seen and not any(a.name == n for a in call.args)]
+        free.sort(key=lambda p: not _may_be(p, arg.value))  # stable: the first that the value suits
         text = arg.value.span.text if arg.value.span.end else "..."
         if not known:
             self.sink.error("S0219", f"`{call.name}` takes no parameters", arg.value.span, "unexpected", help=f"write `{call.name}`")
             return
         shown = text if len(text) < 40 else "..."
-        help = f"write `{free[0]} = {shown}`" if free else f"every parameter of `{call.name}` is given already"
+        help = f"write `{free[0].name} = {shown}`" if free else f"every parameter of `{call.name}` is given already"
         notes = [f"parameters of {call.name}: {', '.join(known)}"]
         self.sink.error(
             "S0219", f"a parameter of `{call.name}` has no name", arg.value.span, "which parameter is this?", help=help, notes=notes
@@ -142,3 +143,10 @@ def _leading(info: MethodInfo) -> tuple[str, ...]:
     """A method's first parameter may stand without its name when it is required and a word or a text, as in ``objective(ln_dpo)``."""
     first = info.params[0] if info.params else None
     return (first.name,) if first is not None and first.required and first.type in ("name", "str") else ()
+
+
+def _may_be(info: ParamInfo, value: ast.Value) -> bool:
+    """Whether a value without a name could be meant for a parameter: it is the default, or of a likely kind."""
+    if not isinstance(value, ast.Number):
+        return info.type == ("str" if isinstance(value, ast.String) else "name")
+    return info.type in ("int", "float") and (info.unit == "%") == (value.unit == "%" or 0 < value.value < 1) and info.name != "seed"

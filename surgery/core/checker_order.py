@@ -63,7 +63,7 @@ def order(statements: Sequence[Checked], sink: Sink) -> None:
 
 def _early(fold: ast.Operation, later: ast.Operation, sink: Sink) -> None:
     sink.error(
-        "S0405", "this `fold` stands above everything in the spec that could be folded", place(fold), "folds only what the model brings along",
+        "S0408", "this `fold` stands above everything in the spec that could be folded", place(fold), "folds only what the model brings along",
         also=[(place(later), "the first adapter comes here")], help="move `fold` below the adapters that it should fold",
         severity=Severity.WARNING,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from surgery.core import ast
-from surgery.core.catalogue import BACKENDS, BYTES, CHECKS, EDITION_VERBS, QUANTITIES, SHARE, Catalogue, Quantity
+from surgery.core.catalogue import BACKENDS, BYTES, CHECKS, QUANTITIES, SHARE, Catalogue, Quantity
 from surgery.core.checker_calls import Calls
 from surgery.core.checker_names import Definition, Names, last_word_span
 from surgery.core.checker_order import place
@@ -56,14 +56,7 @@ class Statements:
     # ------------------------------------------------------------ operations
 
     def _operation(self, node: ast.Operation, stage: str) -> Checked | None:
-        if node.verb not in EDITION_VERBS:
-            help, notes = suggestion(node.verb, EDITION_VERBS, "verbs")
-            close = near(node.verb, EDITION_VERBS)
-            fix = Fix(node.verb_span, close[0], safe=False) if close else None
-            self.sink.error("S0210", f"there is no verb `{node.verb}`", node.verb_span, "unknown verb", help=help, notes=notes, fix=fix)
-            bound = None
-        else:
-            bound = self.calls.method(node.verb, node.method)
+        bound = self.calls.method(node.verb, node.method)
         node = replace(
             node, selectors=self._selectors(node.selectors), keep=self._selectors(node.keep), except_=self._selectors(node.except_),
         )  # fmt: skip

@@ -62,7 +62,7 @@ def suggestion(word: str, known: Iterable[str], what: str, limit: int = 12) -> t
     close = near(word, names)
     help = [f"did you mean {quoted(close)}?"] if close else []
     if not names:
-        return help, [f"{what}: none"]
+        return help, [f"{what}: none yet"]
     shown = sorted(names)
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     notes = [] if close and len(names) > limit else [f"{what}: {', '.join(shown[:limit])}{more}"]

@@ -37,15 +37,29 @@ def render(diagnostics: Iterable[Diagnostic], headlines: dict[str, str] | None =
 
 
 def _result(d: Diagnostic, rule: int) -> dict[str, Any]:
-    text = "\n".join([d.message, *(la.text for la in d.labels if la.primary and la.text), *(f"note: {n}" for n in d.notes), *(f"help: {h}" for h in d.help)])
+    text = "\n".join(
+        [
+            d.message,
+            *(la.text for la in d.labels if la.primary and la.text),
+            *(f"note: {n}" for n in d.notes),
+            *(f"help: {h}" for h in d.help),
+        ]
+    )
     out: dict[str, Any] = {"ruleId": d.code, "ruleIndex": rule, "level": str(d.severity), "message": {"text": text}}
     out["locations"] = [_location(la.span) for la in d.labels if la.primary]
-    related = [{"id": i, **_location(la.span), "message": {"text": la.text}} for i, la in enumerate(la for la in d.labels if not la.primary)]
+    related = [
+        {"id": i, **_location(la.span), "message": {"text": la.text}} for i, la in enumerate(la for la in d.labels if not la.primary)
+    ]
     if related:
         out["relatedLocations"] = related
     if d.fix is not None:
         change = {"deletedRegion": _region(d.fix.span), "insertedContent": {"text": d.fix.replacement}}
-        out["fixes"] = [{"description": {"text": f"write {d.fix.replacement}"}, "artifactChanges": [{"artifactLocation": _artifact(d.fix.span), "replacements": [change]}]}]
+        out["fixes"] = [
+            {
+                "description": {"text": f"write {d.fix.replacement}"},
+                "artifactChanges": [{"artifactLocation": _artifact(d.fix.span), "replacements": [change]}],
+            }
+        ]
     return out
 
 

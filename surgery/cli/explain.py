@@ -1,0 +1,82 @@
+"""``surgery explain``: the page of a diagnostic's code, of a method, of a backend, check, quantity or data source."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from surgery.cli.command import FAULT, Argument, Command
+from surgery.cli.explaining import pages
+from surgery.cli.pages import entry_page, method_page, quantity_page
+from surgery.cli.report import Report, result
+from surgery.core.catalogue import BACKENDS, CHECKS, QUANTITIES, SOURCES, load
+from surgery.core.diagnostics import fail
+from surgery.core.near import suggestion
+
+TABLES = ((BACKENDS, "emit"), (CHECKS, "expect"), (SOURCES, "data"))
+
+
+def page(subject: str) -> str:
+    """The Markdown page of a code, ``VERB/NAME`` or a name. Raises S0912 when there is none."""
+    subject = subject.strip()
+    if re.fullmatch(r"[Ss]\d{1,4}", subject):
+        return _code(subject.upper())
+    catalogue = load()
+    verb, slash, name = subject.replace(" ", "/").partition("/")
+    if slash:
+        info = catalogue.get(verb, name)
+        if info is not None:
+            return method_page(info)
+    else:
+        found = [method_page(catalogue.methods[v, subject]) for v in catalogue.verbs_of(subject)]
+        found += [entry_page(table[subject], word) for table, word in TABLES if subject in table]
+        if subject in QUANTITIES:
+            found.append(quantity_page(QUANTITIES[subject]))
+        if found:
+            return "\n".join(found)
+    names = [f"{v}/{n}" for v, n in catalogue.methods] if slash else [n for _, n in catalogue.methods]
+    if not slash:
+        names += [*BACKENDS, *CHECKS, *QUANTITIES, *SOURCES]
+    help, _ = suggestion(subject, names, "names")
+    raise fail(
+        "S0912",
+        f"there is no page `{subject}`",
+        help=[*help, "`surgery methods` lists the methods; codes look like S0212"],
+        exit_code=FAULT,
+    )
+
+
+def _code(code: str) -> str:
+    known = pages()
+    if code in known:
+        return known[code]
+    help, _ = suggestion(code, known, "codes")
+    raise fail(
+        "S0912", f"there is no page for the code `{code}`", help=help or "the codes are listed in docs/errors/README.md", exit_code=FAULT
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    report: Report = args.report
+    text = page(" ".join(args.subject))
+    if report.machine:
+        report.document((), {"schema": "surgery.page/1", "subject": " ".join(args.subject), "markdown": text})
+    else:
+        result(text)
+    return 0
+
+
+COMMAND = Command(
+    "explain",
+    "explain a diagnostic's code or a method",
+    run,
+    (
+        Argument(
+            "subject",
+            "a code such as S0212, a method such as lora or adapt/lora, an output, check, quantity or data source",
+            "+",
+            files=False,
+        ),
+    ),
+    examples=("surgery explain S0212", "surgery explain lora", "surgery explain adapt/lora", "surgery explain onnx"),
+)

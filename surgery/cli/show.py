@@ -1,0 +1,38 @@
+"""``surgery show``: the anatomy of a model or artifact, its sizes, and which line made what."""
+
+from __future__ import annotations
+
+import argparse
+
+from surgery.cli.command import ALLOW_CODE, NO_CACHE, Argument, Command, Option
+from surgery.cli.progress import progress
+from surgery.cli.report import Report
+from surgery.cli.showing import present
+
+
+def run(args: argparse.Namespace) -> int:
+    report: Report = args.report
+    with progress(report) as step:
+        from surgery import driver
+
+        shown = driver.show(
+            args.model, blame=args.blame, tensor=args.name, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step
+        )
+    return present(report, shown)
+
+
+COMMAND = Command(
+    "show",
+    "show the parts of a model or artifact, and which line made what",
+    run,
+    (
+        Argument("model", "an artifact, a checkpoint folder, a hub name, config:PATH or minilm"),
+        Argument("name", "a tensor or module: with --blame, the history of this one only", "?", files=False),
+    ),
+    (
+        Option("blame", "for each changed module and tensor: the statement that made it, and the expression of its value"),
+        NO_CACHE,
+        ALLOW_CODE,
+    ),
+    examples=("surgery show minilm", "surgery show build/minilm-lora --blame", "surgery show ./llama-checkpoint --format json"),
+)
