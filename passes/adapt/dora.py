@@ -10,7 +10,7 @@ from torch import Tensor
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.delta import Tensors
 from surgery.passes.kinds.geometry import Geometry, take
-from surgery.passes.kinds.lowrank import LowRankMethod, low_rank_input, lora_tensors, product
+from surgery.passes.kinds.lowrank import LowRankMethod, lora_tensors, low_rank_input, product
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import fail
-from surgery.core.method import Method, param
+from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
@@ -45,9 +45,6 @@ class DeltaMethod(Method):
     kind: ClassVar[str] = "delta"
     fold_class: ClassVar[str] = "merge"
     reads: ClassVar[tuple[str, ...]] = ()
-
-    dropout: float = param(0.0, "probability of zeroing an input of the added branch while training", min=0, max=0.99, unit="%")
-    seed: int = param(0, "changes every random initial value of this statement", min=0)
 
     # -------------------------------------------------------------- mathematics of the method
 
@@ -82,8 +79,9 @@ class DeltaMethod(Method):
     def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
         """The site's output ``out`` with this method's change, from the site's input ``x``; methods give a faster one."""
         weight = extra.get("weight")
-        if self.dropout and training and site.op != "embedding":
-            x = F.dropout(x, self.dropout)
+        dropout = getattr(self, "dropout", 0.0)
+        if dropout and training and site.op != "embedding":
+            x = F.dropout(x, dropout)
         change = site.apply(x, self.delta(site, t, None if weight is None else weight.to(out.dtype)))  # type: ignore[arg-type]
         return out + site.spread(change, axis=1 if site.op == "conv" else -1)
 
@@ -134,6 +132,10 @@ class DeltaModule(nn.Module):
         if site.rows and more.get("bias") is not None:
             more["bias"] = take(more["bias"], site.rows, 0)
         return method.forward(site, self.tensors(), x, out, more, self.training)
+
+    def surgery_events(self) -> tuple[Method, nn.Module]:
+        """Who acts during training on whose behalf (see ``surgery.train``)."""
+        return self.method, self
 
     def module_config(self) -> dict[str, Any]:
         return {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": self.site.as_json()}

@@ -26,6 +26,8 @@ class LowRankMethod(DeltaMethod):
 
     rank: int = param(8, "columns of the thin factors", min=1, per_layer=True)
     alpha: float = param(16.0, "numerator of the scale", min=0, per_layer=True)
+    dropout: float = param(0.0, "probability of zeroing an input of the added branch while training", min=0, max=0.99, unit="%")
+    seed: int = param(0, "changes every random initial value of this statement", min=0)
 
     def scale(self) -> float:
         """The factor ``s`` in front of the product."""
