@@ -37,6 +37,7 @@ OPS = {"placeholder": "in", "get_attr": "get", "call_module": "mod", "call_funct
 _OP_OF = {short: long for long, short in OPS.items()}
 _WORD = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_-]*")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_DUNDER = re.compile(r"__\w*__")
 _KINDS = ("tensor", "int", "float", "bool", "other")
 _FORMATS = {
     str(f).removeprefix("torch."): f for f in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
@@ -243,8 +244,15 @@ def load(data: Any, *, modules: registry.Resolver | None = None) -> fx.GraphModu
     ``modules`` finds classes of tags that are not registered yet. Raises S0824 (operation not on the list), S0825 (module
     class unknown), S0827 (an operation's schema has changed in this torch) and S0826 for any other defect.
     """
+    root = read_with(GraphReader, data, modules)
+    assert isinstance(root, fx.GraphModule)
+    return root
+
+
+def read_with(reader: type[GraphReader], data: Any, modules: registry.Resolver | None = None) -> nn.Module:
+    """The tree that a reader makes of the data; every defect of the data is a :class:`SurgeryError`."""
     try:
-        return _Reader(data, modules).tree()
+        return reader(data, modules).tree()
     except SurgeryError:
         raise
     except Exception as err:
@@ -255,7 +263,9 @@ def malformed(why: str) -> SurgeryError:
     return fail("S0826", f"the stored graph is damaged: {why}", help="emit the artifact again from its spec")
 
 
-class _Reader:
+class GraphReader:
+    """Builds the tree of one file; a subclass may choose what runs a graph."""
+
     def __init__(self, data: Any, resolver: registry.Resolver | None) -> None:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             schema = data.get("schema") if isinstance(data, dict) else None
@@ -295,10 +305,10 @@ class _Reader:
         if counts[root] > MAX_MODULES or nodes[root] > MAX_NODES or depth[root] > 64:
             raise malformed(f"it unfolds to {counts[root]} modules with {nodes[root]} nodes")
 
-    def tree(self) -> fx.GraphModule:
-        root = self.module(self.data["root"])
-        if not isinstance(root, fx.GraphModule):
+    def tree(self) -> nn.Module:
+        if "nodes" not in self.data["modules"][self.data["root"]]:
             raise malformed("its root is not a graph")
+        root = self.module(self.data["root"])
         for alias, first in self.data["aliases"]:
             self.tie(root, alias, first)
         return root
@@ -313,7 +323,7 @@ class _Reader:
     def module(self, index: int) -> nn.Module:
         entry = self.data["modules"][index]
         if "nodes" in entry:
-            made: nn.Module = fx.GraphModule(nn.Module(), fx.Graph())
+            made = self.holder()
         elif "tag" in entry:
             made = self.leaf(entry)
         else:
@@ -323,9 +333,16 @@ class _Reader:
         for name, child in entry.get("children", {}).items():
             made.add_module(word(name), self.module(child))
         if "nodes" in entry:
-            assert isinstance(made, fx.GraphModule)
-            made.graph = self.graph(entry["nodes"], made)
+            self.fill(made, index, entry["nodes"])
         return made
+
+    def holder(self) -> nn.Module:
+        """An empty module that will run a graph."""
+        return fx.GraphModule(nn.Module(), fx.Graph())
+
+    def fill(self, holder: nn.Module, index: int, nodes: list[Any]) -> None:
+        """Give the holder, whose children and tensors are in place, its graph."""
+        holder.graph = self.graph(nodes, holder)  # type: ignore[assignment]
 
     def leaf(self, entry: dict[str, Any]) -> nn.Module:
         main = dtype_of(entry["dtype"]) if "dtype" in entry else None
@@ -445,7 +462,7 @@ def _still_accepts(now: Any, text: str) -> bool:
 
 def identifier(name: Any) -> str:
     """``name`` itself if it may stand unquoted in generated code; S0826 otherwise."""
-    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name.startswith("__"):
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or _DUNDER.fullmatch(name):
         raise malformed(f"{str(name)[:60]!r} is not a name")
     return name
 

@@ -104,6 +104,22 @@ TORCH_MODULES: dict[str, TorchModule] = {
     "nn.AlphaDropout": TorchModule(nn.AlphaDropout, ("p", "inplace"), typed=False),
     "nn.Identity": TorchModule(nn.Identity, (), typed=False),
 }
+_CAPTURED = {
+    "surgery.attention": ("Attention", ("p", "is_causal", "scale", "enable_gqa")),
+    "surgery.drop_path": ("DropPath", ("p",)),
+}
+
+
+def _captured_leaves() -> None:
+    """List the modules that capture puts into graphs, as if they were of torch: their constructors take these attributes."""
+    from surgery.model.capture import leaves
+
+    for tag, (name, attributes) in _CAPTURED.items():
+        entry = TorchModule(getattr(leaves, name), attributes, typed=False)
+        TORCH_MODULES[tag] = entry
+        _TORCH_TAG[entry.cls] = tag
+
+
 _TORCH_TAG = {entry.cls: tag for tag, entry in TORCH_MODULES.items()}
 SCOPES = (nn.Module, nn.ModuleList, nn.Sequential, nn.ModuleDict)
 """Classes that only hold other modules; they come back as plain ``nn.Module``."""
@@ -116,6 +132,8 @@ def tag_of(module: nn.Module) -> str | None:
 
 def config_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
     """Tag and configuration of a leaf module. Raises S0825 for a class that is not registered."""
+    if type(module).__module__ == "surgery.model.capture.leaves" and type(module) not in _TORCH_TAG:
+        _captured_leaves()
     tag = _TORCH_TAG.get(type(module))
     if tag is not None:
         return tag, TORCH_MODULES[tag].config(module)
@@ -130,6 +148,8 @@ def config_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def build(tag: str, config: dict[str, Any], dtype: torch.dtype | None, resolver: Resolver | None = None) -> nn.Module:
     """A leaf module on the meta device. Raises S0825 for an unknown tag; ValueError or TypeError for a wrong configuration."""
+    if tag in _CAPTURED and tag not in TORCH_MODULES:
+        _captured_leaves()
     entry = TORCH_MODULES.get(tag)
     if entry is not None:
         return entry.build(config, dtype)

@@ -33,19 +33,28 @@ def retarget(
         dtype = None
     if dtype is None and where is None:
         return
-    change = _changer(source, dtype, where)
     for _, gm in graphs_of(graph):
-        changed = False
-        for node in gm.graph.nodes:
-            if node.op in ("call_function", "call_module"):
-                args, kwargs = _map(node.args, change), _map(node.kwargs, change)
-                if not _same(args, node.args) or not _same(kwargs, node.kwargs):
-                    node.args, node.kwargs = args, kwargs
-                    changed = True
-            if dtype is not None and "spec" in node.meta:
-                node.meta["spec"] = _respec(node.meta["spec"], _name(source), _name(dtype))
-        if changed:
+        if retarget_graph(gm.graph, dtype=dtype, device=where, source=source):
             gm.recompile()
+
+
+def retarget_graph(
+    graph: fx.Graph, *, dtype: torch.dtype | None = None, device: torch.device | None = None, source: torch.dtype = torch.bfloat16
+) -> bool:
+    """:func:`retarget` for one graph; True when a constant of it was rewritten."""
+    if dtype == source:
+        dtype = None
+    change = _changer(source, dtype, device)
+    changed = False
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_module"):
+            args, kwargs = _map(node.args, change), _map(node.kwargs, change)
+            if not _same(args, node.args) or not _same(kwargs, node.kwargs):
+                node.args, node.kwargs = args, kwargs
+                changed = True
+        if dtype is not None and "spec" in node.meta:
+            node.meta["spec"] = _respec(node.meta["spec"], _name(source), _name(dtype))
+    return changed
 
 
 def _name(dtype: torch.dtype) -> str:
