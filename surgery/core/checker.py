@@ -237,6 +237,7 @@ class _FileChecker:
         if text is not None:
             value = self._set_value(node, full, text, span)
         elif value is None:
+            self.scope.broken.add(node.name)
             self.sink.error(
                 "S0206", f"the parameter `{full}` has no value", span, "no default and not set",
                 help=[f"set it on the command line: `--set {full}=...`", f"or give it a default: `param {node.name} = ...`"],
@@ -301,9 +302,12 @@ class _FileChecker:
         key = _key(path)
         chain = [k for k, _ in self.chain]
         if key in chain or len(chain) > MAX_IMPORT_DEPTH:
+            self.scope.broken.add(node.name)
             self._cycle(key, chain, span)
             return
         child = self._child(node, path, key, span)
+        if child is None:
+            self.scope.broken.add(node.name)
         if child is not None and node.name not in self.children:
             self.children[node.name] = child
             self.scope.imports[node.name] = child.scope

@@ -57,6 +57,16 @@ class Scope:
     names: dict[str, Definition] = field(default_factory=dict)
     later: dict[str, Definition] = field(default_factory=dict)
     imports: dict[str, Scope] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    """Names whose definition was reported: their uses are not reported again."""
+
+    def is_broken(self, name: str) -> bool:
+        """Whether a use of the name would only repeat an earlier report."""
+        head, dot, rest = name.partition(".")
+        if name in self.broken or head in self.broken:
+            return True
+        child = self.imports.get(head) if dot else None
+        return child is not None and child.is_broken(rest)
 
     def find(self, name: str) -> Definition | None:
         found = self.names.get(name)
@@ -69,7 +79,7 @@ class Scope:
     def known(self, *kinds: str) -> Iterator[str]:
         """Names that may be written here, imported ones with their prefix (one level)."""
         for d in self.names.values():
-            if not kinds or d.kind in kinds:
+            if d.name[0] != "\0" and (not kinds or d.kind in kinds):  # not an unnamed model
                 yield d.name
         for prefix, child in self.imports.items():
             for d in child.names.values():
@@ -87,6 +97,7 @@ class Names:
     def define(self, definition: Definition) -> None:
         first = self.scope.names.get(definition.name)
         if first is not None:
+            self.scope.broken.add(definition.name)
             self.sink.error(
                 "S0202", f"the name `{definition.name}` is taken", definition.span, "second use of the name",
                 also=[(first.span, f"it is {KIND_WORDS[first.kind]} since here")], help="give one of the two another name",
@@ -97,6 +108,8 @@ class Names:
     def lookup(self, name: str, span: Span, kinds: tuple[str, ...], what: str) -> Definition | None:
         """The definition of a name that must be one of ``kinds``; reports and gives None otherwise."""
         found = self.scope.find(name)
+        if self.scope.is_broken(name):
+            return None
         if found is None:
             self.unknown(name, span, kinds, what)
             return None
@@ -110,6 +123,8 @@ class Names:
         return found
 
     def unknown(self, name: str, span: Span, kinds: tuple[str, ...], what: str) -> None:
+        if self.scope.is_broken(name):
+            return
         later = self.scope.later.get(name)
         if later is not None:
             self.sink.error(
@@ -178,6 +193,8 @@ class Names:
         if best is None:
             return self._later(selector)
         count, found = best
+        if self.scope.is_broken(".".join(words[:count])):
+            return selector
         last = selector.steps[count - 1]
         if isinstance(last, ast.Step) and last.index is not None:
             self.sink.error(

@@ -100,7 +100,10 @@ class Statements:
         bound = self.calls.method("merge", node.method)
         for part in node.of:
             self.names.lookup(
-                part.name, part.span if part.span.end else node.span, ("adapter", "checkpoint", "model", "site"), "an adapter or checkpoint"
+                part.name,
+                _first(part.span if part.span.end else node.span, part.name),
+                ("adapter", "checkpoint", "model", "site"),
+                "an adapter or checkpoint",
             )
         node = replace(node, selectors=self._selectors(node.selectors))
         if node.name:
@@ -130,7 +133,7 @@ class Statements:
         if found is not None and found.kind == "site":
             return
         if found is not None:
-            self.names.lookup(name, span, ("site",), "what a statement created")
+            self.names.lookup(name, span, ("site",), "a created name")
             return
         later = scope.later.get(name)
         if later is not None and later.kind == "site":
@@ -159,7 +162,7 @@ class Statements:
         node = replace(node, selectors=self._selectors(node.selectors))
         if node.of:
             span = _within(node.span, node.of)
-            self.names.lookup(node.of, span, ("site", "stage"), "what a statement created")
+            self.names.lookup(node.of, span, ("site", "stage"), "a created name")
         span = node.quantity_span if node.quantity_span.end else node.span
         if info is None:
             help, notes = suggestion(node.quantity, QUANTITIES, "quantities")
@@ -280,3 +283,8 @@ def _place_span(node: ast.Operation) -> Span:
 
 def _within(span: Span, name: str) -> Span:
     return span if span.text == name else last_word_span(span, name)
+
+
+def _first(span: Span, name: str) -> Span:
+    """The name at the beginning of ``name * weight``."""
+    return Span(span.source, span.start, span.start + len(name)) if span.text.startswith(name) else span

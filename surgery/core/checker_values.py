@@ -68,7 +68,7 @@ def show(value: float | int | str | bool | None, unit: str = "") -> str:
 
 def example(info: ParamInfo) -> str:
     """``rank = 8``: the parameter with a value that is allowed."""
-    if info.default is not None and not isinstance(info.default, list | tuple):
+    if info.default is not None and not isinstance(info.default, list | tuple) and (info.unit != "%" or info.default):
         value = show(info.default, info.unit)
         return f'{info.name} = "{value}"' if info.type == "str" else f"{info.name} = {value}"
     if info.choices:
@@ -111,6 +111,8 @@ class Values:
         """The Python value of an argument (see :class:`surgery.core.spec.Bound`), or ``BAD`` after a report."""
         value, definition = self.names.value(written)
         span, also = written.span, _origin(definition)
+        if isinstance(written, ast.Name) and self.names.scope.is_broken(written.value):
+            return BAD
         if isinstance(value, ast.Name) and value.value == "none" and info.type != "name":
             if not info.required and info.default is None:
                 return None
@@ -159,7 +161,7 @@ class Values:
             help, notes = suggestion(value.value, info.choices, f"`{info.name}` is one of")
             fix = Fix(span, help and near(value.value, info.choices)[0], safe=False) if help and not also else None
             self.sink.error(
-                "S0221", f"`{info.name}` cannot be `{value.value}`", span, wanted(info), also=also, help=help, notes=notes, fix=fix
+                "S0221", f"`{info.name}` cannot be `{value.value}`", span, "no such value", also=also, help=help, notes=notes, fix=fix
             )
             return BAD
         if isinstance(value, ast.String) and value.value in info.choices:

@@ -82,9 +82,7 @@ class Diagnostic:
             "labels": [{**place(la.span), "text": la.text, "primary": la.primary} for la in self.labels],
             "notes": list(self.notes),
             "help": list(self.help),
-            "fix": None
-            if self.fix is None
-            else {**place(self.fix.span), "replacement": self.fix.replacement, "safe": self.fix.safe},
+            "fix": None if self.fix is None else {**place(self.fix.span), "replacement": self.fix.replacement, "safe": self.fix.safe},
         }
 
 

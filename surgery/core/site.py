@@ -79,8 +79,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All sites of a program in model order, its stacks, and what has no role."""
+    """All sites of a program in model order, its stacks, and what has no role.
+
+    ``modules`` are sites of whole modules and bare parameters whatever their role, for selectors that are raw paths: the role
+    of each is its path in quotes.
+    """
 
     sites: tuple[Site, ...]
     stacks: tuple[Stack, ...]
     unresolved: tuple[Unresolved, ...] = ()
+    modules: tuple[Site, ...] = ()
