@@ -16,14 +16,12 @@ from torch import nn
 
 from surgery.compiling import Compilation
 from surgery.core import ast
-from surgery.core.catalogue import load_catalogue
-from surgery.core.checker import check
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.lock import Lock, drift, lock_path, read_lock
 from surgery.core.plan import Plan
-from surgery.core.source import Source, Span
+from surgery.core.source import Span
 from surgery.core.spec import Spec
-from surgery.grammar.parser import parse, read_source
+from surgery.front import check_source, source_of
 from surgery.opening import open_program
 from surgery.session import Session
 
@@ -53,19 +51,10 @@ class Result:
 
 def load_spec(spec: str | os.PathLike[str], sets: Mapping[str, str] | None = None) -> Spec:
     """A checked spec from a path or from text (text has a newline or starts with ``surg ``)."""
-    source = _source(spec)
-    tree, found = parse(source)
-    checked, more = check(tree, source, catalogue=load_catalogue(), sets=dict(sets or {}), read=read_source)
-    problems = [*found, *more]
+    checked, problems = check_source(source_of(spec), sets)
     if any(d.is_error for d in problems):
         raise SurgeryError(*problems)
     return checked
-
-
-def _source(spec: str | os.PathLike[str]) -> Source:
-    if isinstance(spec, str) and ("\n" in spec or spec.lstrip().startswith("surg ")):
-        return Source("<text>", spec)
-    return read_source(Path(spec))
 
 
 def model_ref(spec: Spec, model: str | nn.Module | None) -> tuple[str | nn.Module, Span | None]:
