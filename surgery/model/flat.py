@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
+from surgery.model.capture import leaves
 from surgery.model.program import ValueSpec
 
 aten = torch.ops.aten
@@ -203,6 +204,14 @@ def _identity(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
     return f.call(aten.dropout.default, (args[0], float(getattr(m, "p", 0.0)), False), spec)
 
 
+def _attention(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
+    q, k, v, *rest = args
+    mask = rest[0] if rest else kwargs.get("mask")
+    more = {"scale": m.scale, "enable_gqa": m.enable_gqa}
+    more = {key: value for key, value in more.items() if value}
+    return f.call(aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, m.is_causal), spec, more)
+
+
 _EXPANSIONS: dict[type, Callable[..., Any]] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
@@ -214,6 +223,8 @@ _EXPANSIONS: dict[type, Callable[..., Any]] = {
     nn.modules.conv._ConvNd: _conv,
     nn.modules.dropout._DropoutNd: _identity,
     nn.Identity: _identity,
+    leaves.Attention: _attention,
+    leaves.DropPath: _identity,
 }
 
 

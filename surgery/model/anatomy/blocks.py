@@ -68,6 +68,8 @@ class Attention:
     k_norms: list[Norm] = field(default_factory=list)
     tables: list[fx.Node] = field(default_factory=list)
     """Parameters added to the scores."""
+    inner_norms: list[Norm] = field(default_factory=list)
+    """Norms between the attention and its output projection."""
 
 
 @dataclass(eq=False)
@@ -133,9 +135,24 @@ class Blocks:
             else:
                 return False
 
-    def exit(self, start: fx.Node) -> Exit | None:
-        """Forward from a projection's output to the addition that joins it to the residual stream."""
+    def upstream(self, node: fx.Node) -> set[fx.Node]:
+        """The values that a sublayer's input is, behind views, casts and the norm in front."""
+        found: set[fx.Node] = set()
+        for _ in range(16):
+            found.add(node)
+            norm = self.view.norm_of.get(node)
+            if norm is not None:
+                node = norm.x
+            elif ops.name_of(node) in ops.SHAPE or ops.name_of(node) in ops.GATHER:
+                node = node.all_input_nodes[0]
+            else:
+                break
+        return found
+
+    def exit(self, start: fx.Node, source: fx.Node) -> Exit | None:
+        """Forward from a projection's output to the addition that joins it to the residual stream; ``source`` entered."""
         node: fx.Node = start
+        streams = self.upstream(source)
         output: fx.Node | None = None
         norms: list[Norm] = []
         for _ in range(64):
@@ -147,7 +164,7 @@ class Blocks:
                 if name == "add" and len(both := self.activations(user)) == 2 and both[0] is not both[1]:
                     other = both[1] if both[0] is node else both[0]
                     if _same_size(user, node):
-                        if self.from_projection(other):
+                        if not self.upstream(other) & streams and self.from_projection(other):
                             output = output or node
                             step = user
                             break
@@ -308,12 +325,13 @@ class Blocks:
         value_dim = _int((ops.shape_of(core.v) or (None,))[-1])
         if not sdpa and head_dim is None:
             head_dim = _int((ops.shape_of(core.k) or (None, None))[-2])
-        out = self._output_projection(core)
+        between: list[Norm] = []
+        out = self._output_projection(core, between)
         if out is not None:
             parts["o"] = Part(out, np.unique(out.rows))
         q = parts.get("q")
         first = q or next(iter(parts.values()))
-        target = self.view.strip(first.projection.x, gather=True)
+        target = self.view.strip(first.projection.x, gather=True, dropout=False)
         key = parts.get("k") or parts.get("v")
         memory = self.view.strip(key.projection.x, gather=True) if key else None
         cross = memory is not None and q is not None and self._stream(target) is not self._stream(memory)
@@ -322,12 +340,12 @@ class Blocks:
         for role, nodes in trail.items():
             inside[role] = [n for n in dict.fromkeys(self.view.norm_of[x] for x in nodes if x in self.view.norm_of)]
         return Attention(
-            core, parts, target, memory if cross else None, self.exit(out.node) if out else None, cross,
+            core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
             _count(q, head_dim), _count(parts.get("k"), head_dim), head_dim, value_dim, inside["q"], inside["k"],
-            self._tables(core),
+            self._tables(core), between,
         )  # fmt: skip
 
-    def _output_projection(self, core: Core) -> Projection | None:
+    def _output_projection(self, core: Core, between: list[Norm]) -> Projection | None:
         node: fx.Node = core.node
         for _ in range(32):
             users = self.view.users(node)
@@ -336,6 +354,7 @@ class Blocks:
                 return found
             norm = next(iter(self._norms_at(node)), None)
             if norm is not None:
+                between.append(norm)
                 node = norm.out
                 continue
             step = next((u for u in users if self._passes(u, node)), None)
@@ -394,12 +413,13 @@ class Blocks:
             used = {p.projection for p in parts.values()}
             if used & self._taken or not all(_pointlike(p) for p in used):
                 continue
-            joined = self.exit(down.node)
+            source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
+            joined = self.exit(down.node, source)
             if joined is None:
                 continue
             parts["down"] = Part(down, np.unique(down.rows))
             self._taken |= {p.projection for p in parts.values()}
-            block = FeedForward(parts, self.view.strip(parts["up"].projection.x, gather=True), joined, activation, gated, norms=norms)
+            block = FeedForward(parts, source, joined, activation, gated, norms=norms)
             if down.kind == "experts":
                 block.experts = down.stored[0]
             yield block
@@ -479,7 +499,7 @@ class Blocks:
             projection = self.view.by_node.get(value)
             if projection is None:
                 continue
-            source = self.view.strip(projection.x, gather=True)
+            source = self.view.strip(projection.x, gather=True, dropout=False)
             for block in self.feed_forwards:
                 if block.experts == len(projection.rows) and block.input is source and block.router is None:
                     block.router = Part(projection, np.unique(projection.rows))
@@ -488,6 +508,11 @@ class Blocks:
 
 
 # ---------------------------------------------------------------- small facts
+
+
+def whole(projection: Projection) -> Part:
+    """All rows that a projection uses, as one part."""
+    return Part(projection, np.unique(projection.rows))
 
 
 def activation_of(trail: list[fx.Node]) -> str:

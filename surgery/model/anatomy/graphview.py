@@ -272,14 +272,21 @@ class GraphView:
         found = node.meta.get("path")
         return str(found) if found is not None else weight.rpartition(".")[0]
 
-    def strip(self, node: fx.Node, *, gather: bool = False) -> fx.Node:
-        """Back through ops that only move values."""
+    def strip(self, node: fx.Node, *, gather: bool = False, dropout: bool = True) -> fx.Node:
+        """Back through ops that only move values; with ``gather`` through ops that take some of them too."""
         while True:
             name = ops.name_of(node)
+            if name in ops.DROPOUT and not dropout:
+                return node
             if name in ops.SHAPE or (gather and (name in ops.GATHER or name in ops.PARTS)):
                 node = node.all_input_nodes[0]
             else:
                 return node
+
+    def after_activation(self, node: fx.Node, wanted: bool) -> fx.Node:
+        """The activation that alone reads a value, else the value itself."""
+        users = self.users(node)
+        return users[0] if wanted and len(users) == 1 and ops.name_of(users[0]) in ops.ACTIVATIONS else node
 
     def backward(self, start: fx.Node) -> Iterator[fx.Node]:
         """Every value that ``start`` depends on, itself first, each once; ``send(True)`` skips the inputs of the last."""
@@ -309,7 +316,9 @@ def _trace_weight(source: fx.Node, weight: fx.Node, stored: tuple[int, ...], tra
     while node is not source:
         chain.append(node)
         node = ops.tensors(node)[0]
-    coordinates: list[Any] = [np.broadcast_to(np.arange(n).reshape((-1,) + (1,) * (len(stored) - i - 1)), stored) for i, n in enumerate(stored)]
+    coordinates: list[Any] = [
+        np.broadcast_to(np.arange(n).reshape((-1,) + (1,) * (len(stored) - i - 1)), stored) for i, n in enumerate(stored)
+    ]
     for step in reversed(chain):
         moved = [_apply(step, c) for c in coordinates]
         if any(m is None for m in moved):

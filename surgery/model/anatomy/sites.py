@@ -1,0 +1,270 @@
+"""Building the sites of the anatomy from the blocks that were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgery.core.site import NodeRef, Site
+from surgery.model.anatomy import ops
+from surgery.model.anatomy.blocks import Attention, FeedForward, Part
+from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
+from surgery.model.anatomy.layers import ConvBlock, Unit
+
+
+@dataclass(frozen=True)
+class Names:
+    """What sites need to know about the stored tensors: shapes, dtypes by name."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    parameters: tuple[str, ...]
+    aliases: dict[str, str]
+
+    def under(self, path: str) -> tuple[str, ...]:
+        prefix = f"{path}."
+        return tuple(p for p in self.parameters if p.startswith(prefix))
+
+
+class Builder:
+    """Makes sites; remembers which parameters they account for and which weight had which role first."""
+
+    def __init__(self, view: GraphView, names: Names) -> None:
+        self.view = view
+        self.names = names
+        self.sites: list[Site] = []
+        self.claimed: dict[str, str] = {}
+        self._first_role: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
+
+    # ---------------------------------------------------------------- single sites
+
+    def add(self, site: Site) -> None:
+        if not site.is_region and site.weight:
+            key = (site.weight, site.rows)
+            first = self._first_role.setdefault(key, site.role)
+            if first != site.role:
+                site = replace(site, tied_to=first)
+        for name in (site.weight, site.bias):
+            if name and not site.is_region:
+                self.claimed.setdefault(name, site.role)
+        self.sites.append(site)
+
+    def part(self, role: str, part: Part, calls: Iterable[Part] = (), **more: Any) -> Site:
+        """A projection or a slice of it."""
+        p = part.projection
+        stored = p.stored
+        rows = () if part.whole else ranges(part.rows)
+        width = len(part.rows)
+        shape: tuple[int, ...]
+        facts = dict(more.pop("facts", {}))
+        if p.kind == "experts":
+            shape = (stored[0], width, stored[p.in_axis])
+            facts["experts"] = stored[0]
+        elif p.kind == "conv":
+            shape = (width, stored[p.in_axis], *stored[2:])
+            facts |= conv_facts(p)
+        else:
+            shape = (width, stored[p.in_axis])
+        nodes = [p.node, *(c.projection.node for c in calls)]
+        return Site(
+            role=role, op={"matmul": "linear"}.get(p.kind, p.kind), path=self.view.path(p.node, p.weight), weight=p.weight, bias=p.bias,
+            rows=rows, out_axis=p.out_axis, in_axis=p.in_axis, shape=shape, dtype=self.names.dtypes.get(p.weight, ""),
+            calls=origins(nodes), facts=facts, **more,
+        )  # fmt: skip
+
+    def norm(self, role: str, norms: Sequence[Norm], **more: Any) -> Site:
+        first = norms[0]
+        facts = {"kind": first.kind, **more.pop("facts", {})}
+        return Site(
+            role=role, op="norm", path=self.view.path(first.out, first.weight), weight=first.weight, bias=first.bias,
+            shape=self.names.shapes.get(first.weight, ()), dtype=self.names.dtypes.get(first.weight, ""),
+            calls=origins(n.out for n in norms), facts=facts, **more,
+        )  # fmt: skip
+
+    def embedding(self, role: str, nodes: Sequence[fx.Node], **more: Any) -> Site:
+        weight = self.view.parameter_name(nodes[0].args[0])
+        return Site(
+            role=role, op="embedding", path=self.view.path(nodes[0], weight), weight=weight, out_axis=1, in_axis=0,
+            shape=tuple(reversed(self.names.shapes.get(weight, ()))), dtype=self.names.dtypes.get(weight, ""),
+            calls=origins(nodes), **more,
+        )  # fmt: skip
+
+    def parameter(self, role: str, node: fx.Node, op: str = "param", **more: Any) -> Site:
+        name = str(node.target)
+        return Site(
+            role=role, op=op, path=name.rpartition(".")[0], weight=name, shape=self.names.shapes.get(name, ()),
+            dtype=self.names.dtypes.get(name, ""), calls=origins(u for u in self.view.users(node)), **more,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- blocks
+
+    def attention(self, base: str, unit: Unit, where: dict[str, Any]) -> None:
+        """The region of an attention block and its projections."""
+        block = unit.block
+        assert isinstance(block, Attention)
+        calls = [c for c in unit.calls if isinstance(c, Attention)]
+        heads = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": block.head_dim}
+        members: list[Site] = []
+        for role in ("q", "k", "v", "o"):
+            part = block.parts.get(role)
+            if part is not None:
+                others = [c.parts[role] for c in calls if c is not block and role in c.parts]
+                members.append(self.part(f"{base}.{role}", part, others, **heads, **where))
+        for role, norms in (("q_norm", block.q_norms), ("k_norm", block.k_norms)):
+            if norms and norms[0].weight:
+                members.append(self.norm(f"{base}.{role}", norms[:1], **where))
+        inner = [n for n in block.inner_norms if n.weight]
+        for i, norm in enumerate(inner):
+            members.append(self.norm(f"{base}.norm" + (f"[{i}]" if len(inner) > 1 else ""), [norm], **where))
+        for table in block.tables:
+            name = str(table.target)
+            if name not in self.claimed:
+                members.append(self.parameter(f"{base}.bias", table, "bias", **where))
+        facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
+        if block.value_dim != block.head_dim:
+            facts["value_dim"] = block.value_dim
+        self._region(base, unit, block.input, block.exit, members, facts, heads | where)
+
+    def feed_forward(self, base: str, unit: Unit, where: dict[str, Any]) -> None:
+        """The region of a feed-forward block, its projections, its router and experts."""
+        block = unit.block
+        assert isinstance(block, FeedForward)
+        calls = [c for c in unit.calls if isinstance(c, FeedForward)]
+        members: list[Site] = []
+        if block.router is not None:
+            others = [c.router for c in calls if c is not block and c.router is not None]
+            members.append(self.part(f"{base}.router", block.router, others, facts={"top_k": block.top_k}, **where))
+        stem = f"{base}.experts" if block.experts else base
+        for role in ("up", "gate", "down"):
+            part = block.parts.get(role)
+            if part is not None:
+                others = [c.parts[role] for c in calls if c is not block and role in c.parts]
+                members.append(self.part(f"{stem}.{role}", part, others, **where))
+        inner = [n for n in block.norms if n.weight]
+        for i, norm in enumerate(inner):
+            members.append(self.norm(f"{base}.norm" + (f"[{i}]" if len(inner) > 1 else ""), [norm], **where))
+        facts: dict[str, object] = {"activation": block.activation, "gated": block.gated, "calls": len(unit.calls)}
+        facts["width"] = len(block.parts["up"].rows)
+        if block.experts:
+            facts |= {"experts": block.experts, "top_k": block.top_k}
+            members.insert(1 if block.router else 0, self._experts(stem, members, facts, where))
+        self._region(base, unit, block.input, block.exit, members, facts, where)
+
+    def _experts(self, role: str, members: list[Site], facts: dict[str, object], where: dict[str, Any]) -> Site:
+        inside = [m for m in members if m.op == "experts"]
+        names = tuple(dict.fromkeys(n for m in inside for n in (m.weight, m.bias) if n))
+        return Site(role=role, op="region", path=inside[0].path, parameters=names, facts=dict(facts), **where)
+
+    def convolutions(self, base: str, unit: Unit, where: dict[str, Any], start: int) -> int:
+        """The convolutions of a residual block as ``conv[i]`` and ``shortcut``; gives the next free index."""
+        block = unit.block
+        assert isinstance(block, ConvBlock)
+        at = start
+        for projection in block.convs:
+            role = f"{base}.conv[{at}]" if projection.kind == "conv" else f"{base}.proj[{at}]"
+            self.add(self.part(role, Part(projection, np.unique(projection.rows)), **where))
+            at += 1
+        for i, projection in enumerate(block.shortcut):
+            role = f"{base}.shortcut" + (f"[{i}]" if len(block.shortcut) > 1 else "")
+            self.add(self.part(role, Part(projection, np.unique(projection.rows)), **where))
+        return at
+
+    def _region(
+        self, role: str, unit: Unit, source: fx.Node, exit: Any, members: list[Site], facts: dict[str, object], more: dict[str, Any]
+    ) -> None:
+        path = unit.path
+        inside = dict.fromkeys(n for m in members for n in (m.weight, m.bias) if n)
+        places: dict[str, NodeRef | None] = {"input": None, "output": None, "residual": None, "norm_output": None}
+        if exit is not None:
+            after = post_norm(self.view, source, exit)
+            facts["norm"] = "post" if after is not None else ("pre" if self.normed(source, exit.residual) else "none")
+            places = self.places(source, exit.output, exit.residual, after)
+        self.add(Site(role=role, op="region", path=path, parameters=tuple(inside), facts=facts, **places, **more))
+        for member in members:
+            self.add(member)
+
+    # ---------------------------------------------------------------- places
+
+    def normed(self, source: fx.Node, residual: fx.Node) -> bool:
+        """The block reads a norm of the stream, not the stream."""
+        norm = self.view.norm_of.get(source)
+        return norm is not None and self.view.strip(norm.x) is self.view.strip(residual)
+
+    def places(self, source: fx.Node, output: fx.Node, residual: fx.Node, after: fx.Node | None) -> dict[str, NodeRef | None]:
+        """References inside the innermost GraphModule that sees both the input and the output."""
+        graphs = list(dict.fromkeys(r.graph for r in output.meta.get("refs", ())))
+        seen = [g for g in graphs if ref_in(source, g) is not None]
+        graph = seen[0] if seen else (graphs[0] if graphs else "")
+        return {
+            "input": ref_in(source, graph, last=True),
+            "output": ref_in(output, graph),
+            "residual": ref_in(residual, graph, last=True),
+            "norm_output": None if after is None else ref_in(after, graph),
+        }
+
+
+def post_norm(view: GraphView, source: fx.Node, exit: Any) -> fx.Node | None:
+    """Output of the norm that alone reads the sum, when the block itself reads the stream un-normed; else None."""
+    if view.strip(source) is not view.strip(exit.residual):
+        return None
+    norms = {view.norm_of.get(u) or view.norm_inner.get(u) for u in _readers(view, exit.add)}
+    found = [n for n in norms if n is not None and view.strip(n.x) is exit.add]
+    if len(found) != 1:
+        return None
+    statistics = {"pow", "mean", "var", "sub", "square"}
+    outside = [
+        u for u in _readers(view, exit.add) if u is not found[0].out and u not in found[0].inner and ops.name_of(u) not in statistics
+    ]
+    return None if [u for u in outside if u.op != "output"] else found[0].out
+
+
+def _readers(view: GraphView, node: fx.Node) -> list[fx.Node]:
+    """Users of a value, through casts and views."""
+    found: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        for user in view.users(stack.pop()):
+            if ops.name_of(user) in ops.SHAPE and ops.name_of(user) != "dropout":
+                stack.append(user)
+            else:
+                found.append(user)
+    return found
+
+
+def origins(nodes: Iterable[fx.Node]) -> tuple[NodeRef, ...]:
+    """The tree nodes that flat nodes come from, each once."""
+    return tuple(dict.fromkeys(n.meta["origin"] for n in nodes if n.meta.get("origin")))
+
+
+def ranges(rows: np.ndarray[Any, Any]) -> tuple[tuple[int, int], ...]:
+    """Half-open runs of sorted row numbers."""
+    if not len(rows):
+        return ()
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks))
+
+
+def conv_facts(p: Projection) -> dict[str, object]:
+    """Stride, padding, dilation and groups of a convolution."""
+    args = p.node.args
+    name = ops.name_of(p.node)
+    rank = len(p.stored) - 2
+
+    def each(value: Any) -> Any:
+        return (value,) * rank if isinstance(value, int) else (tuple(value) * rank if len(value) == 1 else tuple(value))
+
+    def get(at: int, key: str, default: Any) -> Any:
+        return args[at] if len(args) > at else p.node.kwargs.get(key, default)
+
+    padding = get(4, "padding", 0)
+    facts: dict[str, object] = {"stride": each(get(3, "stride", 1)), "padding": padding if isinstance(padding, str) else each(padding)}
+    transposed = "transpose" in name
+    facts["groups"] = get(6 if transposed else (8 if name == "convolution" else 6), "groups", 1)
+    facts["dilation"] = each(get(7 if transposed else 5, "dilation", 1))
+    if transposed or (name == "convolution" and bool(get(6, "transposed", False))):
+        facts["transposed"] = True
+    return facts
