@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Shown:
 
     program: Program
     blame: bool = False
+    only: str = ""
+    """With ``blame``: a glob, only tensors of these names."""
 
     def as_json(self) -> dict[str, Any]:
         from surgery.model import cost
@@ -102,7 +105,7 @@ class Shown:
         lines = ["made or changed by:"]
         for name in self.program.weights:
             origins = self.program.journal.of(name)
-            if not origins:
+            if not origins or (self.only and not fnmatchcase(name, self.only)):
                 continue
             lines.append(f"  {name} {list(self.program.weights[name].shape)}")
             lines += [f"    {o.span}  {o.verb} {o.method}" for o in origins]
@@ -118,11 +121,11 @@ def _stem(sites: list[Site]) -> str:
     return ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
 
 
-def show(ref: Any, *, blame: bool = False, allow_code: bool = False, use_cache: bool = True) -> Shown:
+def show(ref: Any, *, blame: bool = False, only: str = "", allow_code: bool = False, use_cache: bool = True) -> Shown:
     """The anatomy of a model or artifact, from headers alone."""
     program, _ = open_program(ref, allow_code=allow_code, use_cache=use_cache)
     program.anatomy  # noqa: B018  found here, so that its findings are raised here
-    return Shown(program, blame)
+    return Shown(program, blame, only)
 
 
 @dataclass

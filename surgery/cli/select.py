@@ -16,9 +16,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise fail("S0911", "surgery select: no model", help=f"write `surgery select '{args.selector}' --model MODEL`", exit_code=2)
     with progress(report) as step:
+        step("opening the model")
         from surgery import driver
 
-        found = driver.select(args.selector, args.model, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step)
+        found = driver.select(args.selector, args.model, allow_code=args.allow_code, use_cache=not args.no_cache)
     return present(report, found)
 
 

@@ -13,10 +13,11 @@ from surgery.cli.showing import present
 def run(args: argparse.Namespace) -> int:
     report: Report = args.report
     with progress(report) as step:
+        step("opening the model")
         from surgery import driver
 
         shown = driver.show(
-            args.model, blame=args.blame, tensor=args.name, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step
+            args.model, blame=args.blame or bool(args.name), only=args.name or "", allow_code=args.allow_code, use_cache=not args.no_cache
         )
     return present(report, shown)
 
@@ -27,12 +28,17 @@ COMMAND = Command(
     run,
     (
         Argument("model", "an artifact, a checkpoint folder, a hub name, config:PATH or minilm"),
-        Argument("name", "a tensor or module: with --blame, the history of this one only", "?", files=False),
+        Argument("name", "only the history of the tensors with this name; * stands for anything", "?", files=False),
     ),
     (
         Option("blame", "for each changed module and tensor: the statement that made it, and the expression of its value"),
         NO_CACHE,
         ALLOW_CODE,
     ),
-    examples=("surgery show minilm", "surgery show build/minilm-lora --blame", "surgery show ./llama-checkpoint --format json"),
+    examples=(
+        "surgery show minilm",
+        "surgery show build/minilm-lora --blame",
+        "surgery show build/minilm-lora '*.query.*'",
+        "surgery show ./llama-checkpoint --format json",
+    ),
 )
