@@ -51,9 +51,17 @@ FAULTS = {
     "size of shape": (packed({"a": entry(0, 4, [7])}, b"1234"), "S0709", "`a` in x.safetensors takes 4 bytes but F32 [7] needs 28"),
     "backwards": (packed({"a": entry(4, 0, [1])}, b"1234"), "S0709", "`a` in x.safetensors takes -4 bytes"),
     "overlap": (packed({"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12), "S0709", "`b` and `a` in x.safetensors overlap"),
-    "hole": (packed({"a": entry(0, 4), "b": entry(8, 12)}, b"0" * 12), "S0709", "x.safetensors has 4 bytes before `b` that belong to no tensor"),
+    "hole": (
+        packed({"a": entry(0, 4), "b": entry(8, 12)}, b"0" * 12),
+        "S0709",
+        "x.safetensors has 4 bytes before `b` that belong to no tensor",
+    ),
     "tail": (packed({"a": entry(0, 4)}, b"0" * 9), "S0709", "x.safetensors has 5 bytes behind its last tensor"),
-    "dtype": (packed({"a": entry(0, 4, [1], "F4")}, b"1234"), "S0710", "`a` in x.safetensors has the dtype 'F4', which surgery cannot read"),
+    "dtype": (
+        packed({"a": entry(0, 4, [1], "F4")}, b"1234"),
+        "S0710",
+        "`a` in x.safetensors has the dtype 'F4', which surgery cannot read",
+    ),
 }
 
 
@@ -150,7 +158,9 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
     assert exc.diagnostics[0].message == "1 tensor is in two shards: `a` in model-1.safetensors and model-2.safetensors"
 
 
-@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x.safetensors"}}']
+)
 def test_bad_index(tmp_path: Path, index: str) -> None:
     path = folder(tmp_path / "m", {"model-1.safetensors": ONE})
     (path / "model.safetensors.index.json").write_text(index)
@@ -158,7 +168,9 @@ def test_bad_index(tmp_path: Path, index: str) -> None:
 
 
 def test_all_damaged_shards_are_reported_in_one_run(tmp_path: Path) -> None:
-    path = folder(tmp_path / "m", {"model-1.safetensors": ONE, "model-2.safetensors": TWO}, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    path = folder(
+        tmp_path / "m", {"model-1.safetensors": ONE, "model-2.safetensors": TWO}, {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    )
     for name in ("model-1.safetensors", "model-2.safetensors"):
         (path / name).write_bytes((path / name).read_bytes()[:-1])
     assert [d.code for d in refused(path).diagnostics] == ["S0707", "S0707"]

@@ -15,7 +15,14 @@ from surgery.core.source import Source, Span
 from surgery.model.checkpoint import open_checkpoint
 from surgery.model.checkpoint_config import hf_config, meta_model
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40, "max_position_embeddings": 20}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "max_position_embeddings": 20,
+}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class WeightFiles:
     index_path: Path | None = None
 
 
-def find_weights(folder: Path, file: Path | None, span: Span | None = None) -> WeightFiles:
+def find_weights(folder: Path, file: Path | None = None, span: Span | None = None) -> WeightFiles:
     """The weight files of ``folder`` (or just ``file``). S0705 only pickles, S0706 none or a shard is missing, S0711 a bad index."""
     if file is not None:
         return WeightFiles((file,))

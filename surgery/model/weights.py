@@ -228,9 +228,7 @@ def _portable_leaf(expr: Expr) -> list[Any] | None:
 
 def _fingerprint(root: Expr, slot: str, leaf: Callable[[Expr], list[Any] | None]) -> str:
     """Hash bottom-up without recursion (expressions may be deep), leaving each node's hash in its own cache ``slot``."""
-    for expr in nodes(root):
-        if slot in expr.__dict__:
-            continue
+    for expr in nodes(root, without=slot):
         own: list[Any] = [type(expr).__name__, list(expr.shape), expr.dtype]
         special = leaf(expr)
         if special is not None:
@@ -257,13 +255,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def nodes(root: Expr) -> Iterator[Expr]:
-    """Every distinct node object below ``root``, inputs before their users, ``root`` last; deterministic order."""
+def nodes(root: Expr, without: str = "") -> Iterator[Expr]:
+    """Every distinct node object below ``root``, inputs before their users, ``root`` last; deterministic order.
+
+    ``without`` leaves out nodes that have that cached property already, and all below them."""
     done: set[int] = set()
     stack: list[tuple[Expr, bool]] = [(root, False)]
     while stack:
         expr, ready = stack.pop()
-        if id(expr) in done:
+        if id(expr) in done or (without and without in expr.__dict__):
             continue
         if ready:
             done.add(id(expr))
