@@ -9,6 +9,7 @@ import os
 from surgery.cli.check import read
 from surgery.cli.command import FINDINGS, FINE, Argument, Command, Option
 from surgery.cli.report import Report, result, write_file
+from surgery.core.catalogue import load
 from surgery.core.diagnostics import Diagnostic, SurgeryError
 
 
@@ -24,6 +25,13 @@ def specs_in(paths: list[str]) -> list[str]:
     return out
 
 
+def is_share(verb: str, method: str, parameter: str) -> bool:
+    """Whether a parameter is a share, so that ``fmt`` writes a bare 0.3 as 30%."""
+    info = load().get(verb, method)
+    found = info.param(parameter) if info is not None else None
+    return found is not None and found.unit == "%"
+
+
 def run(args: argparse.Namespace) -> int:
     from surgery.grammar.formatter import format_text
 
@@ -34,11 +42,14 @@ def run(args: argparse.Namespace) -> int:
     for path in specs_in(args.spec):
         try:
             source = read(path)
-            new = format_text(source)
+            new, problems = format_text(source, is_share)
         except SurgeryError as e:
             found += e.diagnostics
             worst = max(worst, e.exit_code)
             continue
+        found += problems
+        if any(d.is_error for d in problems):
+            worst = max(worst, FINDINGS)
         if new != source.text:
             changed.append(path)
         if args.diff:

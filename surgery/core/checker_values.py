@@ -140,7 +140,7 @@ class Values:
         return self._wrong(info, value, span, also)
 
     def _list(self, info: ParamInfo, value: ast.ListValue, also: Also) -> Any:
-        out = []
+        out: list[Any] = []
         for item in value.items:
             inner, definition = self.names.value(item)
             if isinstance(inner, ast.Number | ast.String):
@@ -159,7 +159,7 @@ class Values:
             if not info.choices or value.value in info.choices:
                 return value.value
             help, notes = suggestion(value.value, info.choices, f"`{info.name}` is one of")
-            fix = Fix(span, help and near(value.value, info.choices)[0], safe=False) if help and not also else None
+            fix = Fix(span, near(value.value, info.choices)[0], safe=False) if help and not also else None
             self.sink.error(
                 "S0221", f"`{info.name}` cannot be `{value.value}`", span, "no such value", also=also, help=help, notes=notes, fix=fix
             )
