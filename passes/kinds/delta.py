@@ -186,8 +186,12 @@ def _attach(
     if why:
         raise fail("S0271", f"{op.method.name} cannot stand at {site.role}: {why}", op.origin.span, "asked for here")
     rebase = method.rebase(geometry)
+    note, copied = method.note(geometry), 0
     if rebase:
-        _refuse_rebase(program, op, site, weight_name)
+        _refuse_rebase(program, op, site, site.weight)
+        if untie(program, site.weight):
+            weight_name, copied = site.weight, torch.Size(source.shape).numel()
+            note = "; ".join(filter(None, (note, f"{site.weight} is no longer tied, {copied:,} parameters more")))
 
     module = DeltaModule.__new__(DeltaModule)
     nn.Module.__init__(module)
@@ -223,7 +227,7 @@ def _attach(
     own = 0 if weight_name in program.frozen else torch.Size(geometry.canonical).numel()
     own += 0 if not site.bias or site.bias in program.frozen else _size(program, site.bias)
     shape = geometry.canonical
-    return SiteChange(site.role, site.path, site.rows, shape, shape, added, 0, trainable + own, method.note(geometry))
+    return SiteChange(site.role, site.path, site.rows, shape, shape, added + copied, 0, trainable + own, note)
 
 
 def _seeded(params: tuple[tuple[str, Any], ...], op: Resolved, path: str) -> tuple[tuple[str, Any], ...]:
@@ -252,7 +256,7 @@ def _rewrite(program: Program, name: str, source: Expr, part: Expr, geometry: Ge
 
 def _refuse_rebase(program: Program, op: Resolved, site: Site, weight: str) -> None:
     for a in program.attachments:
-        if a.site.weight and program.aliases.get(a.site.weight, a.site.weight) == weight and _wants(a):
+        if a.site.weight == weight and _wants(a):
             raise fail(
                 "S0470", f"{op.method.name} rewrites the weight of {site.role}, on which {a.name} depends", op.origin.span, "rewritten here",
                 also=[(a.origin.span, f"{a.name} reads this weight")], help=f"put this statement in front of {a.name}",
@@ -283,10 +287,7 @@ def _insert(
         if geometry.op == "experts":
             return (current, base)
         sources = {"weight": lambda: read(site.weight), "bias": lambda: read(site.bias), "base": lambda: base}
-        reads = [r for r in method.reads if r != "bias" or site.bias]
-        if "bias" in method.reads and not site.bias:
-            return (x, current, *(sources[r]() for r in reads), None)
-        return (x, current, *(sources[r]() for r in method.reads))
+        return (x, current, *(None if r == "bias" and not site.bias else sources[r]() for r in method.reads))
 
     node = attach.call_after(program, graph, current, target, args)
     program.journal.record(attach.node_ref(graph, node), op.origin)
@@ -337,15 +338,14 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved) ->
 
     Raises S0471 when an adapter that stays reads the weight that would change.
     """
-    name = program.aliases.get(group[0].site.weight, group[0].site.weight)
+    name = group[0].site.weight
     for a in program.attachments:
-        same = a.site.weight and program.aliases.get(a.site.weight, a.site.weight) == name
-        if same and a not in group and _wants(a) and _overlap(a, group):
+        if a.site.weight == name and a not in group and _wants(a) and _overlap(a, group):
             raise fail(
                 "S0471", f"folding {group[0].name} changes the weight of {a.site.role}, on which {a.name} depends", op.origin.span,
                 "folded here", also=[(a.origin.span, f"{a.name} reads this weight")], help=f"fold {a.name} in the same statement",
             )  # fmt: skip
-    name = untie(program, group[0].site.weight)
+    untie(program, name)
     before = program.weights[name]
     for a in group:
         module = program.module(a.module)
@@ -371,12 +371,12 @@ def _overlap(a: Attachment, group: list[Attachment]) -> bool:
     return any(not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows) for b in group)
 
 
-def untie(program: Program, name: str) -> str:
-    """Make ``name`` a tensor of its own if it is tied to others, so that a change of it stays with it. Returns ``name``."""
+def untie(program: Program, name: str) -> bool:
+    """Make ``name`` a tensor of its own if it is tied to others, so that a change of it stays with it. Whether it was tied."""
     first = program.aliases.get(name, name)
     heirs = [k for k, v in program.aliases.items() if v == first]
     if not heirs:
-        return name
+        return False
     expr = program.weights[first]
     if name == first:
         for other in heirs:
@@ -394,4 +394,4 @@ def untie(program: Program, name: str) -> str:
     module = program.module(owner)
     old = getattr(module, leaf)
     setattr(module, leaf, nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad))
-    return name
+    return True

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar
 
+import torch
+
 from surgery.core.method import Method
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
@@ -31,11 +33,13 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     changes: list[SiteChange] = []
     groups: dict[str, list[Attachment]] = {}
     for a in chosen:
-        key = program.aliases.get(a.site.weight, a.site.weight) if a.method.kind == "delta" else a.module
+        key = a.site.weight if a.method.kind == "delta" else a.module
         groups.setdefault(key, []).append(a)
     for group in groups.values():
         kind = import_module(f"surgery.passes.kinds.{group[0].method.kind}")
         sizes = {a.module: _count(program, a) for a in group}
+        weight = group[0].site.weight
+        tied = weight in program.aliases or weight in program.aliases.values()
         reason = "" if hasattr(kind, "fold_attachments") else "its kind has no fold"
         if group[0].method.fold_class == "none":
             reason = f"{group[0].method.name} has no place in an existing weight"
@@ -43,9 +47,12 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         for a in group:
             shape = a.site.shape
             note = f"{a.name} stays in the graph: {reason}" if reason else f"{a.name} folded"
-            changes.append(
-                SiteChange(a.site.role, a.site.path, a.site.rows, shape, shape, removed=0 if reason else sizes[a.module], note=note)
-            )
+            copied = 0
+            if tied and not reason and a is group[0]:
+                copied = torch.Size(program.weights[a.site.weight].shape).numel()
+                note += f"; {a.site.weight} is no longer tied, {copied:,} parameters more"
+            removed = 0 if reason else sizes[a.module]
+            changes.append(SiteChange(a.site.role, a.site.path, a.site.rows, shape, shape, added=copied, removed=removed, note=note))
     program.touch()
     return changes
 

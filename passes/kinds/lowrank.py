@@ -67,6 +67,8 @@ class LowRankMethod(DeltaMethod):
         return add_low_rank(site, x, out, a, b, self.scale())
 
     def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
+        if type(self).delta is not LowRankMethod.delta:  # more than the product: the general way
+            return super().on_weight(site, t, stored, weight)
         a, b = (v.to(stored.dtype) for v in self.factors(site, t))
         b = site.spread(b, axis=1)
         # one product that adds into a copy of the weight: no change of full size is ever held beside it

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from surgery.train.controller import Controller
+from surgery.train.switch import disabled
 
 if TYPE_CHECKING:
     from surgery.train.callback import Callback
 
-__all__ = ["Callback", "Controller"]
+__all__ = ["Callback", "Controller", "disabled"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,187 @@
+"""The contract that every method keeps, checked over the registry: a new method is covered here with no new line."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from surgery.core.diagnostics import SurgeryError
+from surgery.core.method import Method
+from surgery.model.live import Tensors
+from surgery.model.program import Program
+from surgery.passes import registry
+from surgery.train import disabled
+from tests.workbench import bench_program, difference, fold_all, inputs, live, operation, outputs, perturb, run
+
+METHODS = registry.methods()
+ATTACHING = [key for key, cls in METHODS.items() if cls.kind in ("delta", "insert")]
+ROLES = {
+    "delta": [
+        "embed.tokens", "layers[0].attn.q", "layers[0].attn.v", "layers[0].attn.o", "layers[0].ffn.up", "layers[0].ffn.experts.up",
+        "layers[0].ffn.experts.down", "stem.conv[0]", "stem.conv[1]", "head",
+    ],
+    "insert": ["layers[0].attn", "layers[0].ffn", "layers[0].attn.o"],
+}  # fmt: skip
+
+
+def sample(cls: type[Method]) -> dict[str, object]:
+    """Values for the parameters that have no default, small ones for sizes."""
+    values: dict[str, object] = {}
+    for p in cls.info().params:
+        if p.required:
+            values[p.name] = p.choices[0] if p.choices else {"int": int(p.min or 0) + 3, "float": 0.5, "bool": True, "str": "x"}[p.type]
+        elif p.type == "int" and isinstance(p.default, int) and p.default > 4 and p.name in ("rank", "width"):
+            values[p.name] = 4
+    return values
+
+
+def attached(key: tuple[str, str], seed: int = 0, roles: list[str] | None = None, place: str = "") -> Program:
+    """The workbench with the method on every site that it accepts; at least one."""
+    cls = METHODS[key]
+    program = bench_program()
+    done = 0
+    for role in roles or ROLES[cls.kind]:
+        try:
+            run(program, operation(program, *key, [role], place or cls.places[0], seed=seed, **sample(cls)))
+            done += 1
+        except SurgeryError as exc:
+            assert exc.diagnostics[0].code in ("S0270", "S0271"), exc
+    assert done
+    return program
+
+
+def values(program: Program) -> dict[str, torch.Tensor]:
+    return Tensors(registry.function).all(program)
+
+
+def parameters(program: Program) -> int:
+    return sum(p.numel() for p in program.graph.parameters())
+
+
+@pytest.mark.parametrize("key", list(METHODS), ids="/".join)
+def test_is_documented_and_has_its_own_kind(key: tuple[str, str]) -> None:
+    info = METHODS[key].info()
+    assert len(info.summary) < 120 and info.summary.endswith("."), info.summary
+    assert all(p.help for p in info.params)
+    assert callable(import_module(f"surgery.passes.kinds.{info.kind}").apply)
+    assert METHODS[key](**sample(METHODS[key])).params().keys() == {p.name for p in info.params}
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_counts_what_it_adds(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
+    for role in ROLES[cls.kind]:
+        program = bench_program()
+        before, total = set(program.weights), parameters(program)
+        try:
+            change = run(program, operation(program, *key, [role], cls.places[0], **sample(cls)))[0]
+        except SurgeryError:
+            continue
+        attachment = program.attachments[-1]
+        module = program.module(attachment.module)
+        sizes = {n: p.numel() for n, p in module.named_parameters()}
+        assert sum(sizes.values()) == module.method.count(module.site), role
+        assert change.added == parameters(program) - total  # an untied weight counts, too
+        assert {f"{attachment.module}.{n}" for n in sizes} <= set(program.weights) - before
+        assert change.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+@pytest.mark.parametrize("place", ["on", "after", "before", "beside"])
+def test_identity_at_the_start(key: tuple[str, str], place: str) -> None:
+    cls = METHODS[key]
+    if place not in cls.places:
+        pytest.skip("not a place of this method")
+    if cls.identity == "changed":
+        pytest.skip("says that it changes the model")
+    bound = {"exact": 0.0, "near": cls.identity_bound}[cls.identity]
+    assert difference(outputs(attached(key, place=place)), outputs(bench_program())) <= bound
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_only_declared_parameters_train(key: tuple[str, str]) -> None:
+    program = attached(key)
+    declared = {t for a in program.attachments for t in a.tensors} - program.frozen
+    module = live(program).train()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    names = {n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert names == declared
+    before = {n: p.detach().clone() for n, p in module.named_parameters(remove_duplicate=False)}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):  # what starts behind a zero factor gets its gradient from the second step on
+        sum(o.square().mean() for o in module(*inputs())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = dict(module.named_parameters(remove_duplicate=False))
+    moved = {n for n, p in after.items() if not torch.equal(p, before[n])}
+    assert moved == declared
+    assert all(torch.isfinite(p).all() for p in after.values())
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_folded_equals_unfolded_and_folding_twice_is_folding_once(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
+    for place in cls.places:
+        program = attached(key, place=place)
+        perturb(program)
+        expected = outputs(program)
+        assert difference(expected, outputs(bench_program())) > 1e-3, "the test must see the change"
+        changes = fold_all(program)
+        assert difference(outputs(program), expected) <= 1e-5
+        assert all(c.note for c in changes)
+        if cls.fold_class == "merge":
+            assert not program.attachments and not [m for m in program.graph.modules() if hasattr(m, "surgery_events")]
+            assert len(changes) >= 1 and all(c.removed > 0 for c in changes)
+        exprs = dict(program.weights)
+        again = fold_all(program)
+        assert program.weights == exprs and not any(c.removed for c in again)
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_disabling_restores_the_base(key: tuple[str, str]) -> None:
+    program = attached(key)
+    if any(program.module(a.module).method.rebase(program.module(a.module).site) for a in program.attachments if a.method.kind == "delta"):
+        pytest.skip("moves a part of the base weight into the adapter")
+    perturb(program)
+    module = live(program)
+    with disabled(module), torch.no_grad():
+        off = list(module(*inputs()))
+    assert difference(off, outputs(bench_program())) == 0
+    with torch.no_grad():
+        assert difference(list(module(*inputs())), off) > 1e-3
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_seeds_decide_the_initial_values(key: tuple[str, str]) -> None:
+    first, same, other = (values(attached(key, seed=s)) for s in (1, 1, 2))
+    assert first.keys() == same.keys() and all(torch.equal(first[n], same[n]) for n in first)
+    random = any(type(e).__name__ == "Init" and e.kind in ("normal", "uniform") for e in attached(key).weights.values())
+    assert random == any(not torch.equal(first[n], other[n]) for n in first)
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_runs_in_bfloat16(key: tuple[str, str]) -> None:
+    program = attached(key)
+    got = outputs(program, dtype=torch.bfloat16)
+    assert all(o.dtype == torch.bfloat16 and torch.isfinite(o).all() for o in got)
+    assert difference(got, outputs(bench_program())) < 0.06
+    module = live(program).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = sum(o.float().square().mean() for o in module(*inputs()))
+    total.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_saved_and_loaded_as_data(key: tuple[str, str]) -> None:
+    from surgery.model import graphjson
+
+    program = attached(key)
+    perturb(program)
+    expected = outputs(program)
+    program.graph = graphjson.load(graphjson.dump(program.graph))
+    assert difference(outputs(program), expected) == 0
+    names = set(program.weights) | set(program.aliases)
+    assert {n for n, _ in program.graph.named_parameters(remove_duplicate=False)} == names
