@@ -19,7 +19,7 @@ LEAF, PROD, CAT = 0, 1, 2
 class Reason:
     """Why a leaf cannot be changed: ``text`` says it, ``node`` is the graph node that did it (None for the boundary)."""
 
-    __slots__ = ("text", "node")
+    __slots__ = ("node", "text")
 
     def __init__(self, text: str, node: Any = None) -> None:
         self.text = text
@@ -35,7 +35,7 @@ class Reason:
 class Axis:
     """One expression. Only :class:`Algebra` changes it; read it through ``find`` and ``parts_of``."""
 
-    __slots__ = ("kind", "parts", "size", "parent", "flags", "frozen", "uid")
+    __slots__ = ("flags", "frozen", "kind", "parent", "parts", "size", "uid")
 
     def __init__(self, kind: int, size: int, parts: tuple[Axis, ...], uid: int) -> None:
         self.kind = kind

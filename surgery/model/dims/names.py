@@ -2,34 +2,35 @@
 
 Names are a reading aid: nothing is decided by them. ``H`` heads, ``G``/``R`` key-value groups and query heads in each, ``d`` the
 width of scores, ``r`` half of it where rotary positions pair it, ``dv`` the width of values, ``C`` a normalised stream, ``F`` a
-width between two products, ``E`` experts, ``O`` an output, ``n`` anything else. A frozen leaf prints as its size and ``!``.
+width between two products, ``E`` experts, ``O`` an output, ``V`` the rows of a table, ``n`` anything else. A frozen leaf prints as its size and ``!``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from surgery.model.dims.algebra import CAT, LEAF, ONE, PROD, Axis, find, leaves_below, segments
+from surgery.model.dims.algebra import CAT, LEAF, ONE, PROD, Axis, factors, find, leaves_below, segments
 from surgery.model.dims.context import Context
 
 
-def letters(cx: Context, leaves: Iterable[Axis]) -> dict[Axis, str]:
-    """A letter for each free leaf."""
+def letters(cx: Context, leaves: Iterable[Axis], stored: Iterable[Axis]) -> dict[Axis, str]:
+    """A letter for each leaf; ``stored`` are the axes of the parameters."""
     out: dict[Axis, str] = {}
+    for axis in stored:
+        _grouped_heads(axis, out)
     for axis in cx.inner:
         root = find(axis)
         parts = segments(root)
         paired = len(parts) > 1 and find(parts[0]) is find(parts[1])
         for leaf in leaves_below(root):
-            out.setdefault(leaf, "r" if paired else "d")
+            if leaf.frozen is None:
+                out.setdefault(leaf, "r" if paired else "d")
     for leaf in leaves:
         if leaf in out:
             continue
         flags = leaf.flags
-        if "~group" in flags:
-            out[leaf] = "G"
-        elif "~repeat" in flags:
-            out[leaf] = "R"
+        if leaf.frozen is not None:
+            out[leaf] = "V" if "indexed" in flags else "n"
         elif "~batch" in flags:
             out[leaf] = "H"
         elif "~value" in flags:
@@ -45,6 +46,20 @@ def letters(cx: Context, leaves: Iterable[Axis]) -> dict[Axis, str]:
         else:
             out[leaf] = "n"
     return out
+
+
+def _grouped_heads(axis: Axis, out: dict[Axis, str]) -> None:
+    """Key-value groups and the query heads of each: two head leaves side by side in a stored product."""
+    root = find(axis)
+    parts = [find(p) for p in root.parts] if root.kind == CAT else [root]
+    while parts:
+        part = parts.pop()
+        if part.kind == CAT:
+            parts.extend(find(p) for p in part.parts)
+        elif part.kind == PROD:
+            heads = [f for f in factors(part) if f.kind == LEAF and "~batch" in f.flags and f.frozen is None]
+            if len(heads) == 2 and out.get(heads[0], "G") == "G":
+                out.update({heads[0]: "G", heads[1]: "R"})
 
 
 def numbered(letter: dict[Axis, str]) -> dict[Axis, str]:

@@ -153,7 +153,7 @@ class Dims:
 
     @cached_property
     def _letters(self) -> dict[Axis, str]:
-        return names.letters(self._cx, self._all_leaves)
+        return names.letters(self._cx, self._all_leaves, (a for axes in self._parameters.values() for a in axes))
 
     @cached_property
     def _names(self) -> dict[Axis, str]:
@@ -387,7 +387,9 @@ class Dims:
         if not chosen or (wanted & ~covered).any():
             loose = to_ranges(wanted & ~covered)
             why = f"positions {_spans(loose)} of {parameter} axis {axis} = {self.text(expression)} are no whole units"
-            group = Group(group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep)
+            group = Group(
+                group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep
+            )
         return group
 
     def _occurrences(self, expression: Axis) -> list[tuple[Leaf, np.ndarray]]:

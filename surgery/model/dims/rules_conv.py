@@ -82,7 +82,13 @@ for _d in (1, 2, 3):
     rule(*(f"aten.{n}" for n in _pools + RESAMPLE[_d]))(_pool(_d))
 
 
-@rule("aten.max_pool1d_with_indices", "aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.adaptive_max_pool1d", "aten.adaptive_max_pool2d")
+@rule(
+    "aten.max_pool1d_with_indices",
+    "aten.max_pool2d_with_indices",
+    "aten.max_pool3d_with_indices",
+    "aten.adaptive_max_pool1d",
+    "aten.adaptive_max_pool2d",
+)
 def max_pool_indices(cx: Context, node: fx.Node) -> list[Axes]:
     x: Any = cx.axes(node.args[0])
     spatial = int(next(c for c in str(node.target) if c.isdigit()))
@@ -90,4 +96,3 @@ def max_pool_indices(cx: Context, node: fx.Node) -> list[Axes]:
     cx.freeze(x[keep:], SPATIAL)
     out = (*x[:keep], *(cx.frozen(s, SPATIAL) for s in cx.shape(index=0)[keep:]))
     return [out, out]
-

@@ -42,13 +42,27 @@ def counted(cx: Context, node: fx.Node) -> Axes:
     return cx.fresh("a count of positions")
 
 
-@rule("aten.sym_size", "aten.sym_numel", "aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.sym_stride", "aten.sym_storage_offset")
+@rule(
+    "aten.sym_size",
+    "aten.sym_numel",
+    "aten.item",
+    "aten._local_scalar_dense",
+    "aten.is_nonzero",
+    "aten.sym_stride",
+    "aten.sym_storage_offset",
+)
 def number(cx: Context, node: fx.Node) -> None:
     if "item" in str(node.target) or "scalar" in str(node.target):
         lose_domain(cx, node.args[0], "positions on it are read as numbers")
     return None
 
 
-@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range", "aten.sym_constrain_range_for_size")
+@rule(
+    "aten._assert_tensor_metadata",
+    "aten._assert_async",
+    "aten._assert_scalar",
+    "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size",
+)
 def assertion(cx: Context, node: fx.Node) -> None:
     return None

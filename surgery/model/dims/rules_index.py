@@ -158,4 +158,3 @@ def data_dependent(cx: Context, node: fx.Node) -> Axes:
         cx.freeze(cx.axes(arg), "values decide what is picked")
         lose_domain(cx, arg, "values decide what is picked")
     return cx.fresh("values decide what is picked")
-

@@ -67,7 +67,12 @@ def batch_norm(cx: Context, node: fx.Node) -> Axes:
     return x
 
 
-@rule("aten._native_batch_norm_legit_no_training", "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional")
+@rule(
+    "aten._native_batch_norm_legit_no_training",
+    "aten.native_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_functional",
+)
 def native_batch_norm(cx: Context, node: fx.Node) -> list[Axes]:
     x = batch_norm(cx, node)
     shapes: Any = cx.shape()

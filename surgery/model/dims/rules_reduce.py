@@ -38,7 +38,21 @@ def _reduction(flag: str, keep_at: int = 2) -> Any:
     return run
 
 
-for _name in ("sum.dim_IntList", "sum", "sum.default", "logsumexp", "any.dim", "any.dims", "any", "all.dim", "all.dims", "all", "amax", "amin", "nansum"):
+for _name in (
+    "sum.dim_IntList",
+    "sum",
+    "sum.default",
+    "logsumexp",
+    "any.dim",
+    "any.dims",
+    "any",
+    "all.dim",
+    "all.dims",
+    "all",
+    "amax",
+    "amin",
+    "nansum",
+):
     rule(f"aten.{_name}")(_reduction("reduce:" + _name.split(".")[0]))
 for _name in ("mean.dim", "mean", "prod.dim_int", "prod", "nanmean"):
     rule(f"aten.{_name}")(_reduction("reduce:" + _name.split(".")[0]))

@@ -76,9 +76,10 @@ def reinterpret(cx: Context, node: fx.Node) -> Axes:
     axes = cx.axes(node.args[0])
     cx.freeze(axes[-1:], "its bytes are reinterpreted")
     out = cx.shape()
-    return tuple(a if i < len(out) and a.size == out[i] else cx.frozen(s, "bytes reinterpreted") for i, (a, s) in enumerate(zip(axes, out, strict=False))) + tuple(
-        cx.frozen(s, "bytes reinterpreted") for s in out[len(axes) :]
-    )
+    return tuple(
+        a if i < len(out) and a.size == out[i] else cx.frozen(s, "bytes reinterpreted")
+        for i, (a, s) in enumerate(zip(axes, out, strict=False))
+    ) + tuple(cx.frozen(s, "bytes reinterpreted") for s in out[len(axes) :])
 
 
 @rule("aten.view_as", "aten.reshape_as")
@@ -173,6 +174,9 @@ def slice_(cx: Context, node: fx.Node) -> Axes:
         if last is not None and last != END:
             cx.constant(where(node, 3, "end"), "prefix", axis)
         return done(axis)
+    if size == 0 and start is not None and start == axis.size:  # an empty rest: it stays empty
+        cx.constant(where(node, 2, "start"), "prefix", axis)
+        return done(cx.leaf(0))
     if start is None or stop is None or stop > axis.size or start >= stop or (step == 1 and stop - start != size) or axis is ONE:
         cx.freeze(axis, "a slice with a symbolic bound")
         return done(cx.frozen(size, "a slice with a symbolic bound"))
@@ -233,7 +237,16 @@ def unbind(cx: Context, node: fx.Node) -> list[Axes]:
     return [axes[:dim] + axes[dim + 1 :]] * axes[dim].size
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk", "aten.split_copy", "aten.split_with_sizes_copy")
+@rule(
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.chunk",
+    "aten.tensor_split",
+    "aten.unsafe_split",
+    "aten.unsafe_chunk",
+    "aten.split_copy",
+    "aten.split_with_sizes_copy",
+)
 def split(cx: Context, node: fx.Node) -> list[Axes]:
     axes = cx.axes(node.args[0])
     dim = dim_of(argument(node, 2, "dim", 0), len(axes))
@@ -356,7 +369,9 @@ def disorder(cx: Context, node: fx.Node) -> Axes:
     return keep_domain(cx, node, axes)
 
 
-@rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d", "aten.replication_pad2d")
+@rule(
+    "aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d", "aten.replication_pad2d"
+)
 def pad(cx: Context, node: fx.Node) -> Axes:
     axes, shape = list(cx.axes(node.args[0])), cx.shape()
     amounts = argument(node, 1, "pad", argument(node, 1, "padding"))
