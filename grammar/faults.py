@@ -110,7 +110,7 @@ def unknown_statement(s: Situation) -> tuple[Diagnostic, bool]:
     if word in CLAUSES:
         return error("S0126", f"`{word}` belongs to a statement, and there is none before it", span, "a clause cannot stand alone", help=_keyword_help()), False
     helps = [f"did you mean {' or '.join(f'`{name}`' for name in offers)}?"] if offers else [_keyword_help()]
-    fix = Fix(span, offers[0], safe=False) if len(offers) == 1 else None
+    fix = Fix(span, offers[0], safe=False) if offers else None
     return error("S0106", f"there is no statement `{shown}`", span, "unknown keyword", help=helps, fix=fix), not offers
 
 
@@ -159,6 +159,11 @@ def _lexical(s: Situation, token: Token) -> Diagnostic:
         return error("S0134", f"there is no `{text}`", span, "unknown sign", help=f"write `{right}`", fix=Fix(span, right))
     if text[0] == "%":
         return error("S0119", "a unit stands right behind its number", span, "away from its number", help="write `30%` without a space")
+    if text[0] in "+-/^~\\" and s.keyword in ("model", "import", "emit") and "(" not in s.source.text[s.tokens[0][2] : start]:
+        at = next((i for i, t in enumerate(s.tokens) if i and t[1] != "to" and (s.keyword != "emit" or s.tokens[i - 1][1] == "to")), 1)
+        return _quoted(s, at)
+    if text[0] == "-" and s.source.text[start - 1 : start].isalnum() and s.source.text[span.end : span.end + 1].isalnum():
+        return error("S0115", "a name cannot contain `-`", span, "not in a name", help="write `_` instead; arithmetic is not part of the language")
     if text[0] in "+-/^":
         return _arithmetic(span)
     if text[0] == ";":
@@ -284,8 +289,8 @@ def _comparison(s: Situation) -> Diagnostic | None:
     if "COMPARE" in s.accepts and s.here[1] not in CLAUSES:
         if s.here[0] == "=":
             return error("S0134", "`=` compares nothing", s.span(s.here), "not a comparison", help="write `==`, `<=`, `>=`, `<`, `>` or `!=`")
-        if s.here[0] in ("INT", "DECIMAL"):
-            return error("S0134", f"no comparison before `{s.here[1]}`", s.gap, "a comparison is due here", help="write `<=`, `>=`, `==`, `<`, `>` or `!=`")
+        if s.ended or s.here[0] in ("INT", "DECIMAL"):
+            return error("S0134", f"no comparison before {s.shown}", s.gap, "a comparison is due here", help="write `<=`, `>=`, `==`, `<`, `>` or `!=`")
     if s.here[0] == "COMPARE" and s.here[1] == "==" and "=" in s.accepts:
         return error("S0134", "`==` compares; a value is given with `=`", s.span(s.here), "a comparison", help="write `=`", fix=Fix(s.span(s.here), "="))
     return None
@@ -299,7 +304,7 @@ def _method(s: Situation) -> Diagnostic | None:
 
 
 def _name(s: Situation) -> Diagnostic | None:
-    if s.accepts != {"NAME"}:
+    if s.before[0] != "." and s.accepts != {"NAME"}:
         return None
     helps = "a name is made of letters, digits and `_`, and does not begin with a digit"
     if s.before[0] == ".":
@@ -308,18 +313,24 @@ def _name(s: Situation) -> Diagnostic | None:
 
 
 def _string(s: Situation) -> Diagnostic | None:
-    if s.accepts != {"STRING"}:
-        return None
-    word = s.before[1]
-    helps = f'write `{word} "..."`'
-    if not s.ended:
-        end = s.at
-        while end < len(s.tokens) and s.tokens[end][2] - s.tokens[end - 1][3] == (0 if end > s.at else s.tokens[end][2] - s.tokens[end - 1][3]):
-            end += 1
-        text = s.source.text[s.here[2] : s.tokens[end - 1][3]]
-        if '"' not in text and "\\" not in text:
-            helps = f'write `{word} "{text[:60]}"`'
-    return error("S0131", f"`{word}` is followed by no string", s.gap, "a string in double quotes is due here", help=helps)
+    return _quoted(s, s.at) if s.accepts == {"STRING"} else None
+
+
+def _quoted(s: Situation, at: int) -> Diagnostic:
+    """A string is due at a token; the help shows the words there in quotes when they look like what was meant."""
+    word = s.tokens[at - 1][1]
+    if at >= len(s.tokens):
+        return error("S0131", f"`{word}` is followed by no string", s.gap, "a string in double quotes is due here", help=f'write `{word} "..."`')
+    end = at + 1
+    while end < len(s.tokens) and s.tokens[end][2] == s.tokens[end - 1][3]:
+        end += 1
+    span = s.span(s.tokens[at]).to(s.span(s.tokens[end - 1]))
+    text = span.text
+    if set(text) & set('"\\\r\n'):
+        return error("S0131", f"`{word}` is followed by no string", span, "a string in double quotes is due here", help=f'write `{word} "..."`')
+    return error(
+        "S0131", f"`{word}` is followed by no string", span, "a string in double quotes is due here", help=f'write `{word} "{text[:60]}"`', fix=Fix(span, f'"{text}"')
+    )
 
 
 def _target(s: Situation) -> Diagnostic | None:
@@ -351,6 +362,8 @@ def _comma_or_clause(s: Situation) -> Diagnostic | None:
             return error("S0126", f"`{word}` does not belong to `{s.keyword}` here", s.span(s.here), "this clause cannot stand here", help=f"expected {expectation(s.accepts)}")
         offers = near(word, [c for c in CLAUSES if c in s.accepts])
         followed = s.after is not None and s.after[0] in ("NAME", "STRING", "@", "{")
+        if offers and offers[0] in PLACES:
+            return _place(s, followed)
         if offers and followed:
             return error("S0126", f"there is no clause `{word}`", s.span(s.here), "unknown clause", help=f"did you mean `{offers[0]}`?", fix=Fix(s.span(s.here), offers[0], safe=False))
         if "on" in s.accepts and "," not in s.accepts and "." not in s.accepts:

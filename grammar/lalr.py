@@ -111,7 +111,7 @@ class Machine:
             while True:
                 target = row.get(term)
                 if target is None:
-                    return Stuck(state, at, term, frozenset(key for key in row if key[0] != "<"))
+                    return Stuck(state, at, term, frozenset(key for key in row if key[0] != "<" and self._goes_on(states, key, final)))
                 if target >= 0:
                     break
                 rule = rules[-1 - target]
@@ -156,3 +156,19 @@ class Machine:
             begins.append(token[2])
             stops.append(token[3])
         raise AssertionError("the end of a statement is never shifted")
+
+    def _goes_on(self, states: list[int], term: str, final: int) -> bool:
+        """Whether ``term`` could really come next: LALR rows also reduce on what only other contexts can continue."""
+        rows, rules = self.table.rows, self.table.rules
+        states = list(states)
+        while True:
+            target = rows[states[-1]].get(term)
+            if target is None:
+                return False
+            if target >= 0:
+                return True
+            rule = rules[-1 - target]
+            del states[-rule.size :]
+            states.append(rows[states[-1]][rule.target])
+            if states[-1] == final and term == END:
+                return True

@@ -96,7 +96,7 @@ def _starts(lexed: Lexed, at: int, begin: int) -> bool:
     tokens = lexed.tokens
     kind, word = tokens[at][:2]
     before = tokens[at - 1]
-    demands = _demands(before, at - 1 == begin)
+    demands = _demands(tokens, at - 1, begin)
     if kind == "NAME":
         after = tokens[at + 1][0] if at + 1 < len(tokens) else ""
         if word in STATEMENT_SET:
@@ -108,11 +108,15 @@ def _starts(lexed: Lexed, at: int, begin: int) -> bool:
     return kind not in _CONTINUES and not demands
 
 
-def _demands(token: Token, is_first: bool) -> bool:
-    """Whether something must follow this token in its statement."""
-    if token[0] == "NAME":
-        return is_first or token[1] in CLAUSE_SET
-    return token[0] not in _COMPLETE
+def _demands(tokens: list[Token], at: int, begin: int) -> bool:
+    """Whether something must follow the token ``at`` in the statement that starts at ``begin``."""
+    kind, word = tokens[at][:2]
+    if kind != "NAME":
+        return kind not in _COMPLETE
+    if at - begin < 2:
+        # The keyword of the statement demands its name; the name may look like any clause.
+        return at == begin
+    return word in CLAUSE_SET and tokens[at - 1][0] not in (".", "=", "@") and tokens[at - 1][1] != "as"
 
 
 def _inside_start(lexed: Lexed, at: int) -> bool:
