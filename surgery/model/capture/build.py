@@ -93,6 +93,7 @@ def hf_model(config: Any, cls: type[Any], dtype: torch.dtype) -> nn.Module:
             "S0504", f"{cls.__name__} cannot be built from this config: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
             help="the sizes in config.json must fit each other",
         ) from error  # fmt: skip
+    model.tie_weights()  # type: ignore[operator]  # the constructor ties only while it initialises
     return model.train()
 
 
