@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -77,7 +78,7 @@ def bench_program(seed: int = 0) -> Program:
 
 def make_program(live: nn.Module, example: tuple[Tensor, ...], sites: Any) -> Program:
     """A Program of a module that fx can trace; ``sites(nodes)`` gives the anatomy's sites from the nodes by name."""
-    traced = fx.symbolic_trace(live)
+    traced = fx.symbolic_trace(copy.deepcopy(live))
     ShapeProp(traced).propagate(*example)
     output = next(n for n in traced.graph.nodes if n.op == "output")
     if not isinstance(output.args[0], tuple):
