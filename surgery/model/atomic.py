@@ -50,10 +50,10 @@ def _storage_error(path: Path, exc: OSError) -> SurgeryError:
         )
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return fail("S0802", f"{path} cannot be written", exit_code=2, notes=(what,), help="choose a folder that you may write to")
-    if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+    if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
         return fail(
             "S0802",
-            f"{path} cannot be written: its folder is not there",
+            f"{path} cannot be written: its folder is not there or is a file",
             exit_code=2,
             notes=(what,),
             help="make the folder first, or correct the path",

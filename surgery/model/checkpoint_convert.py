@@ -220,24 +220,28 @@ def convert(model: Any, tensors: Mapping[str, TensorHeader], names: Iterable[str
 def _run(converter: Any, name: str, model: Any, sources: list[str], span: Span | None) -> dict[str, Expr]:
     steps = " then ".join(type(op).__name__ for op in converter.operations)
 
-    def refuse(why: str, exc: Exception) -> SurgeryError:
-        shown = ", ".join(f"`{s}`" for s in sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+    shown = ", ".join(f"`{s}`" for s in sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+    notes = (f"transformers converts it by {steps}", f"from {shown}")
+
+    def refuse(why: str) -> SurgeryError:
         return fail(
-            "S0719", f"the stored layout of `{name}` cannot be converted: {why}", span,
-            notes=(f"transformers converts it by {steps}", f"from {shown}"),
+            "S0719", f"the stored layout of `{name}` cannot be converted: {steps} {why}", span, notes=notes,
             help="load the model with transformers, save it with `save_pretrained(dir, save_original_format=False)`, and name that folder",
         )  # fmt: skip
 
     try:
         made = converter.convert(name, model=model, config=model.config)
     except Unsupported as exc:
-        raise refuse(f"{steps} uses {exc}, which has no expression", exc) from None
+        raise refuse(f"uses {exc}, which has no expression") from None
     except Exception as exc:
-        raise refuse(" ".join(str(exc).split())[:200], exc) from exc
+        raise fail(
+            "S0719", f"the stored tensors of `{name}` do not fit together: {' '.join(str(exc).split())[:200]}", span, notes=notes,
+            help="check that all shards are there and that config and weights belong together",
+        ) from exc  # fmt: skip
     out = {}
     for target, value in made.items():
         value = value[0] if isinstance(value, list) else value
         if not isinstance(value, Lazy):
-            raise refuse(f"{steps} gave {type(value).__name__}", TypeError())
+            raise refuse(f"gave {type(value).__name__}")
         out[target] = value.expr
     return out
