@@ -18,6 +18,7 @@ from surgery.grammar.split import MAX_BRACKETS, MAX_STAGES, Piece
 from surgery.grammar.words import CLAUSES, PLACES, STATEMENT_SET, STATEMENTS, VERBS, near
 
 _VALUES = frozenset({"INT", "DECIMAL", "STRING", "NAME"})
+_PREPOSITIONS = frozenset({"at", "in", "into", "onto", "over", "under", "behind", "to", "from", "with", "around", "inside", "where"})
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -362,7 +363,7 @@ def _comma_or_clause(s: Situation) -> Diagnostic | None:
             return error("S0126", f"`{word}` does not belong to `{s.keyword}` here", s.span(s.here), "this clause cannot stand here", help=f"expected {expectation(s.accepts)}")
         offers = near(word, [c for c in CLAUSES if c in s.accepts])
         followed = s.after is not None and s.after[0] in ("NAME", "STRING", "@", "{")
-        if offers and offers[0] in PLACES:
+        if "after" in s.accepts and (word in _PREPOSITIONS or (offers and offers[0] in PLACES)):
             return _place(s, followed)
         if offers and followed:
             return error("S0126", f"there is no clause `{word}`", s.span(s.here), "unknown clause", help=f"did you mean `{offers[0]}`?", fix=Fix(s.span(s.here), offers[0], safe=False))

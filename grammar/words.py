@@ -32,11 +32,7 @@ def near(word: str, known: Iterable[str], limit: int = 4) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _near(word: str, known: tuple[str, ...], limit: int) -> list[str]:
-    import difflib
+    from surgery.core.near import near as nearest
 
-    lowered: dict[str, list[str]] = {}
-    for name in known:
-        lowered.setdefault(name.lower(), []).append(name)
     # Very long words are no typos, and matching them would cost.
-    matches = difflib.get_close_matches(word[:64].lower(), list(lowered), n=limit, cutoff=0.6)
-    return [name for match in matches for name in lowered[match]][:limit]
+    return nearest(word, known, limit) if len(word) <= 32 else []
