@@ -7,7 +7,7 @@ SPEC = """surg 1
 ## Low-rank adapters on the queries and values of every layer.
 model "MODEL"
 
-param r = 8 # surgery compile NAME.surg --set r=16
+param r = 8  # surgery compile NAME.surg --set r=16
 
 adapt lora(rank = r, alpha = 16, dropout = 5%) on layers[*].attn.{q, v}
 

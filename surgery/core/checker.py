@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from surgery.core import ast
 from surgery.core.catalogue import LOADERS, SOURCES, Catalogue, load
-from surgery.core.checker_names import Definition, Names, Scope, name_span
+from surgery.core.checker_names import Definition, Names, Scope, name_span, words_as_selector
 from surgery.core.checker_order import order, place
 from surgery.core.checker_statements import Statements
 from surgery.core.diagnostics import Diagnostic, Sink, SurgeryError
@@ -188,6 +188,8 @@ class _FileChecker:
             self._param(node)
         elif isinstance(node, ast.Let):
             value = self.names.deep(node.value)
+            if isinstance(value, ast.Name) and "." in value.value:
+                value = self.names.selector(words_as_selector(value))
             self._check_let(value)
             self.names.define(Definition(node.name, "let", name_span(node, node.name), value, node))
         elif isinstance(node, ast.Model):
@@ -248,7 +250,8 @@ class _FileChecker:
                 self.params[node.name] = scalar(value)
             except TypeError:
                 self.params[node.name] = value.span.text
-        self.names.define(Definition(node.name, "param", span, value, node))
+        set_at = value.span if value is not None and value.span.source.name == "--set" else None
+        self.names.define(Definition(node.name, "param", span, value, node, set_at))
 
     def _set_value(self, node: ast.Param, full: str, text: str, span: Span) -> ast.Value | None:
         value = self.shared.literal(text) if self.shared.literal else None

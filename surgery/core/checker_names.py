@@ -23,6 +23,8 @@ class Definition:
     span: Span
     value: ast.Value | None = None
     node: ast.Statement | None = None
+    set_at: Span | None = None
+    """Where the command line gives the value."""
 
 
 KIND_WORDS = {
@@ -204,7 +206,7 @@ class Names:
             return selector
         value = found.value
         if isinstance(value, ast.Name):
-            value = ast.Selector((ast.Step(value.value, span=value.span),), span=value.span)
+            value = words_as_selector(value)
         elif isinstance(value, ast.String):
             value = ast.Selector(raw=value.value, span=value.span)
         if not isinstance(value, ast.Selector):
@@ -236,3 +238,8 @@ def dotted(selector: ast.Selector) -> str:
         return ""
     words = [s.name if isinstance(s, ast.Step) and s.index is None and "*" not in s.name else "" for s in selector.steps]
     return ".".join(words) if words and all(words) else ""
+
+
+def words_as_selector(value: ast.Name) -> ast.Selector:
+    """``late.attn``, which reads as a name, as the selector that it also is."""
+    return ast.Selector(tuple(ast.Step(word, span=value.span) for word in value.value.split(".")), span=value.span)

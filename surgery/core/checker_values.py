@@ -441,4 +441,8 @@ def _word(value: ast.Selector) -> str:
 
 
 def _origin(definition: Definition | None) -> Also:
-    return [(definition.span, f"`{definition.name}` is defined here")] if definition is not None else []
+    if definition is None:
+        return []
+    if definition.set_at is not None:
+        return [(definition.set_at, f"`{definition.name}` is set here")]
+    return [(definition.span, f"`{definition.name}` is defined here")]
