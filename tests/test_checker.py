@@ -51,7 +51,9 @@ def test_values_become_python_values() -> None:
 
 
 def test_values_by_layer_stay_trees_with_names_replaced() -> None:
-    spec, found = run("param r = 4\nadapt lora(rank = {0..3: r, 4..11: 8}, alpha = ramp(4, 16)) on layers[*].attn.q\nadapt lora(rank = [r, 8]) on layers[0, 1].attn.q")
+    spec, found = run(
+        "param r = 4\nadapt lora(rank = {0..3: r, 4..11: 8}, alpha = ramp(4, 16)) on layers[*].attn.q\nadapt lora(rank = [r, 8]) on layers[0, 1].attn.q"
+    )
     assert found == []
     first, second = spec.statements
     assert first.call is not None and second.call is not None
@@ -62,7 +64,9 @@ def test_values_by_layer_stay_trees_with_names_replaced() -> None:
 
 
 def test_let_can_be_continued_and_chained() -> None:
-    spec, found = run('let late = layers[6..]\nlet attn = late.attn\nlet path = "encoder.*.dense"\nadapt lora on attn.{q, v}, late.ffn.up, path')
+    spec, found = run(
+        'let late = layers[6..]\nlet attn = late.attn\nlet path = "encoder.*.dense"\nadapt lora on attn.{q, v}, late.ffn.up, path'
+    )
     assert found == []
     node = spec.statements[0].node
     assert isinstance(node, ast.Operation)
@@ -111,7 +115,7 @@ def test_one_mistake_gives_one_report(text: str, code: str) -> None:
 
 
 def test_all_mistakes_of_a_file_are_reported_in_its_order() -> None:
-    found = run("adapt lorra on layers\nadapt lora(rnk = 8) on layers\nemit onxx to 'x'\n" 'emit onxx to "x"')[1]
+    found = run("adapt lorra on layers\nadapt lora(rnk = 8) on layers\nemit onxx to 'x'\nemit onxx to \"x\"")[1]
     assert [d.code for d in found if d.code.startswith("S02")] == ["S0211", "S0212", "S0213"]
     assert [d.span.line for d in found] == sorted(d.span.line for d in found)
 
@@ -217,7 +221,9 @@ def test_overlapping_ranges_agree_with_sets() -> None:
 
 def test_time_is_linear_in_statements() -> None:
     def spent(count: int) -> float:
-        body = "".join(f"adapt lora(rank = r, dropout = 5%) on late.attn.{{q, v}} as n{i}\nfreeze all on @n{i}\n" for i in range(count // 2))
+        body = "".join(
+            f"adapt lora(rank = r, dropout = 5%) on late.attn.{{q, v}} as n{i}\nfreeze all on @n{i}\n" for i in range(count // 2)
+        )
         text = f'surg 1\nmodel "minilm"\nparam r = 8\nlet late = layers[6..]\n{body}'
         start = time.process_time()
         spec, found = check_source(Source("big.surg", text))

@@ -121,7 +121,11 @@ def test_wrong(path: Path, tmp_path: Path, update_golden: bool) -> None:
     if update_golden:
         for block, shown, expected in reversed(results):
             fenced = f"```text\n{shown.rstrip()}\n```"
-            page = page[: expected.start] + fenced + page[expected.end :] if expected else page[: block.end] + f"\n\n{fenced}" + page[block.end :]
+            page = (
+                page[: expected.start] + fenced + page[expected.end :]
+                if expected
+                else page[: block.end] + f"\n\n{fenced}" + page[block.end :]
+            )
         path.write_text(page, "utf-8")
         return
     for _, shown, expected in results:

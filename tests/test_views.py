@@ -35,7 +35,9 @@ def sample() -> Diagnostic:
 
 
 def test_layout() -> None:
-    assert text.render([sample()]) == """\
+    assert (
+        text.render([sample()])
+        == """\
 error[S0402]: these parts of the model no longer exist
  --> shrink.surg:6:35
   |
@@ -47,6 +49,7 @@ note: layers[16..21].ffn was replaced by experts here
 help: adapt the experts too: `layers[0..15].ffn.{up, down}, @moe_ffn.experts[*].{up, down}`
   = surgery explain S0402
 """
+    )
 
 
 def test_gutter_is_as_wide_as_the_largest_number() -> None:
@@ -89,7 +92,9 @@ def test_tabs_wide_and_combining_characters() -> None:
 def test_nothing_steers_the_terminal() -> None:
     evil = 'let a = "\x1b[31m\x07\u202e\ud800"'
     source = Source("a\x1b.surg", evil)
-    shown = text.render([error("S0101", "m \x1b[0m", Span(source, 4, 5), "l\x1b", notes=["n\x07"], help="h\x00", also=[(Span(source, 0, 3), "s\x1b")])])
+    shown = text.render(
+        [error("S0101", "m \x1b[0m", Span(source, 4, 5), "l\x1b", notes=["n\x07"], help="h\x00", also=[(Span(source, 0, 3), "s\x1b")])]
+    )
     assert not set(shown) & set("\x1b\x07\x00\u202e\ud800")
 
 
@@ -110,7 +115,9 @@ def test_empty_span_and_end_of_file() -> None:
 
 def test_without_a_place_and_with_colour() -> None:
     bare = error("S0701", "no such checkpoint", notes=["one", "two\nlines"], help="look again")
-    assert text.one(bare) == "error[S0701]: no such checkpoint\nnote: one\nnote: two\n      lines\nhelp: look again\n  = surgery explain S0701"
+    assert (
+        text.one(bare) == "error[S0701]: no such checkpoint\nnote: one\nnote: two\n      lines\nhelp: look again\n  = surgery explain S0701"
+    )
     coloured = text.one(sample(), color=True)
     assert coloured.startswith("\x1b[1;31merror[S0402]\x1b[0m") and coloured.count("\x1b[0m") == coloured.count("\x1b[1")
     assert text.summary([bare, bare, error("S0404", "w", severity=Severity.WARNING)]) == "2 errors, 1 warning"

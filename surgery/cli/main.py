@@ -107,7 +107,7 @@ def run(args: list[str], report: Report) -> int:
         raise fail("S0911", f"surgery: {what}", help=help or ["`surgery --help` shows what there is"], notes=notes, exit_code=FAULT)
     this = command(verb)
     parsed = parser_for(this).parse_args(args[1:])
-    report.__init__(parsed)  # type: ignore[misc]
+    report.configure(parsed)
     parsed.report = report
     return this.run(parsed)
 

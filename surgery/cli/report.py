@@ -20,12 +20,16 @@ from surgery.core.diagnostics import Diagnostic, Severity, SurgeryError, fail
 class Report:
     """Output of one run of one verb."""
 
-    def __init__(self, args: argparse.Namespace | None = None) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.documented = False
+        self.configure(args)
+
+    def configure(self, args: argparse.Namespace) -> None:
+        """Takes format, colours, quiet and deny from parsed arguments."""
         self.format: str = getattr(args, "format", "text") or "text"
         self.quiet: bool = bool(getattr(args, "quiet", False))
         self.color: str = getattr(args, "color", "auto") or "auto"
         self.deny: bool = getattr(args, "deny", None) == "warnings"
-        self.documented = False
 
     @property
     def machine(self) -> bool:
