@@ -33,6 +33,52 @@ def image(model: Any, config: Any, size: int = 32) -> Made:
     return model(config), {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))}
 
 
+AUDIO: dict[str, Any] = {**WIDE, "vocab_size": 32, "conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embeddings": 4,
+                         "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False}  # fmt: skip
+
+
+def sound() -> dict[str, torch.Tensor]:
+    return {"input_values": torch.randn(2, 64, generator=torch.Generator().manual_seed(1))}
+
+
+class Shuffle(nn.Module):
+    """Grouped convolutions with a channel shuffle between, as ShuffleNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.down = nn.Conv2d(12, 24, 1, groups=3)
+        self.depth = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.up = nn.Conv2d(24, 12, 1, groups=3)
+        self.norm = nn.GroupNorm(3, 24)
+        self.head = nn.Linear(12 * 4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.norm(self.down(x))
+        b, c, h, w = y.shape
+        y = y.view(b, 3, c // 3, h, w).transpose(1, 2).reshape(b, c, h, w)
+        x = x + self.up(self.depth(y).relu())
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+class Dense(nn.Module):
+    """Each convolution reads the concatenation of all before it, as DenseNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(6 + 4 * i, 4, 3, padding=1) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6 + 4 * i) for i in range(3))
+        self.head = nn.Linear(18, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [self.stem(x)]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            parts.append(conv(norm(torch.cat(parts, 1)).relu()))
+        return self.head(torch.cat(parts, 1).mean((2, 3)))
+
+
 MODELS: dict[str, Callable[[], Made]] = {
     "bert": lambda: text(tf.BertModel, tf.BertConfig(**WIDE, vocab_size=60, max_position_embeddings=32), attention_mask=torch.ones(2, 7, dtype=torch.long)),
     "roberta": lambda: text(tf.RobertaModel, tf.RobertaConfig(**WIDE, **LM, max_position_embeddings=34)),
@@ -70,10 +116,24 @@ MODELS: dict[str, Callable[[], Made]] = {
     "regnet": lambda: image(tf.RegNetModel, tf.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, layer_type="y")),
     "mobilenet_v2": lambda: image(tf.MobileNetV2Model, tf.MobileNetV2Config(image_size=32, depth_multiplier=0.25, depth_divisible_by=4, min_depth=4)),
     "convnext": lambda: image(tf.ConvNextModel, tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], image_size=32, num_stages=2)),
+    "conformer": lambda: (tf.Wav2Vec2ConformerModel(tf.Wav2Vec2ConformerConfig(**AUDIO, position_embeddings_type="relative", conv_depthwise_kernel_size=3)), sound()),
+    "wav2vec2": lambda: (tf.Wav2Vec2Model(tf.Wav2Vec2Config(**AUDIO)), sound()),
+    "siglip": lambda: image(tf.SiglipVisionModel, tf.SiglipVisionConfig(**WIDE, image_size=16, patch_size=4), 16),
+    "mobilevit": lambda: image(tf.MobileViTModel, tf.MobileViTConfig(image_size=32, hidden_sizes=[8, 12, 16], neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 16], num_attention_heads=2, patch_size=2)),
+    "mobilebert": lambda: text(tf.MobileBertModel, tf.MobileBertConfig(**WIDE, vocab_size=60, embedding_size=8, intra_bottleneck_size=12, true_hidden_size=12, max_position_embeddings=32)),
+    "squeezebert": lambda: text(tf.SqueezeBertModel, tf.SqueezeBertConfig(**WIDE, vocab_size=60, embedding_size=24, q_groups=2, k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2, output_groups=2, max_position_embeddings=32)),
+    "swinv2": lambda: image(tf.Swinv2Model, tf.Swinv2Config(image_size=32, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=4)),
+    "pvt": lambda: image(tf.PvtModel, tf.PvtConfig(image_size=32, num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], patch_sizes=[4, 2], strides=[4, 2], sequence_reduction_ratios=[2, 1], mlp_ratios=[2, 2])),
+    "levit": lambda: image(tf.LevitModel, tf.LevitConfig(image_size=32, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 3, 4], depths=[1, 1, 1], key_dim=[4, 4, 4], mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], patch_size=16)),
+    "poolformer": lambda: image(tf.PoolFormerModel, tf.PoolFormerConfig(hidden_sizes=[8, 12, 16, 16], depths=[1, 1, 1, 1])),
+    "xlnet": lambda: text(tf.XLNetModel, tf.XLNetConfig(vocab_size=60, d_model=24, n_layer=2, n_head=4, d_inner=20, use_mems_eval=False)),
+    "deepseek_v3": lambda: text(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config(**WIDE, **LM, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=6, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=10, first_k_dense_replace=1, use_cache=False)),
+    "shuffle": lambda: (Shuffle(), {"x": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))}),
+    "dense": lambda: (Dense(), {"x": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))}),
     "encoder": lambda: (nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 20, batch_first=True), 2), {"src": torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))}),
 }  # fmt: skip
 
 
 def dynamic(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Batch is dynamic everywhere, length too for token inputs."""
-    return {name: {0: Dim.AUTO, 1: Dim.AUTO} if value.dim() == 2 or name == "src" else {0: Dim.AUTO} for name, value in inputs.items()}
+    return {name: {0: Dim.AUTO, 1: Dim.AUTO} if name.endswith("ids") or name in ("attention_mask", "src") else {0: Dim.AUTO} for name, value in inputs.items()}

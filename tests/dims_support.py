@@ -56,6 +56,8 @@ def trace(model: nn.Module, inputs: dict[str, torch.Tensor], dynamic: dict[str, 
         for p in model.parameters():
             if p.is_floating_point():
                 p.add_(0.05 * torch.randn_like(p))
+            if p.dim() == 4:  # deep stacks of convolutions must not damp everything to zero
+                nn.init.kaiming_normal_(p)
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
@@ -107,7 +109,7 @@ def inline_wrappers(module: fx.GraphModule) -> None:
                 if item.op == "output":
                     result = item.args[0]
                 elif item.op != "placeholder" and item.target is not aten._assert_tensor_metadata.default:
-                    table[item] = graph.node_copy(item, lambda n: table[n])
+                    table[item] = graph.node_copy(item, table.__getitem__)
         for user in list(node.users):
             user.replace_all_uses_with(table[result[user.args[1]]])
             graph.erase_node(user)

@@ -329,8 +329,8 @@ class Algebra:
             if chain[0].size == outer:
                 return chain
             if chain[0].size > outer:
-                head = self._outer(chain[0], outer)
-                return None if head is None else [*head, *chain[1:]]
+                opened = self._outer(chain[0], outer)
+                return None if opened is None else [*opened, *chain[1:]]
             return None
         if axis.kind == LEAF:
             return list(self.split_leaf(axis, outer))

@@ -14,6 +14,7 @@ from surgery.model.dims import (  # noqa: F401  (importing the rules registers t
     rules_conv,
     rules_create,
     rules_elementwise,
+    rules_expand,
     rules_index,
     rules_linear,
     rules_norm,
@@ -44,11 +45,13 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
     found: dict[Any, Rule | None] = {}
     names: dict[Any, str] = {}
     aliases = aliases or {}
+    carried = _carried(graph)
     for node in graph.nodes:
         cx.node = cx.algebra.node = node
         if node.op == "output":
             for value in _nodes_in(node.args):
-                _each(cx, value, lambda axis: cx.mark(axis, "output"))
+                flag = "state" if value in carried else "output"
+                _each(cx, value, lambda axis, flag=flag: cx.mark(axis, flag))
                 lose_domain(cx, value, "positions on it are a result of the model")
             continue
         spec = node.meta.get("spec")
@@ -69,8 +72,11 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
         if node.op == "placeholder":
             axes = cx.fresh()
             for axis, size in zip(axes, spec.shape, strict=True):
-                cx.mark(axis, "input")
-                cx.freeze(axis, "an input's size" if type(size) is int else "a dynamic input size")
+                cx.mark(axis, "state" if node in carried else "input")
+                if type(size) is not int:
+                    cx.freeze(axis, "a dynamic input size")
+                elif node not in carried:
+                    cx.freeze(axis, "an input's size")
             cx.values[node] = axes
         elif node.op == "get_attr":
             name = aliases.get(str(node.target), str(node.target))
@@ -89,6 +95,21 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
             else:
                 cx.values[node] = _checked(cx, node, run, names[target], shapes, strict)
     return Dims(cx, parameters, unknown)
+
+
+def _carried(graph: fx.Graph) -> set[fx.Node]:
+    """Placeholders that the model extends and returns (key and value caches), with the nodes that it returns for them.
+
+    Whoever calls the model gets such a tensor from the model itself, so its fixed sizes follow the model's: they are flagged
+    ``state`` and not frozen as an ordinary input's.
+    """
+    returned = {n for node in graph.find_nodes(op="output") for n in _nodes_in(node.args)}
+    found: set[fx.Node] = set()
+    for node in graph.find_nodes(op="placeholder"):
+        for user in node.users:
+            if user in returned and name_of(user.target)[1] == "aten.cat":
+                found |= {node, user}
+    return found
 
 
 def _rule_for(target: Any) -> Rule | None:

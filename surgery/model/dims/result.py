@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,85 +13,8 @@ from surgery.model.dims import names
 from surgery.model.dims.algebra import CAT, LEAF, ONE, PROD, Axis, Reason, factors, find, leaves_below
 from surgery.model.dims.constants import Constant, Cut
 from surgery.model.dims.context import Axes, Context
-from surgery.model.dims.masks import Keep, Mask, Ranges, from_ranges, to_ranges
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A class of units that live and go together.
-
-    ``name`` is unique in the analysis and the same in every run; ``letter`` is its short form. ``flags``: ``norm`` (a normaliser's
-    statistics run over it), ``softmax``, ``topk``, ``sort``, ``scan``, ``reduce:*``, ``indexed``, ``contract``, ``input``,
-    ``output`` (part of the model's interface), ``default_scale`` (an attention scale derived from it). ``frozen`` says why it
-    cannot be cut (None: it can), ``node`` the place that decided so.
-    """
-
-    axis: Axis = field(repr=False)
-    name: str
-    letter: str
-    size: int
-    flags: frozenset[str]
-    frozen: str | None
-    node: fx.Node | None = field(repr=False)
-
-    @property
-    def free(self) -> bool:
-        return self.frozen is None
-
-    @property
-    def reason(self) -> str:
-        return "" if self.frozen is None else self.frozen if self.node is None else f"{self.frozen} (at {self.node.name})"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One stored axis that a cut changes: the ranges that go and those that stay, in its present numbering."""
-
-    parameter: str
-    axis: int
-    removed: Ranges
-    kept: Ranges
-
-
-@dataclass(frozen=True)
-class Change:
-    """A constant that a cut changes. ``value`` is new; for a symbolic entry ``ratio`` (numerator, denominator) multiplies it."""
-
-    node: fx.Node
-    path: tuple[Any, ...]
-    kind: str
-    value: Any
-    ratio: tuple[int, int]
-    site: Constant = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Everything that goes with some units: ``root`` names the leaves and units, ``refusal`` why it must not be done ("": it may)."""
-
-    root: tuple[tuple[Leaf, tuple[int, ...]], ...]
-    members: tuple[Member, ...]
-    constants: tuple[Change, ...]
-    flags: frozenset[str]
-    refusal: str
-    keep: Keep = field(repr=False)
-
-    def __str__(self) -> str:
-        head = ", ".join(f"{leaf.name}[{_units(units)}] of {leaf.size}" for leaf, units in self.root)
-        lines = [f"cut {head}" + (f" refused: {self.refusal}" if self.refusal else "")]
-        for m in self.members:
-            lines.append(f"  {m.parameter} axis {m.axis}: -{_spans(m.removed)}")
-        for c in self.constants:
-            lines.append(f"  {c.node.name} {'.'.join(map(str, c.path))}: {c.value}")
-        return "\n".join(lines)
-
-
-def _spans(ranges: Ranges) -> str:
-    return "[" + ", ".join(f"{a}:{b}" for a, b in ranges) + "]"
-
-
-def _units(units: Sequence[int]) -> str:
-    return ", ".join(map(str, units))
+from surgery.model.dims.groups import Change, Group, Leaf, Member, spans
+from surgery.model.dims.masks import Keep, Mask, Ranges, to_ranges
 
 
 class Dims:
@@ -386,7 +308,7 @@ class Dims:
         group = self.remove(chosen)
         if not chosen or (wanted & ~covered).any():
             loose = to_ranges(wanted & ~covered)
-            why = f"positions {_spans(loose)} of {parameter} axis {axis} = {self.text(expression)} are no whole units"
+            why = f"positions {spans(loose)} of {parameter} axis {axis} = {self.text(expression)} are no whole units"
             group = Group(
                 group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep
             )
@@ -444,6 +366,3 @@ def _follows(axis: Axis, outer: Axis, inner: Axis) -> bool:
         elif top.kind == CAT:
             stack.extend(find(p) for p in top.parts)
     return True
-
-
-__all__ = ["Change", "Dims", "Group", "Leaf", "Member", "from_ranges"]
