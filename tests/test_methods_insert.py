@@ -1,0 +1,183 @@
+"""Worked examples of inserted bottlenecks: formulas by place, published counts, folding by widening."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.core.diagnostics import SurgeryError
+from surgery.model.live import Tensors
+from surgery.model.program import Program
+from surgery.passes import registry
+from surgery.passes.kinds.insert import Stream
+from tests.workbench import bench_program, difference, fold_all, inputs, live, operation, outputs, perturb, run
+
+FFN, ATTN = "layers[0].ffn", "layers[0].attn"
+
+
+def inserted(place: str, roles: list[str] | None = None, **params: Any) -> Program:
+    program = bench_program()
+    run(program, operation(program, "insert", "bottleneck", roles or [FFN], place, **{"width": 4, **params}))
+    perturb(program)
+    return program
+
+
+def recorded(program: Program, *names: str) -> dict[str, Tensor]:
+    """Values of graph nodes when the live graph runs."""
+    module = live(program)
+    seen: dict[str, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> Any:
+            value = super().run_node(node)
+            if node.name in names:
+                seen[node.name] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(module).run(*inputs())
+    return seen
+
+
+def branch(program: Program, z: Tensor, f: Any = F.relu) -> Tensor:
+    a = program.attachments[-1].module
+    t = {n.rpartition(".")[2]: v for n, v in Tensors(registry.function).all(program).items() if n.startswith(a + ".")}
+    return F.linear(f(F.linear(z, t["down_weight"], t["down_bias"])), t["up_weight"], t["up_bias"])
+
+
+def test_after_adds_to_the_output_of_the_part() -> None:
+    program = inserted("after", scale=2.0)
+    node = program.attachments[0].node.node
+    got = recorded(program, node, "drop")
+    torch.testing.assert_close(got[node], got["drop"] + 2 * branch(program, got["drop"]))
+
+
+def test_beside_sees_the_input_of_the_part() -> None:
+    program = inserted("beside", scale=4.0)
+    node = program.attachments[0].node.node
+    got = recorded(program, node, "drop", "norm")
+    torch.testing.assert_close(got[node], got["drop"] + 4 * branch(program, got["norm"]))
+
+
+def test_before_changes_the_input_of_the_part_and_not_the_residual() -> None:
+    program = inserted("before")
+    node = program.attachments[0].node.node
+    gm = program.graph
+    up = next(n for n in gm.graph.nodes if n.name == "up")
+    assert up.args[0].name == node
+    residual = next(n for n in gm.graph.nodes if n.name == "norm_2").args[0]
+    assert residual.args[0].name == "norm"
+    got = recorded(program, node, "norm")
+    torch.testing.assert_close(got[node], got["norm"] + branch(program, got["norm"]))
+
+
+def test_after_norm_edits_the_normalised_value() -> None:
+    program = inserted("after", position="after_norm")
+    node = program.attachments[0].node.node
+    got = recorded(program, node, "norm_2")
+    torch.testing.assert_close(got[node], got["norm_2"] + branch(program, got["norm_2"]))
+
+
+def test_two_insertions_stand_in_the_order_written() -> None:
+    program = inserted("after", roles=[FFN])
+    run(program, operation(program, "insert", "bottleneck", [FFN], "after", width=4, activation="tanh", label="second"))
+    perturb(program)
+    nodes = [a.node.node for a in program.attachments]
+    got = recorded(program, *nodes)
+    assert [a.module for a in program.attachments] == ["bottleneck", "second"]
+    assert program.node(program.attachments[1].node).args[0].name == nodes[0]
+    torch.testing.assert_close(got[nodes[1]], got[nodes[0]] + branch(program, got[nodes[0]], torch.tanh))
+
+
+def test_an_adapter_that_comes_later_stands_inside_the_insertion() -> None:
+    program = inserted("after", roles=["layers[0].ffn.down"])
+    run(program, operation(program, "adapt", "lora", ["layers[0].ffn.down"]))
+    node = program.node(program.attachments[0].node)
+    assert node.args[0].name == program.attachments[1].node.node
+
+
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [({}, 0), ({"layernorm": "in"}, 32), ({"layernorm": "out"}, 32), ({"learn_scale": True}, 1), ({"init": "bert"}, 0)],
+)
+def test_counts(options: dict[str, Any], extra: int) -> None:
+    program = bench_program()
+    change = run(program, operation(program, "insert", "bottleneck", [ATTN, FFN], "after", width=4, **options))
+    assert [c.added for c in change] == [2 * 16 * 4 + 4 + 16 + extra] * 2
+    same = difference(outputs(program), outputs(bench_program())) == 0
+    assert same == (options.get("init") != "bert")
+
+
+def test_published_counts() -> None:
+    # scaled parallel adapters of BART-large: 24 feed-forward blocks, hidden 1024, width 512
+    assert 24 * registry.get("insert", "bottleneck")(width=512).count(Stream("beside", 1024, 1024)) == 25_202_688
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 4.0}, {"scale": 0.5, "learn_scale": True}])
+def test_a_parallel_branch_with_the_same_activation_widens_the_block(options: dict[str, Any]) -> None:
+    program = inserted("beside", activation="gelu", **options)
+    expected = outputs(program)
+    changes = fold_all(program)
+    assert [c.note for c in changes] == ["bottleneck folded"] and not program.attachments
+    assert difference(outputs(program), expected) <= 1e-5
+    assert program.graph.up.out_features == 36 and program.graph.down.in_features == 36
+    assert program.weights["up.weight"].shape == (36, 16) and program.weights["down.weight"].shape == (16, 36)
+    node = next(n for n in program.graph.graph.nodes if n.name == "gelu_default")
+    assert node.meta["spec"].shape[-1] == 36
+    run(program, operation(program, "adapt", "lora", ["layers[0].ffn.up"]))
+    assert program.module("up.lora").site.out == 36
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "reason"),
+    [
+        ("after", {"activation": "gelu"}, "beside"),
+        ("beside", {"activation": "relu"}, "activation"),
+        ("beside", {"activation": "gelu", "layernorm": "in"}, "plain"),
+    ],
+)
+def test_what_cannot_fold_stays_and_says_why(place: str, options: dict[str, Any], reason: str) -> None:
+    program = inserted(place, **options)
+    before, exprs = outputs(program), dict(program.weights)
+    changes = fold_all(program)
+    assert len(program.attachments) == 1 and reason in changes[0].note and "stays" in changes[0].note
+    assert program.weights == exprs and difference(outputs(program), before) == 0
+
+
+def test_an_adapter_on_the_block_is_folded_before_widening() -> None:
+    program = inserted("beside", activation="gelu")
+    run(program, operation(program, "adapt", "lora", ["layers[0].ffn.up"]))
+    perturb(program)
+    expected = outputs(program)
+    assert "fold them first" in fold_all(program, "bottleneck")[0].note
+    fold_all(program, "lora")
+    assert fold_all(program, "bottleneck")[0].note == "bottleneck folded"
+    assert difference(outputs(program), expected) <= 1e-5
+
+
+def test_replacing_branch_warns_and_has_no_meaning_beside() -> None:
+    program = bench_program()
+    change = run(program, operation(program, "insert", "bottleneck", [FFN], "after", width=4, residual=False))[0]
+    assert "warning" in change.note
+    with pytest.raises(SurgeryError) as caught:
+        run(program, operation(program, "insert", "bottleneck", [FFN], "beside", width=4, residual=False))
+    assert caught.value.diagnostics[0].code == "S0271"
+
+
+def test_after_norm_needs_a_norm_that_follows() -> None:
+    program = bench_program()
+    with pytest.raises(SurgeryError) as caught:
+        run(program, operation(program, "insert", "bottleneck", ["layers[0].attn.o"], "after", width=4, position="after_norm"))
+    assert caught.value.diagnostics[0].code == "S0271"
+
+
+def test_dropout_acts_on_the_bottleneck_while_training_only() -> None:
+    program = inserted("after", dropout=0.5)
+    module = live(program)
+    assert torch.equal(module(*inputs())[0], module(*inputs())[0])
+    module.train()
+    assert not torch.equal(module(*inputs())[0], module(*inputs())[0])
