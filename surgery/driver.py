@@ -213,7 +213,7 @@ def _write_lock(target: Path, lock: Lock) -> Path | None:
         pass
     if not os.access(target.parent, os.W_OK):
         return None  # a spec in a read-only place has no lock; --locked says so when it is asked for
-    with AtomicOutput(target, force=True) as temporary:
+    with AtomicOutput(target, folder=False, force=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
 

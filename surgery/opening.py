@@ -60,7 +60,7 @@ def open_program(
 
     progress("capturing the model")
     captured = cached_capture(checkpoint.config, checkpoint.architecture, cache_folder() if use_cache else None)
-    weights = bind(checkpoint, captured.parameters, captured.aliases)
+    weights = bind(checkpoint, captured.parameters, captured.aliases, own_dtype="bfloat16", span=span)
     return assemble(captured, weights, info_of(checkpoint)), checkpoint
 
 

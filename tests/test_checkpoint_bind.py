@@ -109,6 +109,16 @@ def test_half_precision_is_kept_and_cast_on_request(tmp_path: Path) -> None:
     assert all(torch.equal(realise(e), realise(weights[n]).float()) for n, e in wide.items())
 
 
+def test_the_dtype_of_a_capture_stands_for_the_checkpoints_own(tmp_path: Path) -> None:
+    make("LlamaForCausalLM").half().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    model = meta_model(checkpoint)
+    wanted = {k: (tuple(v.shape), "float32" if "norm" in k else "bfloat16") for k, v in model.state_dict().items()}
+    weights = bind(checkpoint, wanted, model=model, own_dtype="bfloat16")
+    assert {k: e.dtype for k, e in weights.items()} == {k: "float32" if "norm" in k else "float16" for k in wanted}
+    assert checkpoint.dtype == "float16"
+
+
 def test_mixed_dtypes_are_cast_without_a_word(tmp_path: Path) -> None:
     make("LlamaForCausalLM").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -25,6 +25,7 @@ def bind(
     *,
     model: Any = None,
     given: Mapping[str, Expr] | None = None,
+    own_dtype: str | None = None,
     span: Span | None = None,
 ) -> Weights:
     """The expression of each parameter and persistent buffer of a module over a checkpoint's tensors.
@@ -32,7 +33,8 @@ def bind(
     ``parameters`` maps state-dict names to (shape, dtype wanted; None keeps what is stored), in state-dict order; ``aliases`` maps
     each further name of a tied tensor to its first name (aliases get no entry). ``model`` is the transformers model on meta
     that the names come from (built from the config when absent). ``given`` are expressions for names that no checkpoint holds
-    (buffers computed at construction); they win.
+    (buffers computed at construction); they win. ``own_dtype`` is the dtype that stands for the model's own in ``parameters`` (a capture
+writes it as ``bfloat16``): those take the checkpoint's dtype.
 
     Raises one SurgeryError with all findings: S0714 missing, S0715 a head that would be random, S0716 unexpected,
     S0717 wrong shape, S0718 wrong kind of dtype, S0719 an inexpressible conversion. Stored tensors of a head that the
@@ -40,7 +42,11 @@ def bind(
     """
     aliases = dict(aliases or {})
     given = dict(given or {})
-    wanted = {name: spec for name, spec in parameters.items() if name not in aliases}
+    wanted = {
+        name: (tuple(shape), checkpoint.dtype if own_dtype is not None and dtype == own_dtype else dtype)
+        for name, (shape, dtype) in parameters.items()
+        if name not in aliases
+    }
     weights = Weights()
     if checkpoint.random:
         for name, (shape, dtype) in wanted.items():
