@@ -82,7 +82,7 @@ class _Writer:
         self.table: dict[str, int] = {}
         self.descriptions: list[Any] = []
         self.schemas: dict[str, str] = {}
-        self.built_children: dict[str, frozenset[str]] = {}
+        self.templates: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 
     def tree(self, root: fx.GraphModule) -> dict[str, Any]:
         top = self.module(root, "")
@@ -106,8 +106,8 @@ class _Writer:
         else:
             tag, config = registry.config_of(module)
             data = {"tag": tag, "config": config}
-            own = self.own_children(tag, config)
-            data |= self.leaf_dtypes(module, own)
+            own, made = self.template(tag, config)
+            data |= self.leaf_dtypes(module, made) | self.tensors(module, made)
         children = {
             name: self.module(child, f"{path}.{name}" if path else name) for name, child in module.named_children() if name not in own
         }
@@ -122,27 +122,29 @@ class _Writer:
             self.descriptions.append(data)
         return self.table[key]
 
-    def own_children(self, tag: str, config: dict[str, Any]) -> frozenset[str]:
-        """Names of the sub-modules that the class makes itself: they are not written."""
-        if tag in registry.TORCH_MODULES:
-            return frozenset()
+    def template(self, tag: str, config: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the sub-modules and of the tensors that the class makes itself; what else a leaf holds is written out."""
         key = tag + json.dumps(config, sort_keys=True)
-        if key not in self.built_children:
-            self.built_children[key] = frozenset(dict(registry.build(tag, config, None).named_children()))
-        return self.built_children[key]
+        if key not in self.templates:
+            built = registry.build(tag, config, None)
+            tensors = (*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False))
+            self.templates[key] = frozenset(dict(built.named_children())), frozenset(name for name, _ in tensors)
+        return self.templates[key]
 
-    def leaf_dtypes(self, module: nn.Module, own: frozenset[str]) -> dict[str, Any]:
-        found = {name: dtype_name(t.dtype) for name, t in leaf_tensors(module, own)}
+    def leaf_dtypes(self, module: nn.Module, made: frozenset[str]) -> dict[str, Any]:
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        found = {name: dtype_name(t.dtype) for name, t in tensors if name in made}
         main = next((d for d in found.values() if _DTYPES[d].is_floating_point), None)
         data: dict[str, Any] = {} if main is None else {"dtype": main}
         others = {name: d for name, d in found.items() if d != main}
         return data | ({"dtypes": others} if others else {})
 
-    def tensors(self, module: nn.Module) -> dict[str, Any]:
-        own = [[n, dtype_name(p.dtype), list(p.shape)] for n, p in module.named_parameters(recurse=False, remove_duplicate=False)]
+    def tensors(self, module: nn.Module, made: frozenset[str] = frozenset()) -> dict[str, Any]:
+        own = [[n, dtype_name(p.dtype), list(p.shape)] for n, p in module._parameters.items() if p is not None and n not in made]
         held = [
             [n, dtype_name(b.dtype), list(b.shape), n not in module._non_persistent_buffers_set]
-            for n, b in module.named_buffers(recurse=False, remove_duplicate=False)
+            for n, b in module._buffers.items()
+            if b is not None and n not in made
         ]
         return ({"parameters": own} if own else {}) | ({"buffers": held} if held else {})
 
@@ -212,12 +214,6 @@ class _Writer:
             self.specs[key] = len(self.spec_data)
             self.spec_data.append(data)
         return self.specs[key]
-
-
-def leaf_tensors(module: nn.Module, own: frozenset[str]) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers of a leaf by name: its own, and those of the sub-modules that belong to it."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [(name, t) for name, t in named if "." not in name or name.split(".")[0] in own]
 
 
 def unknown_op(name: str, where: str) -> SurgeryError:
@@ -328,8 +324,7 @@ class GraphReader:
             made = self.leaf(entry)
         else:
             made = nn.Module()
-        if "tag" not in entry:
-            self.add_tensors(made, entry)
+        self.add_tensors(made, entry)
         for name, child in entry.get("children", {}).items():
             made.add_module(word(name), self.module(child))
         if "nodes" in entry:

@@ -207,6 +207,7 @@ def _fill(block: GraphBlock, tensors: Mapping[str, Tensor], record: Mapping[str,
     frozen = set(record["frozen"])
     aliases: dict[str, str] = record["aliases"]
     done: dict[int, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     seen: list[Tensor] = []  # keeps the meta tensors alive, so that their ids stay theirs
     for prefix, holder in block.named_modules():
         for store, trains in ((holder._parameters, True), (holder._buffers, False)):
@@ -214,10 +215,10 @@ def _fill(block: GraphBlock, tensors: Mapping[str, Tensor], record: Mapping[str,
                 if meta is None:
                     continue
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                if id(meta) in done:
-                    store[leaf] = done[id(meta)]  # type: ignore[assignment]
-                    continue
                 first = aliases.get(name, name)
+                if id(meta) in done or first in by_name:
+                    store[leaf] = done[id(meta)] if id(meta) in done else by_name[first]  # type: ignore[assignment]
+                    continue
                 given = tensors.get(first, tensors.get(name))
                 if given is None:
                     raise fail(
@@ -236,4 +237,4 @@ def _fill(block: GraphBlock, tensors: Mapping[str, Tensor], record: Mapping[str,
                     grad = value.is_floating_point() and name not in frozen and first not in frozen
                     value = nn.Parameter(value, requires_grad=grad)
                 seen.append(meta)
-                store[leaf] = done[id(meta)] = value  # type: ignore[assignment]
+                store[leaf] = done[id(meta)] = by_name[first] = value  # type: ignore[assignment]

@@ -1,0 +1,92 @@
+"""What a backend is: an object that writes a program to a target, all or nothing, and says what it proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from surgery.core.diagnostics import fail
+from surgery.core.lock import Lock
+from surgery.core.plan import Plan
+from surgery.core.source import Source, Span
+from surgery.model.program import Program
+
+
+@dataclass(frozen=True)
+class EmitRequest:
+    """One ``emit`` statement, ready to run.
+
+    ``params`` are the backend's parameters of the language with their values, ``tensors`` realises weights (``of(program, name)``,
+    ``functions``), ``base`` is the program before the spec, ``certificates`` what was measured so far, ``files`` go along
+    with the weights (tokenizer). ``force`` allows to replace what is not this spec's own output.
+    """
+
+    target: Path
+    params: Mapping[str, Any]
+    tensors: Any
+    base: Program | None = None
+    plan: Plan | None = None
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+    lock: Lock | None = None
+    spec: Source | None = None
+    force: bool = False
+    span: Span | None = None
+    files: tuple[Path, ...] = ()
+    progress: Callable[[str], None] = lambda text: None
+
+    @property
+    def spec_digest(self) -> str:
+        """What outputs carry so that the same spec may replace them later."""
+        return self.lock.spec if self.lock is not None else ""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """``paths``: what was written, the thing to open first. ``certificates``: claims measured on the output, with numbers."""
+
+    paths: tuple[Path, ...]
+    certificates: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """``name`` as in ``emit NAME``; ``folds`` when it wants everything foldable folded first.
+
+    ``emit`` raises SurgeryError with an S08 code and leaves what stood at the target untouched.
+    """
+
+    name: str
+    folds: bool
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted: ...
+
+
+def owns(path: Path, digest: str) -> bool:
+    """Whether what stands at ``path`` was made by the spec of this digest: outputs carry it (a folder in its ``surgery.json``)."""
+    if not digest or path.is_symlink():
+        return False
+    file = path / "surgery.json" if path.is_dir() else path
+    needle, kept = digest.encode(), b""
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                if needle in kept + chunk:
+                    return True
+                kept = chunk[-len(needle) :]
+    except OSError:
+        pass
+    return False
+
+
+def check_target(path: Path, backend: str, force: bool, digest: str, span: Span | None = None) -> None:
+    """Before any work: S0803 when something else stands at the target of an ``emit`` and ``force`` is not given."""
+    if force or not (path.exists() or path.is_symlink()) or owns(path, digest):
+        return
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        return
+    raise fail(
+        "S0803", f"{path} exists and is not this spec's own output", span, f"emit {backend} would replace it", exit_code=2,
+        help="choose another path, or replace it with `--force`",
+    )  # fmt: skip

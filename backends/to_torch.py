@@ -1,0 +1,101 @@
+"""The torch backend: the artifact folder that ``surgery.load`` opens as a trainable module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.backends.protocol import EmitRequest, Emitted, owns
+from surgery.core.diagnostics import fail
+from surgery.model import artifact
+from surgery.model.atomic import AtomicOutput
+from surgery.model.live import live_root
+from surgery.model.program import Program
+from surgery.model.realise import Realiser
+from surgery.model.record import Methods
+from surgery.model.sample import sample_inputs
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
+KEPT_BYTES = 1 << 30
+"""Up to this size weights that were realised for earlier checks are used again; above, they are streamed."""
+CHECKED_PARAMS = 500_000_000
+"""Above this size the written module is not run once more."""
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    def __init__(self, program: Program, tensors: Any) -> None:
+        self.program, self.tensors = program, tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.tensors.of(self.program, name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.program.weights)
+
+    def __len__(self) -> int:
+        return len(self.program.weights)
+
+
+class TorchBackend:
+    """Writes the artifact and proves that what loads from it computes what the program computes."""
+
+    name = "torch"
+    folds = False
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted:
+        """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right)."""
+        dtype = DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
+        weights = self._weights(program, request)
+        with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
+            written = artifact.write_artifact(
+                folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,
+                spec=request.spec.text if request.spec else "", lock=request.lock.to_text() if request.lock else "",
+                spec_digest=request.spec_digest, progress=lambda name, size: request.progress(f"writing {name}"),
+            )  # fmt: skip
+            found = self._certify(program, folder, request, dtype) if not dtype else []
+            if found:
+                artifact.add_certificates(folder, found)
+            names = [path.relative_to(folder) for path in written]
+        return Emitted((request.target, *(request.target / n for n in names)), tuple(found), ())
+
+    @staticmethod
+    def _weights(program: Program, request: EmitRequest) -> Mapping[str, Any]:
+        sizes = (torch.Size(e.shape).numel() for e in program.weights.values())
+        if 4 * sum(sizes) <= KEPT_BYTES:
+            return _Weights(program, request.tensors)
+        return Realiser(program.weights, request.tensors.functions)
+
+    @staticmethod
+    def _certify(program: Program, folder: Path, request: EmitRequest, dtype: str) -> list[dict[str, Any]]:
+        """The written module against the program itself, in fp32, on a padded batch."""
+        if sum(torch.Size(e.shape).numel() for e in program.weights.values()) > CHECKED_PARAMS:
+            return []
+        inputs = sample_inputs(program, batch=2, length=13, seed=11, padding=True)
+        with torch.no_grad():
+            want = live_root(program, request.tensors, dtype=torch.float32).eval()(*inputs)
+            module = artifact.load(folder, dtype=torch.float32)
+            got = module.run_flat(list(inputs))  # type: ignore[operator]
+        worst = 0.0
+        for x, y in zip(want, got, strict=True):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
+                worst = max(worst, float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf"))
+        entry = {"claim": "loaded = program", "max_abs_error": worst, "tolerance": 1e-6, "ok": worst <= 1e-6, "samples": ["padded"]}
+        if not entry["ok"]:
+            raise fail(
+                "S0836", f"the written artifact computes something else than the program (difference {worst:.3g})", request.span, "emitted here",
+                help="nothing was written; please report this with the spec and the model's config", exit_code=2,
+            )  # fmt: skip
+        return [entry]
+
+
+BACKEND = TorchBackend()
+
+
+def load(path: str | Path, *, device: Any = "cpu", dtype: Any = None, resolver: Methods | None = None) -> nn.Module:
+    """:func:`surgery.model.artifact.load` with the classes of attached modules found through the method registry."""
+    return artifact.load(path, device=device, dtype=dtype, modules=artifact.modules_through(resolver) if resolver else None)
