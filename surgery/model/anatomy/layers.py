@@ -180,16 +180,15 @@ def conv_blocks(view: GraphView, taken: set[Projection], joined: set[fx.Node]) -
         sides = [n for n in ops.tensors(node) if not view.constant[n] and ops.is_activation(n)]
         if len(sides) != 2:
             continue
-        runs = [_run_back(view, s) for s in sides]
-        runs.sort(key=lambda r: -len(r[0]))
-        (main, start), (other, _) = runs
+        runs = [(_run_back(view, s), s) for s in sides]
+        runs.sort(key=lambda r: -len(r[0][0]))
+        ((main, start), output), ((other, origin), residual) = runs
         main = [p for p in main if p not in taken]
-        if not main or not any(p.kind == "conv" for p in main):
+        if start is not origin or not any(p.kind == "conv" for p in main):
             continue
-        output, residual = (sides[0], sides[1]) if _run_back(view, sides[0])[0][:1] == main[:1] else (sides[1], sides[0])
         shortcut = [p for p in other if p not in taken and p not in main]
         taken |= {*main, *shortcut}
-        found.append(ConvBlock(main[::-1], shortcut[::-1], start, Exit(output, residual, node, output)))
+        found.append(ConvBlock(main[::-1], shortcut[::-1], main[-1].x, Exit(output, residual, node, output)))
     return found
 
 
