@@ -187,7 +187,7 @@ _ENTRIES = [
         ),
         waves,
     ),  # fmt: skip
-    Entry("resnet", "ResNetModel", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type="bottleneck"), pixels(32)),
+    Entry("resnet", "ResNetModel", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type="bottleneck"), pixels(224)),
     Entry("convnext", "ConvNextModel", dict(hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, image_size=32, drop_path_rate=0.1), pixels(32)),
     Entry("audio-spectrogram-transformer", "ASTModel", dict(_VIT, max_length=32, num_mel_bins=16, frequency_stride=4, time_stride=4), spectrogram),
     Entry("mamba", "MambaModel", dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4), lambda b, n: {"input_ids": _ids(b, n)}, capturable=False),

@@ -6,6 +6,8 @@ import os
 import sysconfig
 import traceback
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,7 +53,17 @@ def _place(frame: traceback.FrameSummary | None, module: nn.Module) -> str:
     return f"{parts[-1]}:{frame.lineno} (in {frame.name})"
 
 
-def capture_error(error: BaseException, module: nn.Module) -> SurgeryError:
+def _fixed_at(shape_env: Any) -> tuple[str, str]:
+    """Where model code made an open size a number (``path:line in function``) and which number; empty when unknown."""
+    slocs = getattr(shape_env, "replacements_slocs", {})
+    for symbol, value in getattr(shape_env, "replacements", {}).items():
+        place = str(slocs.get(symbol, "")).strip("()")
+        if value.is_number and place and "capture/flatcall.py" not in place:
+            return place, str(value)
+    return "", ""
+
+
+def capture_error(error: BaseException, module: nn.Module, shape_env: Any = None) -> SurgeryError:
     """The diagnostic for an exception that ended a trace.
 
     S0501: anything the tracer cannot follow; S0502: code that depends on values in a tensor; S0503: a size that was to stay
@@ -75,9 +87,10 @@ def capture_error(error: BaseException, module: nn.Module) -> SurgeryError:
             notes=notes, help="rewrite that line with tensor operations such as torch.where, or wrap the part that has it and give its result as an input",
         )  # fmt: skip
     if "ConstraintViolation" in " ".join(kinds) or "ConstraintViolationError" in text or "specialized" in text:
+        place, number = _fixed_at(shape_env)
         return fail(
-            "S0503", f"{name} fixes a size that was to stay open at {where}",
-            notes=notes, help="leave that axis out of `dynamic`, or make the model take any size there",
+            "S0503", f"{name} fixes a size that was to stay open" + (f": {place}" if place else f" at {where}"),
+            notes=[f"after that line the size can only be {number}"] if number else notes, help="leave that axis out of `dynamic`, or make the model take any size there",
         )  # fmt: skip
     return fail(
         "S0501", f"{name} cannot be captured: {where} does something that the tracer cannot follow",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,13 +53,14 @@ def flat_names(tree: pytree.Tree, prefix: str = "") -> list[str]:
 class FlatModel(nn.Module):
     """The model behind a flat signature. ``note`` receives the tree of its output (an attribute would be reset by the export)."""
 
-    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None]) -> None:
+    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None], open_sizes: list[Any]) -> None:
         super().__init__()
         self.model = model
         self.call = call
         self.tree = call.tree()
         self.names = flat_names(self.tree)
         self.note = note
+        self.see = open_sizes.append
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         self._unify(leaves)
@@ -76,7 +78,10 @@ class FlatModel(nn.Module):
             for axis, size in self.call.axes.get(name, {}).items():
                 if "+" in size:
                     sums.append((leaf.shape[axis], size))
-                elif size in first:
+                    continue
+                if isinstance(leaf.shape[axis], torch.SymInt):
+                    self.see(leaf.shape[axis])
+                if size in first:
                     torch._check(leaf.shape[axis] == first[size])
                 else:
                     first[size] = leaf.shape[axis]
@@ -115,6 +120,10 @@ def filled_cache(keys: list[Tensor], values: list[Tensor]) -> Any:
     return cache
 
 
+def _shape_env(sizes: list[Any]) -> Any:
+    return sizes[0].node.shape_env if sizes else None
+
+
 @dataclass
 class Trace:
     """A raw export: the flat program, the calls of layers found in it, the output's tree and the flat names."""
@@ -136,7 +145,7 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(n) for n in ("torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export", "transformers")]
     levels = [lg.level for lg in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for lg in loggers:
             lg.setLevel(logging.CRITICAL)
@@ -152,7 +161,8 @@ def _quiet() -> Iterator[None]:
 def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     """Exports ``model`` (on meta, nothing requiring grad) in its current mode. Raises SurgeryError S0501-S0503."""
     found: list[pytree.Tree] = []
-    flat = FlatModel(model, call, found.append)
+    open_sizes: list[Any] = []
+    flat = FlatModel(model, call, found.append, open_sizes)
     flat.training = model.training
     hard, soft = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
@@ -163,5 +173,5 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         except Fallback:
             raise
         except Exception as error:
-            raise capture_error(error, model) from error
+            raise capture_error(error, model, _shape_env(open_sizes)) from error
     return Trace(exported, regions.regions, found[-1], flat.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class Normaliser:
         elif name == "aten.slice.Tensor":
             _, axis, start, end, step = (*node.args, *(None, 0, None, sys.maxsize, 1)[len(node.args) :])
             gone = start in (None, 0) and end in (None, sys.maxsize) and step == 1
+        elif name == "aten.expand.default":
+            gone = mine == its
         if name == "aten.detach.default" and isinstance(mine, ValueSpec) and not mine.dtype.startswith(("float", "bfloat")):
             gone = True
         if gone and not (_changed_later(node) or _changed_later(source)):
@@ -83,6 +85,8 @@ class Normaliser:
             node.args = (node.args[0], _open_reshape(node), *node.args[2:])
         elif node.target is aten.expand.default:
             node.args = (node.args[0], _open_expand(node), *node.args[2:])
+        elif node.target is aten.histc.default:
+            _float_histogram(graph, node)
 
     # -- leaves
 
@@ -165,6 +169,19 @@ def _open_expand(node: fx.Node) -> list[Any]:
     want = node.meta["spec"].shape
     lead = len(want) - len(have)
     return [-1 if i >= lead and have[i - lead] == want[i] else size for i, size in enumerate(sizes)]
+
+
+def _float_histogram(graph: fx.Graph, node: fx.Node) -> None:
+    """Counts on integers exist on accelerators only, so models choose the type by device; floating counts exist everywhere."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not source.meta["spec"].dtype.startswith("int"):
+        return
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten.to.dtype, (source, torch.float32))
+    cast.meta = {**source.meta, "spec": replace(source.meta["spec"], dtype="float32")}
+    cast.meta.pop("val", None)
+    node.args = (cast, *node.args[1:])
+    node.meta["spec"] = replace(node.meta["spec"], dtype="float32")
 
 
 def _open_reshape(node: fx.Node) -> list[Any]:

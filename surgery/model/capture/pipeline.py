@@ -169,6 +169,8 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
     except Fallback as fallback:
         reason = str(fallback)
     except SurgeryError as error:
+        if error.diagnostics[0].code != "S0501":
+            raise  # the model itself depends on values or fixes a size: tracing every layer meets the same line
         reason = str(error)
     try:
         return _assemble(model, call, values, tensors, trace(model, call, stubs=False), reason)

@@ -192,7 +192,10 @@ class _Builder:
                     continue
                 spec = source.meta.get("spec")
                 if isinstance(spec, ValueSpec) and spec.kind != "tensor":
-                    continue  # a size: computed where it is read
+                    if not self._has_size(source, spec):
+                        self.template.outer.append(source)
+                        self.placeholder(source.name, source)
+                    continue  # else computed where it is read
                 if source.op == "placeholder" and self._named(source) is not None:
                     continue
                 tensor_of_model = source.name in self.cutter.owners
@@ -236,6 +239,15 @@ class _Builder:
             self.mapping[node] = self._size(node, spec)
             return self.mapping[node]
         raise Fallback(f"`{self.path}` reads `{node.name}` from outside")
+
+    def _has_size(self, node: fx.Node, spec: ValueSpec) -> bool:
+        """Whether :meth:`_size` can find the size within this graph."""
+        if node in self.mapping or not getattr(spec.shape[0], "free_symbols", None):
+            return True
+        if any(p.meta["spec"].kind == "tensor" and spec.shape[0] in p.meta["spec"].shape for p in self.template.graph.find_nodes(op="placeholder")):
+            return True
+        sources = node.all_input_nodes
+        return bool(sources) and all(n.meta["spec"].kind != "tensor" and self._has_size(n, n.meta["spec"]) for n in sources)
 
     def _size(self, node: fx.Node, spec: ValueSpec) -> Any:
         """A size from outside, read off an input that has it, else computed again from such sizes."""
