@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from surgery.core.method import param as param
     from surgery.core.plan import Plan as Plan
     from surgery.driver import Result as Result
-    from surgery.driver import compile_spec as compile
+    from surgery.driver import compile_spec as compile  # noqa: F401
     from surgery.driver import load as load
     from surgery.driver import plan as plan
     from surgery.opening import capture as capture
