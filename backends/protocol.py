@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class EmitRequest:
     @property
     def spec_digest(self) -> str:
         """What outputs carry so that the same spec may replace them later."""
-        return self.lock.spec if self.lock is not None else ""
+        return owner_mark(self.lock.spec) if self.lock is not None else ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Backend(Protocol):
     folds: bool
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted: ...
+
+
+def owner_mark(spec: str) -> str:
+    """The mark that outputs of a spec of this file name carry; long and derived, so that no other file has it by chance."""
+    return "surgery-output-" + hashlib.sha256(spec.encode()).hexdigest()[:24]
 
 
 def owns(path: Path, digest: str) -> bool:

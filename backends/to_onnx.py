@@ -8,9 +8,7 @@ import io
 import json
 import logging
 import math
-import os
 import warnings
-from collections.abc import Iterable
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import SurgeryError, error, fail
 from surgery.core.source import Span
+from surgery.model.atomic import AtomicOutput
+from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
 
 INLINE_LIMIT = 1 << 30
 """Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
+
+PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Allowed difference to torch in the same precision, times the output's scale when that is above one."""
 
 CASES = (("random", 2, 16, False), ("padded", 3, 23, True), ("single", 1, 7, False))
 """(name, batch, length, padding) of the inputs that the certificate measures."""
@@ -77,7 +82,10 @@ def output_names(program: Program, count: int) -> list[str]:
 
 def dynamic_shapes(program: Program) -> list[dict[int, Any] | None]:
     """Per flat input the dynamic axes of the capture, by axis; one Dim per symbol."""
-    dims = {s: torch.export.Dim(_axis_name(s, at), min=0 if "past" in at[0] and at[1] != 0 else 1) for s, at in program.signature.symbols.items()}
+    dims = {
+        s: torch.export.Dim(_axis_name(s, at), min=0 if "past" in at[0] and at[1] != 0 else 1)
+        for s, at in program.signature.symbols.items()
+    }
     out: list[dict[int, Any] | None] = []
     for _, spec in placeholders(program):
         axes = {i: dims[str(n)] for i, n in enumerate(spec.shape) if str(n) in dims}
@@ -179,82 +187,97 @@ def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: flo
     return found
 
 
-def emit(
-    program: Program,
-    root: fx.GraphModule,
-    *,
-    opset: int = 20,
-    tolerance: float = 1e-4,
-    span: Span | None = None,
-) -> tuple[Any, bytes | None, list[dict[str, Any]]]:
-    """Exports, cleans, checks and certifies. Returns the ModelProto, the external data (None when inline) and certificates.
+class OnnxBackend:
+    """Exports, cleans, checks and certifies, then writes one file (two when the weights are large)."""
 
-    Raises S0840 without the extra, S0841 when a graph cannot be expressed in ONNX, S0842 when a certificate fails.
+    name = "onnx"
+    folds = True
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted:
+        """``params``: ``opset``, ``precision`` (fp32, fp16, bf16).
+
+        Raises S0840 without the extra, S0841 when a graph cannot be expressed in ONNX, S0842 when the certificate fails, S0801 to
+        S0805 for the target. Nothing is written then.
+        """
+        require_onnx(request.span)
+        import onnx
+
+        precision = str(request.params.get("precision") or "fp32")
+        root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
+        try:
+            model = finish(export(program, root, opset=int(request.params.get("opset") or 20)), root)
+            onnx.checker.check_model(model)
+            run = session(model.SerializeToString())
+        except SurgeryError:
+            raise
+        except Exception as exc:
+            lines = str(exc).strip().splitlines() or [type(exc).__name__]
+            raise fail(
+                "S0841", "the exporter cannot express this model in ONNX", request.span, "asked for here",
+                notes=tuple(line.strip() for line in lines if line.strip())[:3], help="emit torch instead, or try another opset",
+            ) from exc  # fmt: skip
+        certificates = certify(program, root, run, tolerance=TOLERANCE[precision])
+        bad = [c for c in certificates if not c["ok"]]
+        if bad:
+            raise SurgeryError(
+                error(
+                    "S0842", "the ONNX graph does not compute what the module computes", request.span, "asked for here",
+                    notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
+                    help="nothing was written; try another opset, and please report the model's config",
+                )
+            )  # fmt: skip
+        for key, value in (
+            ("surgery.certificate", json.dumps([*request.certificates, *certificates], sort_keys=True)),
+            ("surgery.spec", request.spec_digest),
+        ):
+            entry = model.metadata_props.add()
+            entry.key, entry.value = key, value
+        return Emitted(tuple(write(model, request)), tuple(certificates))
+
+
+def write(model: Any, request: EmitRequest) -> list[Path]:
+    """Writes the model whole or not at all; large weights go to one external file.
+
+    The data file is named by its content and written first, so that the model file that stands there at any moment finds its
+    own data; data files of earlier models are removed last.
     """
-    require_onnx(span)
-    import onnx
+    target = request.target
 
-    try:
-        model = finish(export(program, root, opset=opset), root)
-        onnx.checker.check_model(model)
-    except SurgeryError:
-        raise
-    except Exception as exc:
-        first = str(exc).strip().splitlines() or [type(exc).__name__]
-        raise fail(
-            "S0841", "the exporter cannot express this model in ONNX", span, "asked for here",
-            notes=tuple(line.strip() for line in first if line.strip())[:3], help="emit torch instead, or try another opset",
-        ) from exc  # fmt: skip
-    certificates = certify(program, root, session(model.SerializeToString()), tolerance=tolerance)
-    bad = [c for c in certificates if not c["ok"]]
-    if bad:
-        raise SurgeryError(
-            error(
-                "S0842", "the ONNX graph does not compute what the module computes", span, "asked for here",
-                notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                help="nothing was written; try another opset, and please report the model's config",
-            )
-        )  # fmt: skip
-    entry = model.metadata_props.add()
-    entry.key, entry.value = "surgery.certificate", json.dumps(certificates, sort_keys=True)
-    return model, None, certificates
-
-
-def write(model: Any, target: Path, replace: Any) -> list[Path]:
-    """Writes the model with ``replace(path, bytes)`` (an atomic write of one file); large weights go to one external file.
-
-    The data file is named by its content, so that at any moment the model file that stands there finds its own data.
-    """
-    from onnx.external_data_helper import convert_model_to_external_data
+    def replace(path: Path, data: bytes) -> None:
+        with AtomicOutput(path, folder=False, force=request.force, own=lambda p: p != target or owns(p, request.spec_digest)) as temporary:
+            temporary.write_bytes(data)
 
     if sum(len(i.raw_data) for i in model.graph.initializer) <= INLINE_LIMIT:
         replace(target, model.SerializeToString(deterministic=True))
-        return [target]
+        name = ""
+    else:
+        name, data = externalise(model, target.name)
+        replace(target.with_name(name), data)
+        replace(target, model.SerializeToString(deterministic=True))
+    for old in sorted(target.parent.glob(f"{target.name}.*.data")):
+        if old.name != name:
+            old.unlink()
+    return [target, target.with_name(name)] if name else [target]
+
+
+def externalise(model: Any, stem: str) -> tuple[str, bytes]:
+    """Moves all large initializers of a model into one byte string; gives the file name that the model now refers to."""
     digest = hashlib.sha256()
-    for init in model.graph.initializer:
+    large = [i for i in model.graph.initializer if len(i.raw_data) >= 1024]
+    for init in large:
         digest.update(init.raw_data)
-    name = f"{target.name}.{digest.hexdigest()[:12]}.data"
-    blob, offset = [], 0
-    convert_model_to_external_data(model, all_tensors_to_one_file=True, location=name, size_threshold=1024)
-    for init in model.graph.initializer:
-        if len(init.raw_data) < 1024:
-            continue
+    name = f"{stem}.{digest.hexdigest()[:12]}.data"
+    parts, offset = [], 0
+    for init in large:
         data = init.raw_data
-        del init.external_data[:]
         for key, value in (("location", name), ("offset", str(offset)), ("length", str(len(data)))):
             item = init.external_data.add()
             item.key, item.value = key, value
-        blob.append(data + b"\0" * (-len(data) % 4096))
-        offset += len(blob[-1])
         init.ClearField("raw_data")
-        init.data_location = 1
-    replace(target.with_name(name), b"".join(blob))
-    replace(target, model.SerializeToString(deterministic=True))
-    for old in target.parent.glob(f"{target.name}.*.data"):
-        if old.name != name:
-            os.unlink(old)
-    return [target, target.with_name(name)]
+        init.data_location = 1  # TensorProto.EXTERNAL
+        parts.append(data + b"\0" * (-len(data) % 4096))
+        offset += len(parts[-1])
+    return name, b"".join(parts)
 
 
-def initializer_names(model: Any) -> Iterable[str]:
-    return [i.name for i in model.graph.initializer]
+BACKEND = OnnxBackend()

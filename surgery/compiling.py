@@ -144,7 +144,8 @@ class Compilation:
         for emission in self.session.emissions:
             node = emission.checked.node
             assert isinstance(node, ast.Emit) and emission.checked.call is not None
-            protocol.check_target(self.target(emission), emission.checked.call.name, self.force, self.lock.spec, node.to_span or node.span)
+            mark = protocol.owner_mark(self.lock.spec)
+            protocol.check_target(self.target(emission), emission.checked.call.name, self.force, mark, node.span)
 
     def emit(self, emission: Emission) -> None:
         from surgery.backends import registry as backends
