@@ -19,7 +19,7 @@ class ReportBackend:
         assert request.plan is not None and request.base is not None
         text = request.spec.text if request.spec else ""
         page = render(request.plan, request.base, program, request.certificates, text)
-        page = page.replace("<head>", f"<head><meta name=generator content={request.spec_digest}>", 1)
+        page = page.replace("<meta charset=utf-8>", f"<meta charset=utf-8><meta name=generator content={request.spec_digest}>", 1)
         with AtomicOutput(request.target, folder=False, force=request.force, own=lambda p: owns(p, request.spec_digest)) as temporary:
             temporary.write_text(page, encoding="utf-8")
         return Emitted((request.target,))

@@ -9,10 +9,11 @@ from typing import Any
 from surgery.core import ast
 from surgery.core.diagnostics import Sink, SurgeryError, error, fail
 from surgery.core.method import Method, MethodInfo
-from surgery.core.selector import expand_per_layer, select
+from surgery.core.selector import select
 from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.core.spec import Bound, Checked
+from surgery.core.spread import expand_per_layer
 from surgery.model.program import Origin, Program
 from surgery.passes import registry
 from surgery.passes.operation import Resolved
@@ -56,7 +57,8 @@ def resolve(program: Program, checked: Checked) -> Resolved:
     if sites and not left:
         raise fail("S0310", "`except` takes away everything that was selected", node.span, f"{len(sites)} sites, none is left")
     cls = registry.get(node.verb, call.name)
-    methods = build(cls, call, left)
+    stacks = {s.name: s.layers for s in program.anatomy.stacks}
+    methods = build(cls, call, left, stacks)
     origin = Origin(span=node.span, verb=node.verb, method=call.name, note=node.doc)
     seed = call.args.get("seed", 0)
     return Resolved(
@@ -65,7 +67,7 @@ def resolve(program: Program, checked: Checked) -> Resolved:
     )  # fmt: skip
 
 
-def build(cls: type[Method], call: Bound, sites: list[Site]) -> tuple[Method, ...]:
+def build(cls: type[Method], call: Bound, sites: list[Site], stacks: Mapping[str, int] | None = None) -> tuple[Method, ...]:
     """One method object per site (one in all when there are no sites), lists, tables and ramps spread over the sites."""
     assert isinstance(call.info, MethodInfo)
     columns: dict[str, list[Any]] = {}
@@ -76,7 +78,7 @@ def build(cls: type[Method], call: Bound, sites: list[Site]) -> tuple[Method, ..
             info = call.info.param(name)
             assert info is not None
             try:
-                column = expand_per_layer(value, sites, integer=info.type == "int", span=call.spans.get(name, call.span))
+                column = expand_per_layer(value, sites, integer=info.type == "int", span=call.spans.get(name, call.span), stacks=stacks)
             except SurgeryError as exc:
                 sink.extend(exc.diagnostics)
                 continue

@@ -55,11 +55,11 @@ def open_program(
         program = capture(checkpoint.module, checkpoint.inputs if inputs is None else inputs, dynamic=dynamic)
         program.info = _renamed(program.info, ref)
         return program, checkpoint
-    from surgery.model.capture import cached_capture
+    from surgery.model.capture import capture_config
     from surgery.model.checkpoint_bind import bind
 
     progress("capturing the model")
-    captured = cached_capture(checkpoint.config, checkpoint.architecture, cache_folder() if use_cache else None)
+    captured = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=cache_folder() if use_cache else None)
     weights = bind(checkpoint, captured.parameters, captured.aliases, own_dtype="bfloat16", span=span)
     return assemble(captured, weights, info_of(checkpoint)), checkpoint
 
