@@ -49,7 +49,10 @@ def check(
 
 
 def _key(path: str) -> str:
-    return os.path.realpath(path)
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # a NUL or a lone surrogate: such a file cannot exist
+        return path
 
 
 @dataclass
