@@ -194,7 +194,7 @@ class _Walk:
             raise SurgeryError(
                 error(
                     "S0303", f"`{what}` goes past the end: there {_are(count, noun)}", self._span(index, step),
-                    f"{_are(count, noun)[0].upper()}{_are(count, noun)[1:]}", notes=[n for n in (last, self._trail()) if n],
+                    f"{count} {noun}{'' if count == 1 else 's'}", notes=[n for n in (last, self._trail()) if n],
                     help=f"write an index from 0 to {count - 1}, or one from -{count} to -1 to count from the end",
                 )
             )  # fmt: skip
@@ -248,6 +248,9 @@ class _Walk:
         where = f"in {_counted(len(spots), spots[0].node)}" if spots and spots[0].node is not self.root else "in this model"
         help = [f"did you mean {quoted(close)}?"] if close else []
         help += self._elsewhere(word)
+        if spots and spots[0].node is self.root and any(s.name.endswith("layers") for s in self.anatomy.stacks):
+            called = ", ".join(f"`{s.name}` ({s.layers} layer{'' if s.layers == 1 else 's'})" for s in self.anatomy.stacks)
+            help.append(f"the layers of this model are {called}")
         if not help:
             help = ["`surgery show MODEL` lists every role"]
         there = ", ".join(sorted(names)[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -50,6 +50,8 @@ class Core:
     v: fx.Node
     mask: fx.Node | None
     causal: bool
+    scores: tuple[fx.Node, ...] = ()
+    """The products that make the scores, where they stand apart from the rest."""
 
 
 @dataclass(eq=False)
@@ -250,7 +252,8 @@ class Blocks:
                 break
             node = inputs[0]
         pair = ops.tensors(score)[-2:]
-        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, any(map(self.is_causal, mask)))
+        causal = any(map(self.is_causal, mask))
+        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores))
 
     def _score_products(self, softmax: fx.Node) -> list[fx.Node]:
         """Products behind a softmax through elementwise and shape ops; the one whose operands both come from data first."""

@@ -127,7 +127,8 @@ class Builder:
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
-        self._region(base, unit, block.input, block.exit, members, facts, heads | where)
+        cores = origins(n for c in calls for n in (*c.core.scores, c.core.node))
+        self._region(base, unit, block.input, block.exit, members, facts, heads | where | {"calls": cores})
 
     def feed_forward(self, base: str, unit: Unit, where: dict[str, Any]) -> None:
         """The region of a feed-forward block, its projections, its router and experts."""
