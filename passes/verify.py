@@ -84,7 +84,7 @@ def attachments_live(program: Program) -> Iterable[str]:
         except (AttributeError, KeyError):
             yield f"attachment {a.module} of {a.origin.verb} {a.origin.method} is not in the graph"
         for name in a.tensors:
-            if name not in program.weights:
+            if program.aliases.get(name, name) not in program.weights:
                 yield f"attachment {a.module} names tensor `{name}`, which has no expression"
 
 

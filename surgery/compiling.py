@@ -183,8 +183,11 @@ class Compilation:
 
     def module(self) -> nn.Module:
         from surgery.model.runtime import build_module
+        from surgery.passes.kinds import schedule
 
-        return build_module(self.session.program, self.tensors.all(self.session.program))
+        module = build_module(self.session.program, self.tensors.all(self.session.program))
+        module.surgery_schedules = schedule.carried(getattr(module, "_surgery_record", {}))  # type: ignore[assignment]
+        return module
 
 
 def fold_all(program: Program, origin: Origin) -> None:

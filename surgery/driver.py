@@ -223,7 +223,16 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", dtype: Any = None
     from surgery.backends import to_torch
     from surgery.passes import registry
 
-    return to_torch.load(Path(path), device=device, dtype=dtype, resolver=registry.get)
+    module = to_torch.load(Path(path), device=device, dtype=dtype, resolver=registry.get)
+    return with_schedules(module)
+
+
+def with_schedules(module: nn.Module) -> nn.Module:
+    """The module with the schedules of its record as objects, where the training controller looks for them."""
+    from surgery.passes.kinds import schedule
+
+    module.surgery_schedules = schedule.carried(getattr(module, "_surgery_record", {}))  # type: ignore[assignment]
+    return module
 
 
 def save(module: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> Path:

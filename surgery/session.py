@@ -17,7 +17,7 @@ from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
 from surgery.core.spec import Checked, Spec
 from surgery.model import cost
-from surgery.model.program import Program
+from surgery.model.program import Origin, Program
 from surgery.passes import registry
 from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
 from surgery.passes.operation import Resolved, SiteChange
@@ -164,26 +164,22 @@ def carry(session: Session, checked: Checked, position: int) -> None:
     assert isinstance(node, ast.Train) and call is not None
     cls = registry.get("train", call.name)
     sites = pick(session.program, node.selectors, session.sink)
-    method = build(cls, call, [])[0]
-    session.program.schedules.append((method, tuple(s.role for s in sites)))
+    origin = Origin(span=node.span, verb="train", method=call.name, note=node.doc)
+    op = Resolved(
+        verb="train", name=call.name, place="on", sites=tuple(sites), methods=build(cls, call, [])[:1] * max(1, len(sites)), origin=origin
+    )
+    changes = apply(session.program, op)
+    method = session.program.schedules[-1][0]
     key = f"{position}: train {call.name}"
     session.resolved[key] = [s.role for s in sites]
     session.versions[f"train/{call.name}"] = method.version
-    describe = getattr(method, "facts", None)
-    facts = tuple(describe(parameters=_non_vocabulary(session.program))) if describe else ()
+    facts = tuple(c.note for c in changes if c.note)
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="train", method=call.name, params=method.params(), text=to_text(node), doc=node.doc,
             stage=checked.stage, facts=facts,
         )
     )  # fmt: skip
-
-
-def _non_vocabulary(program: Program) -> int:
-    """Parameters without token embedding and head, the N of scaling laws."""
-    sizes = parameter_sizes(program)
-    vocabulary = {program.aliases.get(s.weight, s.weight) for s in program.anatomy.sites if s.role in ("embed.tokens", "head")}
-    return sum(n for name, n in sizes.items() if name not in vocabulary)
 
 
 def expect_quantity(session: Session, checked: Checked, position: int) -> None:

@@ -83,8 +83,8 @@ def test_a_schedule_on_a_part_names_its_parameters_and_comes_back_from_data() ->
     run(program, operation(program, "train", "power", ["layers[0].ffn"], batch=8))
     method, names = program.schedules[0]
     assert set(names) == {"up.weight", "up.bias", "down.weight", "down.bias", "up.lora.A", "up.lora.B"}
-    data = json.loads(json.dumps({"method": f"{method.verb}/{method.name}", "params": method.params()}))
-    assert schedule.of_config(data) == method
+    record = {"schedules": [{"method": {"verb": "train", "name": "power", "params": method.params()}, "targets": names}]}
+    assert schedule.carried(json.loads(json.dumps(record))) == [(method, names)]
 
 
 # ------------------------------------------------------------------ controller

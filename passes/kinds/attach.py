@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
-from surgery.model.program import Attachment, Program
+from surgery.model.program import Attachment, Program, ValueSpec
 from surgery.model.weights import Apply, Expr, Init
 from surgery.passes.operation import Resolved
 
@@ -150,15 +151,15 @@ def spec_of(node: fx.Node) -> dict[str, Any]:
     return {k: node.meta[k] for k in ("spec",) if k in node.meta}
 
 
-def get_attr(graph_module: fx.GraphModule, target: str, near: fx.Node, spec: Any = None) -> fx.Node:
+def get_attr(graph_module: fx.GraphModule, target: str, near: fx.Node) -> fx.Node:
     """The node that reads parameter ``target``; an existing one is reused, a new one is put in front of ``near``."""
     for node in graph_module.graph.find_nodes(op="get_attr", target=target):
         if node < near:
             return node
     with graph_module.graph.inserting_before(near):
         node = graph_module.graph.create_node("get_attr", target)
-    if spec is not None:
-        node.meta["spec"] = spec
+    value = reduce(getattr, target.split("."), graph_module)
+    node.meta["spec"] = ValueSpec("tensor", str(value.dtype).removeprefix("torch."), tuple(value.shape))
     return node
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,12 +54,14 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     return [SiteChange("", "", note=method.note())]
 
 
-def of_config(config: dict[str, Any]) -> ScheduleMethod:
-    """A schedule from ``{"method": "train/power", "params": {...}}``, as artifacts store it."""
+def carried(record: Mapping[str, Any]) -> list[tuple[ScheduleMethod, tuple[str, ...]]]:
+    """The learning-rate rules in an artifact's record (``{"schedules": [{"method": {verb, name, params}, "targets"}]}``)."""
     from surgery.passes import registry
 
-    verb, _, name = config["method"].partition("/")
-    cls = registry.get(verb, name)
-    if not issubclass(cls, ScheduleMethod):
-        raise ValueError(f"{config['method']} is not a schedule")
-    return cls(**config["params"])
+    found = []
+    for entry in record.get("schedules", ()):
+        data = entry["method"]
+        cls = registry.get(data["verb"], data["name"])
+        if issubclass(cls, ScheduleMethod):
+            found.append((cls(**data["params"]), tuple(entry["targets"])))
+    return found
