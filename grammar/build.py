@@ -52,7 +52,13 @@ class Builder:
         span = self._span(start, end)
         if len(text) > MAX_NUMBER:
             self.problems.append(
-                error("S0119", "a number is too long", span, f"{len(text)} characters", help=f"use at most {MAX_NUMBER} characters; `1e-4` and `1.1B` are short forms")
+                error(
+                    "S0119",
+                    "a number is too long",
+                    span,
+                    f"{len(text)} characters",
+                    help=f"use at most {MAX_NUMBER} characters; `1e-4` and `1.1B` are short forms",
+                )
             )
             return ast.Number(0, span=span)
         if children[0][0] == "INT":
@@ -94,7 +100,9 @@ class Builder:
         body = token[1][1:-1]
         if "\0" in body:
             at = token[2] + 1 + body.index("\0")
-            self.problems.append(error("S0121", "a NUL byte in a string", Span(self.source, at, at + 1), "here", help="remove it; a spec is plain text"))
+            self.problems.append(
+                error("S0121", "a NUL byte in a string", Span(self.source, at, at + 1), "here", help="remove it; a spec is plain text")
+            )
         if "\\" not in body:
             return body
         base = token[2] + 1
@@ -117,7 +125,7 @@ class Builder:
 
         return _ESCAPE.sub(replace, body)
 
-    def list(self, children: list[ast.Value], start: int, end: int) -> ast.ListValue:
+    def list_(self, children: list[ast.Value], start: int, end: int) -> ast.ListValue:
         return ast.ListValue(tuple(children), span=self._span(start, end))
 
     def table(self, children: list[ast.TableEntry], start: int, end: int) -> ast.Table:
@@ -212,7 +220,15 @@ class Builder:
             return 1
         step = self._whole(tokens[0])
         if step < 1:
-            self.problems.append(error("S0135", "the step of a range must be at least 1", self._at(tokens[0]), f"is {step}", help="ranges run upwards: `[0..10 by 2]`"))
+            self.problems.append(
+                error(
+                    "S0135",
+                    "the step of a range must be at least 1",
+                    self._at(tokens[0]),
+                    f"is {step}",
+                    help="ranges run upwards: `[0..10 by 2]`",
+                )
+            )
             return 1
         return step
 
@@ -273,7 +289,11 @@ class Builder:
         for clause in clauses:
             first = found.setdefault(clause.kind, clause)
             if first is not clause:
-                what = f"`{clause.word}` is written twice" if first.word == clause.word else f"`{first.word}` and `{clause.word}` are both given"
+                what = (
+                    f"`{clause.word}` is written twice"
+                    if first.word == clause.word
+                    else f"`{first.word}` and `{clause.word}` are both given"
+                )
                 self.problems.append(
                     error(
                         "S0125", what, clause.span, "second time", also=[(first.span, "first time")],
@@ -326,7 +346,13 @@ class Builder:
         if "of" not in fields:
             fields["of"] = ()
             self.problems.append(
-                error("S0136", "the merge does not say of what", self._span(start, end), "no `of`", help=f"name what to merge: `merge {method.name} of first * 0.5, second * 0.5`")
+                error(
+                    "S0136",
+                    "the merge does not say of what",
+                    self._span(start, end),
+                    "no `of`",
+                    help=f"name what to merge: `merge {method.name} of first * 0.5, second * 0.5`",
+                )
             )
         return ast.Merge(method, span=self._span(start, end), **fields)
 

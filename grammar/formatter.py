@@ -326,7 +326,7 @@ def _without_trailing_commas(tokens: list[Token]) -> list[Token]:
 
 def _clause_starts(tokens: list[Token]) -> list[int]:
     """Where the clauses of a statement begin: keywords outside brackets in keyword position."""
-    starts = []
+    starts: list[int] = []
     depth = 0
     for i, token in enumerate(tokens):
         if token[0] in _OPEN:

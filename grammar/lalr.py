@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,19 @@ class Tables:
     ends: dict[str, int]
     rows: list[dict[str, int]]
     rules: list[Rule]
+
+    @cached_property
+    def action_names(self) -> list[str]:
+        """The builder's methods that the rules name."""
+        return sorted({rule.action for rule in self.rules} - {"", "="})
+
+    @cached_property
+    def units(self) -> list[int]:
+        """By rule of one symbol: SPLICE when the value stays as it is, KEEP when it becomes a list of one; 0 for other rules."""
+        return [
+            0 if rule.size != 1 or rule.action not in ("", "=") else SPLICE if rule.action == "=" or rule.parts[0][1] == SPLICE else KEEP
+            for rule in self.rules
+        ]
 
 
 @dataclass(frozen=True)
@@ -78,19 +91,13 @@ class Machine:
 
     def __init__(self, builder: object, table: Tables) -> None:
         self.table = table
-        self._actions: list[Action | None] = [
-            getattr(builder, rule.action) if rule.action not in ("", "=") else None for rule in table.rules
-        ]
-        # SPLICE: the value stays as it is; KEEP: it becomes a list of one; 0: no such rule.
-        self._units = [
-            0 if rule.size != 1 or action else SPLICE if rule.action == "=" or rule.parts[0][1] == SPLICE else KEEP
-            for rule, action in zip(table.rules, self._actions, strict=True)
-        ]
+        named = {name: getattr(builder, name) for name in table.action_names}
+        self._actions: list[Action | None] = [named.get(rule.action) for rule in table.rules]
 
     def run(self, start: str, tokens: Sequence[Token]) -> Any | Stuck:
         """The value of the rule ``start`` over all ``tokens``, or where it got stuck."""
         table = self.table
-        rows, rules, actions, units = table.rows, table.rules, self._actions, self._units
+        rows, rules, actions, units = table.rows, table.rules, self._actions, table.units
         state = table.starts[start]
         final = table.ends[start]
         states = [state]

@@ -137,9 +137,9 @@ class _Parser:
                 self._break(piece)
                 return None
             self.builder.problems.clear()
-        from surgery.grammar import faults  # only broken specs pay for it
+        from surgery.grammar import faults, stuck  # only broken specs pay for it
 
-        situation = faults.Situation(self.source, self.lexed, piece, tokens, result)
+        situation = stuck.Situation(self.source, self.lexed, piece, tokens, result)
         if not is_statement:
             found, junk = faults.unknown_statement(situation)
             if junk and self.in_junk:
@@ -165,13 +165,21 @@ class _Parser:
     def _unclosed_stage(self, brace: int) -> None:
         token = self.lexed.tokens[brace]
         self.found.append(
-            error("S0108", "this stage is never closed", Span(self.source, token[2], token[3]), "opened here", help="close it with `}` on a line of its own")
+            error(
+                "S0108",
+                "this stage is never closed",
+                Span(self.source, token[2], token[3]),
+                "opened here",
+                help="close it with `}` on a line of its own",
+            )
         )
 
     # ------------------------------------------------------------ the edition
 
     def _edition_in_stage(self, node: ast.Edition) -> None:
-        self.found.append(error("S0104", "the edition stands inside a stage", node.span, "not here", help="move `surg 1` to the first line of the file"))
+        self.found.append(
+            error("S0104", "the edition stands inside a stage", node.span, "not here", help="move `surg 1` to the first line of the file")
+        )
 
     def _check_edition(self, body: list[ast.Statement]) -> None:
         known = ", ".join(f"`surg {number}`" for number in EDITIONS)
@@ -204,7 +212,14 @@ class _Parser:
             )  # fmt: skip
         for again in editions[1:]:
             self.found.append(
-                error("S0105", "the edition is given twice", again.span, "second time", also=[(first.span, "first time")], help="remove one of the two lines")
+                error(
+                    "S0105",
+                    "the edition is given twice",
+                    again.span,
+                    "second time",
+                    also=[(first.span, "first time")],
+                    help="remove one of the two lines",
+                )
             )
 
     def _reported(self) -> list[Diagnostic]:

@@ -8,7 +8,10 @@ from surgery.core import ast, units
 from surgery.grammar.words import CLAUSES, STATEMENTS, VERBS
 
 # Keywords are names like any other outside their places, so they are drawn often.
-words = st.one_of(st.sampled_from([*STATEMENTS, *CLAUSES, "own", "base", "by", "layers", "attn", "q"]), st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True))
+words = st.one_of(
+    st.sampled_from([*STATEMENTS, *CLAUSES, "own", "base", "by", "layers", "attn", "q"]),
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True),
+)
 plain_words = st.sampled_from(["layers", "attn", "ffn", "q", "v", "up", "text", "moe", "x1", "_y"])
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 
@@ -52,7 +55,14 @@ def _is_name(path: tuple) -> bool:
 
 def _clear(selector: ast.Selector) -> bool:
     """Not one bare word that reads as a clause keyword in a list, the one place where a keyword wins."""
-    return not (selector.raw is None and selector.ref is None and not selector.optional and len(selector.steps) == 1 and _is_name(selector.steps) and selector.steps[0].name in (*CLAUSES, "own"))
+    return not (
+        selector.raw is None
+        and selector.ref is None
+        and not selector.optional
+        and len(selector.steps) == 1
+        and _is_name(selector.steps)
+        and selector.steps[0].name in (*CLAUSES, "own")
+    )
 
 
 selectors = st.one_of(
@@ -133,6 +143,36 @@ statements = st.recursive(simple_statements, lambda inner: st.builds(ast.Stage, 
 files = st.lists(statements, max_size=5).map(lambda body: ast.File((ast.Edition(1), *body)))
 
 soup = st.lists(
-    st.sampled_from([*STATEMENTS, *CLAUSES, *"(){}[],.:=*?@#;'\"%-+", "..", "**", "<=", "==", "\n", "\n", " ", "x", "layers", "8", "0.5", "30%", "1.1B", "2q", '"s"', '"\\q"', "own", "by", "base", "\0", "\r\n", "é", "##d\n", "surg 1\n"]),
+    st.sampled_from(
+        [
+            *STATEMENTS,
+            *CLAUSES,
+            *"(){}[],.:=*?@#;'\"%-+",
+            "..",
+            "**",
+            "<=",
+            "==",
+            "\n",
+            "\n",
+            " ",
+            "x",
+            "layers",
+            "8",
+            "0.5",
+            "30%",
+            "1.1B",
+            "2q",
+            '"s"',
+            '"\\q"',
+            "own",
+            "by",
+            "base",
+            "\0",
+            "\r\n",
+            "é",
+            "##d\n",
+            "surg 1\n",
+        ]
+    ),
     max_size=60,
 ).map(" ".join)

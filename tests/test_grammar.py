@@ -113,7 +113,9 @@ def test_numbers(text: str, value: float, unit: str) -> None:
 
 
 def test_no_word_is_reserved() -> None:
-    node = one("adapt on(on = on, model = fold, skip = [\n  keep,\n  train\n]) on on.after, model.layers,\n  keep.x, fold keep model.y as as\nfreeze all on\n  model.z")
+    node = one(
+        "adapt on(on = on, model = fold, skip = [\n  keep,\n  train\n]) on on.after, model.layers,\n  keep.x, fold keep model.y as as\nfreeze all on\n  model.z"
+    )
     assert isinstance(node, ast.Operation)
     assert [to_text(s) for s in node.selectors] == ["on.after", "model.layers", "keep.x", "fold"]
     assert to_text(node.keep[0]) == "model.y" and node.name == "as"
@@ -192,7 +194,14 @@ def test_parsing_imports_neither_lark_nor_torch() -> None:
 
 
 def test_numbers_in_messages() -> None:
-    assert [units.format_count(n) for n in (1_100_000_000, 999, 22_713_216, 12_000, 0, 999_999)] == ["1.1B", "999", "22.71M", "12k", "0", "1M"]
+    assert [units.format_count(n) for n in (1_100_000_000, 999, 22_713_216, 12_000, 0, 999_999)] == [
+        "1.1B",
+        "999",
+        "22.71M",
+        "12k",
+        "0",
+        "1M",
+    ]
     assert [units.format_bytes(n) for n in (2**31, 1, 512, 1536, 2**40)] == ["2GiB", "1 byte", "512 bytes", "1.5KiB", "1TiB"]
     assert [units.format_share(x) for x in (0.005, 0.3, 1.0, 0.00001)] == ["0.5%", "30%", "100%", "1.0e-03%"]
     assert [units.dimension(u) for u in ("%", "B", "GiB", "", "q")] == ["share", "count", "bytes", "", ""]

@@ -95,6 +95,6 @@ def test_any_text_is_read_or_reported(text: str) -> None:
 @relaxed
 @given(soup)
 def test_a_sound_statement_survives_whatever_stands_before_it(text: str) -> None:
-    good = "emit report to \"out\"\n"
+    good = 'emit report to "out"\n'
     file, _ = parse(Source("x.surg", text.replace("{", "(") + "\n\n" + good))
     assert any(isinstance(s, ast.Emit) and s.to == "out" for s in file.statements)

@@ -22,8 +22,9 @@ _NODES: dict[str, type[ast.Node]] = {
 
 
 @cache
-def _fields(kind: type[ast.Node]) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind) if f.compare)
+def _fields(kind: str) -> tuple[str, ...]:
+    """The fields of a node that count for equality."""
+    return tuple(f.name for f in dataclasses.fields(_NODES[kind]) if f.compare)
 
 
 def to_json(node: ast.Node, *, spans: bool = False) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def to_json(node: ast.Node, *, spans: bool = False) -> dict[str, Any]:
 def _out(value: Any, spans: bool) -> Any:
     if isinstance(value, ast.Node):
         data: dict[str, Any] = {"node": type(value).__name__}
-        for name in _fields(type(value)):
+        for name in _fields(type(value).__name__):
             data[name] = _out(getattr(value, name), spans)
         if spans and value.span is not NOWHERE:
             data["span"] = [value.span.start, value.span.end]
@@ -68,7 +69,7 @@ def _in(value: Any, source: Source | None, where: str) -> Any:
     kind = _NODES.get(value.get("node", ""))
     if kind is None:
         raise ValueError(f"{where}: there is no node {value.get('node')!r}")
-    hints = _hints(kind)
+    hints = _hints(kind.__name__)
     arguments: dict[str, Any] = {}
     for key, item in value.items():
         if key in ("node", "span"):
@@ -87,8 +88,8 @@ def _in(value: Any, source: Source | None, where: str) -> Any:
 
 
 @cache
-def _hints(kind: type[ast.Node]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
+def _hints(kind: str) -> dict[str, Any]:
+    hints = get_type_hints(_NODES[kind])
     return {name: hints[name] for name in _fields(kind)}
 
 
