@@ -32,7 +32,8 @@ class Quantity:
         if self.value is None:
             return "known when the weights are"
         shown = " + ".join(f"{_number(n)} ({what})" for what, n in self.terms[:4])
-        more = f" + {len(self.terms) - 4} more" if len(self.terms) > 4 else ""
+        rest = self.terms[4:]
+        more = f" + {_number(sum(n for _, n in rest))} ({len(rest)} more)" if rest else ""
         return f"{_number(self.value)}" + (f" = {shown}{more}" if shown else "")
 
 
@@ -104,27 +105,26 @@ def measure(
     return QUANTITIES[quantity](program, sizes, spots, sites is None and not name, read)
 
 
-def _terms(sizes: dict[str, int]) -> tuple[tuple[str, float], ...]:
+def _terms(program: Program, sizes: dict[str, int]) -> tuple[tuple[str, float], ...]:
+    """Sums by what a reader would name: the tensors of one added module together, layers of a stack together."""
+    added = {t: a.module for a in program.attachments for t in a.tensors}
     totals: dict[str, int] = {}
-    for pattern, count in ((_pattern(n), c) for n, c in sizes.items()):
+    for name, count in sizes.items():
+        pattern = ".".join("*" if part.isdigit() else part for part in added.get(name, name).split("."))
         totals[pattern] = totals.get(pattern, 0) + count
     return tuple(sorted(totals.items(), key=lambda kv: -kv[1]))
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 Measure = Callable[[Program, dict[str, int], Sequence[Site], bool, "Callable[[str], torch.Tensor] | None"], Quantity]
 
 
 def _params(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    return Quantity(sum(sizes.values()), _terms(sizes) if not whole else ())
+    return Quantity(sum(sizes.values()), _terms(program, sizes) if not whole else ())
 
 
 def _trainable(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
     train = {n: c for n, c in sizes.items() if n not in program.frozen}
-    return Quantity(sum(train.values()), _terms(train))
+    return Quantity(sum(train.values()), _terms(program, train))
 
 
 def _active(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
@@ -132,13 +132,13 @@ def _active(program: Program, sizes: dict[str, int], spots: Sequence[Site], whol
         return Quantity(cost.active_parameters(program))
     idle = cost.idle_shares(program)
     active = {n: round(c * (1 - idle.get(n, 0.0))) for n, c in sizes.items()}
-    return Quantity(sum(active.values()), _terms(active))
+    return Quantity(sum(active.values()), _terms(program, active))
 
 
 def _bytes(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
     width = {n: getattr(torch, program.weights[n].dtype).itemsize for n in sizes}
     each = {n: c * width[n] for n, c in sizes.items()}
-    return Quantity(sum(each.values()), _terms(each))
+    return Quantity(sum(each.values()), _terms(program, each))
 
 
 def _flops(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:

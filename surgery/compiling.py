@@ -45,6 +45,7 @@ class Compilation:
 
     def __post_init__(self) -> None:
         self.tensors = Tensors(registry.function)
+        self._measured: list[tuple[Program, list[list[torch.Tensor]]]] = []
 
     def run(self) -> None:
         """Claims first, then outputs: a claim that fails stops everything before the first byte is written."""
@@ -60,6 +61,9 @@ class Compilation:
 
     def outputs(self, program: Program) -> list[list[torch.Tensor]]:
         """The flat floating outputs of a program in float32 on the sample inputs."""
+        for known, found in self._measured:
+            if known is program:
+                return found
         root = live_root(program, self.tensors, dtype=torch.float32).eval()
         found = []
         for _, batch, length, padding in SAMPLES:
@@ -67,6 +71,7 @@ class Compilation:
                 got = root(*sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))
             got = got if isinstance(got, tuple | list) else (got,)
             found.append([t for t in got if isinstance(t, torch.Tensor) and t.is_floating_point()])
+        self._measured.append((program, found))
         return found
 
     def compare(self, claim: str, left: Program, right: Program, tolerance: float) -> dict[str, Any]:
@@ -80,6 +85,10 @@ class Compilation:
                 elif x.numel():
                     worst = max(worst, float((x.double() - y.double()).abs().max()))
         ok = worst <= tolerance
+        known = next((c for c in self.certificates if c["claim"] == claim and c["max_abs_error"] == worst), None)
+        if known is not None and ok and known["ok"]:
+            known["tolerance"] = min(known["tolerance"], tolerance)  # one claim, measured once, at the strictest limit asked for
+            return known
         entry = {"claim": claim, "max_abs_error": worst, "tolerance": tolerance, "ok": ok, "samples": [s[0] for s in SAMPLES]}
         self.certificates.append(entry)
         return entry

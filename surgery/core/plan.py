@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 from surgery.core.diagnostics import Diagnostic
@@ -209,7 +210,8 @@ def render(plan: Plan) -> str:
         lines.append("")
         for e in plan.expectations:
             mark = {True: "ok    ", False: "FAILED", None: "later "}[e.ok]
-            lines.append(f"  {mark}  {e.text}" + (f"   {e.detail}" if e.detail else ""))
+            lines.append(f"  {mark}  expect {e.text}")
+            lines += [" " * 10 + row for part in e.detail.split("; ") if part for row in wrap(part, 98)]
     if plan.totals:
         lines += ["", *_totals(plan.totals, plan.flops_length)]
     return "\n".join(lines) + "\n"

@@ -55,8 +55,11 @@ def resolve(ref: str, base: Path, span: Span | None = None) -> Ref:
 
 
 def _local(text: str, base: Path) -> Path:
+    """A relative path is looked up beside the spec first, then in the working directory (where outputs go)."""
     path = Path(text).expanduser()
-    return path if path.is_absolute() else base / path
+    if path.is_absolute() or (base / path).exists() or not path.exists():
+        return path if path.is_absolute() else base / path
+    return path
 
 
 def _folder(ref: str, path: Path, kind: str, span: Span | None) -> Ref:
