@@ -271,3 +271,80 @@ def test_describe(tmp_path: Path) -> None:
     )
     assert loads(expr) == [w]
     assert describe(select(w, 0, ((0, 2), (3, 4)))).splitlines()[0] == "select float32[3x8] axis 0 [0..1, 3]"
+
+
+# ---------------------------------------------------------------- random trees
+
+
+def plain(expr: Expr) -> torch.Tensor:
+    """Each node by itself, nothing shared, nothing in place: what the realiser must agree with."""
+    match expr:
+        case Select():
+            pieces = [plain(expr.source).narrow(expr.axis, a, b - a) for a, b in expr.ranges]
+            return torch.cat(pieces, expr.axis)
+        case Concat():
+            return torch.cat([plain(p) for p in expr.parts], expr.axis)
+        case Reshape():
+            return plain(expr.source).permute(expr.permute).reshape(expr.shape)
+        case Cast():
+            return plain(expr.source).to(getattr(torch, expr.dtype))
+        case Scale():
+            return (plain(expr.source).float() * expr.factor).to(getattr(torch, expr.dtype))
+        case Add():
+            return sum((plain(p).float() for p in expr.parts[1:]), plain(expr.parts[0]).float()).to(getattr(torch, expr.dtype))
+        case MatMul():
+            return (plain(expr.left).float() @ plain(expr.right).float()).to(getattr(torch, expr.dtype))
+        case Update():
+            out = plain(expr.source).clone()
+            at = 0
+            for a, b in expr.ranges:
+                out.narrow(expr.axis, a, b - a).copy_(plain(expr.part).narrow(expr.axis, at, b - a))
+                at += b - a
+            return out
+    return realise(expr)
+
+
+def step(kind: int, a: Expr, b: Expr, dtype: str) -> Expr:
+    n = a.shape[0]
+    match kind:
+        case 0:
+            return Scale(a.shape, a.dtype, a, 0.5)
+        case 1:
+            return Add(a.shape, dtype, (a, b, a))
+        case 2:
+            return MatMul(a.shape, dtype, a, b)
+        case 3:
+            return Cast(a.shape, dtype, a)
+        case 4:
+            return Reshape(a.shape, a.dtype, a, (1, 0))
+        case 5:
+            return Concat(a.shape, a.dtype, (select(a, 0, ((0, 1),)), cast(select(b, 0, ((1, n),)), a.dtype)), 0)
+    return Update(a.shape, a.dtype, a, cast(select(b, 1, ((0, 1),)), a.dtype), 1, ((n - 1, n),))
+
+
+def grow(data: st.DataObject, leaves: list[Expr]) -> list[Expr]:
+    """A few square expressions over each other, with many shared nodes."""
+    made = list(leaves)
+    for _ in range(data.draw(st.integers(1, 10))):
+        a, b = data.draw(st.sampled_from(made)), data.draw(st.sampled_from(made))
+        made.append(step(data.draw(st.integers(0, 6)), a, b, data.draw(st.sampled_from(["float32", "bfloat16"]))))
+    return made
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_trees_agree_with_node_by_node_evaluation(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("t")
+    leaves: list[Expr] = [
+        stored(folder, a=torch.randn(3, 3, generator=generator))["a"],
+        held(torch.randn(3, 3, generator=generator)),
+        held(torch.randn(3, 3, generator=generator).bfloat16()),
+        Init((3, 3), "float32", "normal", (0.0, 1.0), 5),
+    ]
+    exprs = grow(data, leaves)
+    weights = {str(i): e for i, e in enumerate(exprs)}
+    realiser = Realiser(weights, max_bytes=data.draw(st.sampled_from([0, 80, 1 << 20])))
+    for _ in range(2):
+        for name, expr in weights.items():
+            assert torch.equal(realiser[name], plain(expr)), describe(expr)

@@ -30,15 +30,15 @@ def bind(
 ) -> Weights:
     """The expression of each parameter and persistent buffer of a module over a checkpoint's tensors.
 
-    ``parameters`` maps state-dict names to (shape, dtype wanted; None keeps what is stored), in state-dict order; ``aliases`` maps
-    each further name of a tied tensor to its first name (aliases get no entry). ``model`` is the transformers model on meta
-    that the names come from (built from the config when absent). ``given`` are expressions for names that no checkpoint holds
-    (buffers computed at construction); they win. ``own_dtype`` is the dtype that stands for the model's own in ``parameters`` (a capture
-writes it as ``bfloat16``): those take the checkpoint's dtype.
+        ``parameters`` maps state-dict names to (shape, dtype wanted; None keeps what is stored), in state-dict order; ``aliases`` maps
+        each further name of a tied tensor to its first name (aliases get no entry). ``model`` is the transformers model on meta
+        that the names come from (built from the config when absent). ``given`` are expressions for names that no checkpoint holds
+        (buffers computed at construction); they win. ``own_dtype`` is the dtype that stands for the model's own in ``parameters`` (a capture
+    writes it as ``bfloat16``): those take the checkpoint's dtype.
 
-    Raises one SurgeryError with all findings: S0714 missing, S0715 a head that would be random, S0716 unexpected,
-    S0717 wrong shape, S0718 wrong kind of dtype, S0719 an inexpressible conversion. Stored tensors of a head that the
-    architecture lacks are S0720 notes in ``Weights.notes``.
+        Raises one SurgeryError with all findings: S0714 missing, S0715 a head that would be random, S0716 unexpected,
+        S0717 wrong shape, S0718 wrong kind of dtype, S0719 an inexpressible conversion. Stored tensors of a head that the
+        architecture lacks are S0720 notes in ``Weights.notes``.
     """
     aliases = dict(aliases or {})
     given = dict(given or {})

@@ -172,7 +172,9 @@ class Realiser(Mapping[str, torch.Tensor]):
             case Cast():
                 return self._value(expr.source).to(torch_dtype(expr.dtype))
             case Scale():
-                return _rounded(_wide(self._value(expr.source)) * expr.factor, expr)
+                value = _wide(self._value(expr.source))
+                fresh = _is_fresh(expr.source) or value.dtype != torch_dtype(expr.source.dtype)
+                return _rounded(value.mul_(expr.factor) if fresh and value.is_floating_point() else value * expr.factor, expr)
             case Add():
                 return self._sum(expr)
             case MatMul() | Apply():
@@ -199,9 +201,14 @@ class Realiser(Mapping[str, torch.Tensor]):
         """Left to right; half-precision sums are added in float32 and rounded once."""
         dtype = torch_dtype(expr.dtype)
         wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
-        total = self._value(expr.parts[0]).to(wide).broadcast_to(expr.shape).clone(memory_format=torch.contiguous_format)
+        first = expr.parts[0]
+        total = self._value(first).to(wide)
+        if not (_is_fresh(first) or total.dtype != torch_dtype(first.dtype)) or tuple(total.shape) != expr.shape:
+            total = total.broadcast_to(expr.shape).clone(memory_format=torch.contiguous_format)
         for part in expr.parts[1:]:
-            total += self._value(part).to(wide)
+            value = self._value(part)
+            # A narrower float is widened as it is added, without a copy of it.
+            total += value if value.is_floating_point() and value.element_size() <= total.element_size() else value.to(wide)
         return total.to(dtype)
 
     def _update(self, expr: Update) -> torch.Tensor:
@@ -280,6 +287,11 @@ def _pick(expr: MatMul | Apply, results: tuple[torch.Tensor, ...]) -> torch.Tens
             help="this is a fault of the method: its shapes and its function disagree",
         )  # fmt: skip
     return value.to(torch_dtype(expr.dtype))
+
+
+def _is_fresh(expr: Expr) -> bool:
+    """Whether the value of ``expr`` is memory of its own, that nothing else holds and that may be changed in place."""
+    return isinstance(expr, Load | Init | Select | Concat | Stack | Scale | Add | Update)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
