@@ -148,6 +148,9 @@ def compile_spec(
     )
     if session.sink.failed:
         raise SurgeryError(*session.sink.items)
+    from surgery.model.realise import check_twins
+
+    check_twins(session.program.weights)
     lock = make_lock(checked, session)
     target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
     if locked:
