@@ -9,24 +9,16 @@ import pytest
 import torch
 import transformers as T
 from torch import fx, nn
-from torch.export import Dim
 
 from surgery.core.diagnostics import SurgeryError
 from surgery.model import graphjson, modules, oplist
 from surgery.model.program import ValueSpec
-from tests.minicapture import mini_capture
-
-DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+from tests.programs import TEXT, live, program_for
 
 
 @pytest.fixture(scope="module")
 def bert():
-    torch.manual_seed(0)
-    config = T.BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    live = T.BertForMaskedLM(config).eval()
-    ids = torch.randint(3, 99, (2, 12))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return mini_capture(live, inputs, {k: DYNAMIC for k in inputs}, config=config)
+    return program_for(live(T.BertForMaskedLM, T.BertConfig(**TEXT)))
 
 
 def layered(layers: int = 3) -> fx.GraphModule:
