@@ -8,11 +8,7 @@ from surgery.core import ast, units
 from surgery.grammar.words import CLAUSES, STATEMENTS, VERBS
 
 # Keywords are names like any other outside their places, so they are drawn often.
-words = st.one_of(
-    st.sampled_from([*STATEMENTS, *CLAUSES, "own", "base", "by", "layers", "attn", "q"]),
-    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True),
-)
-plain_words = st.sampled_from(["layers", "attn", "ffn", "q", "v", "up", "text", "moe", "x1", "_y"])
+words = st.sampled_from([*STATEMENTS, *CLAUSES, "own", "base", "by", "layers", "attn", "q", "_y", "A1", "x_2b"])
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 
 
@@ -34,7 +30,7 @@ def ranges(draw: st.DrawFn) -> ast.Range:
     return ast.Range(start, stop, step)
 
 
-def tuples(strategy: st.SearchStrategy, low: int = 1, high: int = 3) -> st.SearchStrategy:
+def tuples(strategy: st.SearchStrategy, low: int = 1, high: int = 2) -> st.SearchStrategy:
     return st.lists(strategy, min_size=low, max_size=high).map(tuple)
 
 
@@ -82,8 +78,8 @@ leaves = st.one_of(numbers(), st.builds(ast.String, texts), st.builds(ast.Name, 
 
 @st.composite
 def calls(draw: st.DrawFn, values: st.SearchStrategy) -> ast.Call:
-    names = draw(st.lists(words, max_size=3, unique=True))
-    positional = draw(st.lists(values, max_size=2))
+    names = draw(st.lists(words, max_size=2, unique=True))
+    positional = draw(st.lists(values, max_size=1))
     args = [ast.Arg("", v) for v in positional] + [ast.Arg(n, draw(values)) for n in names]
     return ast.Call(draw(words), tuple(args))
 
@@ -95,7 +91,7 @@ values = st.recursive(
         st.builds(ast.Table, tuples(st.builds(ast.TableEntry, ranges(), inner))),
         calls(inner),
     ),
-    max_leaves=6,
+    max_leaves=3,
 )
 methods = calls(values)
 
@@ -139,8 +135,8 @@ simple_statements = st.one_of(
     st.builds(ast.Measure, methods, maybe, st.one_of(st.just(""), dotted), doc=doc_texts),
     st.builds(ast.Emit, methods, texts, doc=doc_texts),
 )
-statements = st.recursive(simple_statements, lambda inner: st.builds(ast.Stage, words, tuples(inner, 0), doc=doc_texts), max_leaves=4)
-files = st.lists(statements, max_size=5).map(lambda body: ast.File((ast.Edition(1), *body)))
+statements = st.recursive(simple_statements, lambda inner: st.builds(ast.Stage, words, tuples(inner, 0), doc=doc_texts), max_leaves=2)
+files = st.lists(statements, min_size=1, max_size=2).map(lambda body: ast.File((ast.Edition(1), *body)))
 
 soup = st.lists(
     st.sampled_from(
