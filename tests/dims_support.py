@@ -279,6 +279,13 @@ class Masked(fx.Interpreter):
             out = torch.zeros_like(x)
             out[..., keep] = n.target(some, [int(keep.sum())], *rest, **kwargs)
             return out
+        if name.startswith("aten.group_norm") and 1 in masks:
+            x, keep = args[0], masks[1]
+            groups = int(keep.view(args[1], -1).any(1).sum())
+            rest = [p[keep] if isinstance(p, torch.Tensor) else p for p in args[2:]]
+            out = torch.zeros_like(x)
+            out[:, keep] = n.target(x[:, keep], groups, *rest, **kwargs)
+            return out
         if name.startswith("aten.mean.dim"):
             axes = [d % args[0].dim() for d in args[1]]
             ratio = math.prod(args[0].shape[d] / int(masks[d].sum()) for d in axes if d in masks)

@@ -342,3 +342,52 @@ def test_outputs_of_the_cut_move(case_name: str = "llama"):
 
     after = floats(cut(case, group)(*case.inputs))[0]
     assert float((before - after).abs().max()) > 1e-3
+
+
+def test_positions_that_an_unprepared_operation_receives_freeze_the_axis():
+    """cat has a rule for axes but none for numbers of units: the domain must not be lost silently."""
+
+    def build(weight, call, x):
+        scores = call(aten.linear.default, (x, weight("router", 6, 4)), (2, 6))
+        best = call(aten.argmax.default, (scores, -1), (2,))
+        twice = call(aten.cat.default, ([best, best],), (4,))
+        return call(aten.embedding.default, (weight("table", 6, 5), twice), (4, 5))
+
+    dims = analyse(graph_of(build, x=(2, 4)), strict=True)
+    assert "aten.cat" in dims.leaves(dims.parameter("router")[0])[0].reason
+    assert not dims.leaves(dims.parameter("table")[0])[0].free
+
+
+def test_slices_of_slices_of_a_concatenation_are_traced_to_its_rows():
+    def build(weight, call, x):
+        joined = call(aten.cat.default, ([weight("a", 3, 4), weight("b", 5, 4), weight("c", 4, 4)],), (12, 4))
+        h = call(aten.linear.default, (x, joined), (2, 12))
+        rest = call(aten.slice.Tensor, (h, 1, 3), (2, 9))
+        last = call(aten.slice.Tensor, (rest, 1, 6, 8), (2, 2))
+        return [last, joined]
+
+    graph = graph_of(build, x=(2, 4))
+    dims = analyse(graph, strict=True)
+    nodes = {n.name: n for n in graph.nodes}
+    cuts = [dims.cut_of(nodes[name]) for name in ("slice_tensor_1", "slice_tensor")]
+    whole = dims.axes(nodes["cat_default"])[0]
+    assert dims.rows(whole, cuts) == ((9, 11),)
+    with pytest.raises(LookupError):
+        dims.rows(dims.parameter("a")[0], cuts)
+
+
+def test_a_cache_does_not_freeze_the_heads():
+    def build(weight, call, x, past):
+        k = call(aten.view.default, (call(aten.linear.default, (x, weight("k", 6, 4)), (2, 6)), [2, 3, 1, 2]), (2, 3, 1, 2))
+        return [call(aten.cat.default, ([past, k], 2), (2, 3, 8, 2))]
+
+    dims = analyse(graph_of(build, x=(2, 4), past=(2, 3, 7, 2)), strict=True)
+    heads, width = dims.leaves(dims.parameter("k")[0])
+    assert heads.free and width.free and heads.flags == {"state"}
+    assert not dims.leaves(dims.parameter("k")[1])[0].free  # the ordinary input's width
+
+
+def test_fewer_units_than_are_picked_is_refused():
+    dims = case_of("mixtral").dims
+    group = dims.coupled("model.layers.0.mlp.experts.down_proj", 0, [0, 1, 3])
+    assert "picks 2 of E" in group.refusal

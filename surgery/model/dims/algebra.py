@@ -212,6 +212,7 @@ class Algebra:
                     part = find(part)
                     if at == start + part.size:
                         result = (self.concat(here.parts[: i + 1]), self.concat(here.parts[i + 1 :]))
+                        here.parts = result  # nested in place, so that both sides are parts that a later cut can be traced to
                         break
                     if at < start + part.size:
                         before.extend(here.parts[:i])

@@ -59,7 +59,8 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
             cx.values[node] = None
             if node.op == "call_function":
                 for value in _nodes_in((node.args, node.kwargs)):
-                    lose_domain(cx, value, "positions on it are read as numbers")
+                    if "sym_" not in str(node.target):  # a size says nothing of the values
+                        lose_domain(cx, value, "positions on it are read as numbers")
                     if spec is None:
                         _each(cx, value, lambda axis: cx.freeze(axis, "it goes into an operation without a known result"))
             continue
@@ -123,6 +124,8 @@ def _rule_for(target: Any) -> Rule | None:
 def _checked(cx: Context, node: fx.Node, run: Rule, name: str, shapes: Any, strict: bool) -> Any:
     """The rule's axes when their sizes are the traced ones; otherwise everything around the node is frozen."""
     problem = ""
+    if cx.domains:
+        cx.handled.clear()
     try:
         value = run(cx, node)
     except (IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, AssertionError) as exc:
@@ -134,6 +137,10 @@ def _checked(cx: Context, node: fx.Node, run: Rule, name: str, shapes: Any, stri
         else:
             good = type(value) is tuple and tuple([a.size for a in value]) == shapes
         if good:
+            if cx.domains:
+                for given in _nodes_in((node.args, node.kwargs)):
+                    if given in cx.domains and given not in cx.handled:
+                        lose_domain(cx, given, f"positions on it go into {name}")
             return value
         got = [tuple(a.size for a in axes) for axes in value] if isinstance(value, list) else tuple(a.size for a in value or ())
         problem = f"its rule gives sizes {got}, traced were {shapes}"

@@ -80,6 +80,10 @@ class Context:
         self.cuts: dict[fx.Node, Cut] = {}
         self.domains: dict[fx.Node, Axis] = {}
         self.item_domains: dict[tuple[fx.Node, int], Axis] = {}
+        self.handled: set[fx.Node] = set()
+        """Inputs of the current node whose value domains its rule took care of; the driver gives up those of all others."""
+        self.limits: list[tuple[Axis, int, fx.Node]] = []
+        """Axes of which a node picks so many: no fewer may be left."""
         self.inner: list[Axis] = []
         """Axes contracted by the score product of attention; only names of leaves depend on them."""
 

@@ -3,7 +3,7 @@
 ``topk`` over the expert axis gives numbers of experts: pruning an expert renumbers them, which is right only when every
 consumer of the numbers (one-hot, histogram, gather, indexed weights) loses the same expert. So the numbers carry the axis they
 index as long as operations only move them, consumers unify with it, and where they reach anything else (arithmetic, comparisons)
-the axis is frozen.
+the axis is frozen. An operation whose rule says nothing about the numbers counts as such.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def keep_domain(cx: Context, node: fx.Node, out: Axes) -> Axes:
     """For an operation that only moves values: the result's values index what the input's do."""
     source: Any = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source in cx.domains:
+        cx.handled.add(source)
         cx.domains[node] = cx.domains[source]
     return out
 
@@ -29,6 +30,7 @@ def keep_domain(cx: Context, node: fx.Node, out: Axes) -> Axes:
 def lose_domain(cx: Context, arg: Any, why: str) -> None:
     """Values of ``arg`` reach an operation that does not know positions: freeze what they index."""
     if isinstance(arg, fx.Node) and arg in cx.domains:
+        cx.handled.add(arg)
         cx.freeze(cx.domains[arg], why)
 
 
@@ -36,6 +38,8 @@ def indexed_by(cx: Context, axis: Axis, index: Any, why: str) -> None:
     """``axis`` is indexed by the values of ``index``: one class with their domain, else frozen."""
     domain = cx.domains.get(index) if isinstance(index, fx.Node) else None
     cx.mark(axis, "indexed")
+    if domain is not None:
+        cx.handled.add(index)
     if domain is None:
         cx.freeze(axis, why)
     elif domain.size == axis.size and axis is not ONE:

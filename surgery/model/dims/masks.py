@@ -37,7 +37,9 @@ class Keep:
     def __init__(self, masks: Mapping[Axis, Mask], ragged: Mapping[tuple[Axis, Axis], Mask] | None = None) -> None:
         self.masks = {find(a): m for a, m in masks.items()}
         self.ragged = {(find(a), find(b)): m for (a, b), m in (ragged or {}).items()}
-        self._runs = [(factors(a), m) for a, m in self.masks.items() if a.kind == PROD]
+        self.applied: set[Axis] = set()
+        """The roots of ``masks`` that an evaluated expression contained."""
+        self._runs = [(factors(a), m, a) for a, m in self.masks.items() if a.kind == PROD]
         self._mask: dict[Axis, Mask | None] = {}
         self._size: dict[Axis, int] = {}
 
@@ -59,6 +61,8 @@ class Keep:
                 continue
             stack.pop()
             own = self.masks.get(top)
+            if own is not None:
+                self.applied.add(top)
             if top.kind == PROD:
                 got = self._product(parts)
             elif top.kind == CAT:
@@ -82,6 +86,7 @@ class Keep:
                 continue
             run = next((r for r in self._runs if 1 < len(r[0]) < len(parts) and list(parts[i : i + len(r[0])]) == r[0]), None)
             if run is not None:
+                self.applied.add(run[2])
                 inner = self._product(run[0])
                 masks.append(run[1] if inner is None else run[1] & inner)
                 i += len(run[0])

@@ -161,6 +161,7 @@ class Dims:
 
         For the rows of a fused weight that feed one consumer: walk from the consumer back to the product, collect
         :meth:`cut_of` of the nodes on the way, evaluate on the weight's output axis; join the rows of several paths.
+        LookupError when a cut is of something that the axis does not contain.
         """
         masks: dict[Axis, Mask] = {}
         for cut in cuts:
@@ -168,7 +169,11 @@ class Dims:
             mask = np.zeros(root.size, bool)
             mask[cut.start : cut.stop : cut.step] = True
             masks[root] = masks[root] & mask if root in masks else mask
-        kept = Keep(masks).mask(axis)
+        keep = Keep(masks)
+        kept = keep.mask(axis)
+        for root, mask in masks.items():
+            if root not in keep.applied and not mask.all():
+                raise LookupError(f"{self.text(root)} is no part of {self.text(axis)}")
         return ((0, find(axis).size),) if kept is None else to_ranges(kept)
 
     def slice_of(self, axis: Axis, part: Axis) -> Ranges:
@@ -281,6 +286,9 @@ class Dims:
                     continue
                 ratio = site.ratio(keep.size)
                 changes.append(Change(site.node, site.path, site.kind, site.value(keep.size), (ratio.numerator, ratio.denominator), site))
+        for limited, least, node in self._cx.limits:
+            if keep.size(limited) < min(least, find(limited).size):
+                refusals.append(f"{node.name} picks {least} of {self.text(limited)} and only {keep.size(limited)} would be left")
         flags = frozenset(f for leaf in touched for f in self._public[leaf].flags)
         return Group(root, tuple(members), tuple(changes), flags, "; ".join(refusals), keep)
 

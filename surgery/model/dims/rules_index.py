@@ -100,6 +100,7 @@ def gather(cx: Context, node: fx.Node) -> Axes:
     indexed_by(cx, axes[at], index_node, "picked by numbers")
     _beside(cx, axes, picked, at)
     if node.args[0] in cx.domains:
+        cx.handled.add(node.args[0])  # type: ignore[arg-type]
         cx.domains[node] = cx.domains[node.args[0]]  # type: ignore[index]
     return picked
 

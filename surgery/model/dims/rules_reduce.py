@@ -95,6 +95,7 @@ def chosen(cx: Context, node: fx.Node, axis: Axis, values: Axes, flag: str) -> l
     cx.item_domains[node, 1] = axis
     source: Any = node.args[0]
     if source in cx.domains:
+        cx.handled.add(source)
         cx.item_domains[node, 0] = cx.domains[source]
     return [values, values]
 
@@ -104,6 +105,7 @@ def topk(cx: Context, node: fx.Node) -> list[Axes]:
     axes = cx.axes(node.args[0])
     dim = dim_of(argument(node, 2, "dim", -1), len(axes))
     kept = cx.frozen(cx.shape(index=0)[dim], "the number of picks is a constant")
+    cx.limits.append((axes[dim], kept.size, node))
     return chosen(cx, node, axes[dim], (*axes[:dim], kept, *axes[dim + 1 :]), "topk")
 
 

@@ -234,6 +234,7 @@ def unbind(cx: Context, node: fx.Node) -> list[Axes]:
     axes = cx.axes(node.args[0])
     dim = dim_of(argument(node, 1, "dim", 0), len(axes))
     cx.freeze(axes[dim], "taken apart one by one")
+    cx.handled.add(node.args[0])  # type: ignore[arg-type]
     return [axes[:dim] + axes[dim + 1 :]] * axes[dim].size
 
 
@@ -253,6 +254,7 @@ def split(cx: Context, node: fx.Node) -> list[Axes]:
     shapes: Any = cx.shape()
     sizes = [shape[dim] for shape in shapes]
     parts = cx.algebra.pieces(axes[dim], sizes)
+    cx.handled.add(node.args[0])  # type: ignore[arg-type]
     if parts is None:
         cx.freeze(axes[dim], "a split through the middle of a unit")
         parts = [cx.frozen(s, "a split through the middle of a unit") for s in sizes]
@@ -279,7 +281,7 @@ def getitem(cx: Context, node: fx.Node) -> Any:
                 sizes = [part[dim].size for part in value]
                 cx.cut(whole[dim], sum(sizes[:index]), sum(sizes[: index + 1]))
             if source.args[0] in cx.domains:
-                cx.domains[node] = cx.domains[source.args[0]]
+                cx.domains[node] = cx.domains[source.args[0]]  # type: ignore[index]
         elif (source, index) in cx.item_domains:
             cx.domains[node] = cx.item_domains[source, index]
     return value[index]
