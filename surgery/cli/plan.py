@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     report.diagnostics(plan.diagnostics)
     if report.machine:
         report.document(plan.diagnostics, plan.as_json())
-    elif plan.totals is not None:
+    elif plan.steps or plan.totals is not None:
         result(plan.render_text())
     if any(d.is_error for d in report.graded(plan.diagnostics)):
         return FINDINGS
