@@ -64,7 +64,7 @@ def _totals(plan: Plan) -> str:
     share = f"{100 * t.trainable / t.params_after:.3g}% of the model" if t.params_after else ""
     rows = [
         ("parameters", f"{t.params_before:,}", f"{t.params_after:,}", ""),
-        ("trainable", f"{t.params_before:,}", f"{t.trainable:,}", share),
+        ("trainable", f"{t.trainable_before:,}", f"{t.trainable:,}", share),
         ("bytes", size(t.bytes_before), size(t.bytes_after), ""),
         ("flops per token", flops(t.flops_per_token_before), flops(t.flops_per_token_after), f"at length {plan.flops_length}"),
     ]

@@ -57,15 +57,19 @@ class Session:
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
         raises SurgeryError with all findings at the end when there was an error."""
-        params_before = sum(parameter_sizes(self.program).values())
+        sizes = parameter_sizes(self.program)
+        params_before = sum(sizes.values())
+        trainable_before = sum(n for name, n in sizes.items() if name not in self.program.frozen)
         bytes_before = cost.bytes_of(self.program)
         flops_before = cost.flops_per_token(self.program)
-        if self.keep_base:
+        if self.keep_base or any(isinstance(c.node, ast.ExpectQuantity) and c.node.of_base for c in self.spec.statements):
             self.base = self.program.copy()
         for position, checked in enumerate(self.spec.statements):
             handler = HANDLERS.get(type(checked.node))
             if handler is None:
                 continue
+            if self.sink.failed and isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck):
+                continue  # what an expectation would find now says nothing about the spec
             try:
                 handler(self, checked, position)
             except SurgeryError as exc:
@@ -77,6 +81,7 @@ class Session:
             self.plan.totals = Totals(
                 params_before=params_before,
                 params_after=sum(sizes.values()),
+                trainable_before=trainable_before,
                 trainable=sum(n for name, n in sizes.items() if name not in self.program.frozen),
                 bytes_before=bytes_before,
                 bytes_after=cost.bytes_of(self.program),

@@ -84,6 +84,7 @@ class Totals:
     bytes_after: int
     flops_per_token_before: int
     flops_per_token_after: int
+    trainable_before: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -251,7 +252,7 @@ def _totals(t: Totals, length: int) -> list[str]:
     rows = [
         ("", "before", "after", ""),
         ("parameters", f"{t.params_before:,}", f"{t.params_after:,}", change(t.params_before, t.params_after)),
-        ("trainable", f"{t.params_before:,}", f"{t.trainable:,}", f"{share:.3g}% of the model after"),
+        ("trainable", f"{t.trainable_before:,}", f"{t.trainable:,}", f"{share:.3g}% of the model after"),
         ("bytes", size(t.bytes_before), size(t.bytes_after), change(t.bytes_before, t.bytes_after)),
         (
             "flops per token", flops(t.flops_per_token_before), flops(t.flops_per_token_after),

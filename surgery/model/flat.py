@@ -33,7 +33,8 @@ class Flattener:
     operations with :meth:`call` and :meth:`attribute`; without it the call stays an opaque ``call_module``.
     """
 
-    def __init__(self, root: fx.GraphModule, aliases: Mapping[str, str]) -> None:
+    def __init__(self, root: fx.GraphModule, aliases: Mapping[str, str], bare: bool = False) -> None:
+        self.bare = bare
         self.root = root
         self.aliases = aliases
         self.graph = fx.Graph()
@@ -122,6 +123,8 @@ class Flattener:
         return value
 
     def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
+        if self.bare and hasattr(module, "edits"):
+            return args[module.edits]
         hook = getattr(module, "expand_flat", None)
         if hook is not None:
             return hook(self, args, kwargs, spec)
@@ -231,15 +234,16 @@ _EXPANSIONS: dict[type, Callable[..., Any]] = {
 # ---------------------------------------------------------------- public
 
 
-def flatten(root: fx.GraphModule, aliases: Mapping[str, str] | None = None) -> fx.Graph:
+def flatten(root: fx.GraphModule, aliases: Mapping[str, str] | None = None, *, bare: bool = False) -> fx.Graph:
     """The flat functional graph of a tree, in linear time.
 
     Every node has ``meta["spec"]`` (see :class:`ValueSpec`), ``meta["origin"]`` (the :class:`NodeRef` of the tree node it
     comes from), ``meta["path"]`` on what an ``nn`` leaf became (the leaf's path) and ``meta["refs"]``: the names of its value in every GraphModule that sees it, in execution order (its
     maker, the calls that return it, the placeholders that receive it). ``get_attr`` nodes carry full parameter names,
-    one node a name; with ``aliases`` (further name -> first name) tied names become their first name.
+    one node a name; with ``aliases`` (further name -> first name) tied names become their first name. ``bare`` leaves out what
+    methods attached (modules with ``edits``, the argument that they pass on changed): roles are those of the model itself.
     """
-    flat = Flattener(root, aliases or {})
+    flat = Flattener(root, aliases or {}, bare)
     result = flat.inline(root, "", None)
     node = flat.graph.output(result)
     node.meta.update(spec=None, origin=flat.origin, refs=[])

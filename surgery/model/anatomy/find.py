@@ -23,10 +23,10 @@ from surgery.model.program import Program
 
 def find_anatomy(program: Program) -> Anatomy:
     """Sites, stacks and what has no role, from the dataflow of a program's graph. Linear in the graph; deterministic."""
-    graph = flatten(program.graph, program.aliases)
+    graph = flatten(program.graph, program.aliases, bare=True)
     names = tensor_names(program)
     view = GraphView(graph)
-    blocks = Blocks(view, Labels(view))
+    blocks = Blocks(view, Labels(view, {name: size for name, (_, _, size) in program.signature.symbols.items()}))
     return _Assembly(program, view, blocks, names).anatomy()
 
 
@@ -36,7 +36,8 @@ def tensor_names(program: Program) -> Names:
     dtypes: dict[str, str] = {}
     buffers = {name for name, _ in program.graph.named_buffers(remove_duplicate=False)}
     own = {name for name, _ in program.graph.named_parameters(remove_duplicate=False)}
-    order = [n for n in program.weights if n not in program.aliases and (n in own or n not in buffers)]
+    added = {t for a in program.attachments for t in a.tensors}
+    order = [n for n in program.weights if n not in program.aliases and n not in added and (n in own or n not in buffers)]
     for name in order:
         shapes[name], dtypes[name] = tuple(program.weights[name].shape), program.weights[name].dtype
     for name, tensor in program.graph.named_parameters():
