@@ -24,11 +24,42 @@ def calls_of(program: Program, site: Site) -> list[tuple[str, fx.Node]]:
 
 def _readers(program: Program, name: str) -> list[tuple[str, fx.Node]]:
     found = []
-    for path, module in program.graph.named_modules():
-        if isinstance(module, fx.GraphModule) and (not path or name.startswith(path + ".")):
-            local = name[len(path) + 1 :] if path else name
-            found += [(path, node) for node in module.graph.find_nodes(op="get_attr", target=local)]
+    parts = name.split(".")
+    for n in range(len(parts)):  # only the graphs around a tensor can read it
+        path = ".".join(parts[:n])
+        module = program.module(path)
+        if isinstance(module, fx.GraphModule):
+            found += [(path, node) for node in module.graph.find_nodes(op="get_attr", target=".".join(parts[n:]))]
     return found
+
+
+def weight_of(graph: str, node: fx.Node) -> str:
+    """The name under which a call (or a node that reads an expert tensor) has its weight; tied weights have a name per use."""
+    if node.op == "call_module":
+        return _join(graph, f"{node.target}.weight")
+    while node.op != "get_attr":
+        name = str(node.target)
+        at = 2 if "addmm" in name else 0 if "embedding" in name or len(node.all_input_nodes) == 1 else 1
+        value = node.args[at]
+        assert isinstance(value, fx.Node)
+        node = value
+    return _join(graph, str(node.target))
+
+
+def weight_names(program: Program, site: Site) -> tuple[str, ...]:
+    """All names that a site's own calls have for its weight, first call first."""
+    found = tuple(dict.fromkeys(weight_of(graph, node) for graph, node in calls_of(program, site)))
+    return found or (site.weight,)
+
+
+def ties_outside(program: Program, names: tuple[str, ...]) -> list[str]:
+    """The other names of the weight that ``names`` share."""
+    first = program.aliases.get(names[0], names[0])
+    return [n for n in (first, *(k for k, v in program.aliases.items() if v == first)) if n not in names]
+
+
+def _join(graph: str, name: str) -> str:
+    return f"{graph}.{name}" if graph else name
 
 
 def operand(node: fx.Node) -> fx.Node:

@@ -25,7 +25,7 @@ from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr, Select, Update
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
-from surgery.passes.kinds.calls import call_config, calls_of, operand
+from surgery.passes.kinds.calls import call_config, calls_of, operand, ties_outside, weight_names, weight_of
 from surgery.passes.kinds.geometry import Geometry, geometry_of, take
 from surgery.passes.operation import Resolved, SiteChange
 
@@ -178,7 +178,8 @@ def _attach(
     calls = calls_of(program, site)
     if not site.weight or not calls:
         geometry_of(replace(site, op=site.op if site.op != "linear" else "param"), (), {}, op.origin.span)
-    weight_name = program.aliases.get(site.weight, site.weight)
+    own_names = weight_names(program, site)
+    weight_name = program.aliases.get(own_names[0], own_names[0])
     source = program.weights[weight_name]
     graph = calls[0][0]
     geometry = geometry_of(site, source.shape, call_config(program, graph, calls[0][1]), op.origin.span)
@@ -188,16 +189,16 @@ def _attach(
     rebase = method.rebase(geometry)
     note, copied = method.note(geometry), 0
     if rebase:
-        _refuse_rebase(program, op, site, site.weight)
-        if untie(program, site.weight):
-            weight_name, copied = site.weight, torch.Size(source.shape).numel()
-            note = "; ".join(filter(None, (note, f"{site.weight} is no longer tied, {copied:,} parameters more")))
+        _refuse_rebase(program, op, site, own_names)
+        if untie(program, own_names):
+            weight_name, copied = own_names[0], torch.Size(source.shape).numel()
+            note = "; ".join(filter(None, (note, f"{own_names[0]} is no longer tied, {copied:,} parameters more")))
 
     module = DeltaModule.__new__(DeltaModule)
     nn.Module.__init__(module)
     module.method, module.site, module.active = method, geometry, True
     module.edits = 0 if geometry.op == "experts" else 1
-    parent, leaf = site.weight.rpartition(".")[::2]
+    parent, leaf = own_names[0].rpartition(".")[::2]
     if attach.relative(parent, graph) is None:
         parent = graph
     word = site.role.rpartition(".")[2].partition("[")[0]
@@ -254,9 +255,9 @@ def _rewrite(program: Program, name: str, source: Expr, part: Expr, geometry: Ge
     program.weights[name] = whole
 
 
-def _refuse_rebase(program: Program, op: Resolved, site: Site, weight: str) -> None:
+def _refuse_rebase(program: Program, op: Resolved, site: Site, names: tuple[str, ...]) -> None:
     for a in program.attachments:
-        if a.site.weight == weight and _wants(a):
+        if a.method.kind == "delta" and _wants(a) and weight_names(program, a.site) == names:
             raise fail(
                 "S0470", f"{op.method.name} rewrites the weight of {site.role}, on which {a.name} depends", op.origin.span, "rewritten here",
                 also=[(a.origin.span, f"{a.name} reads this weight")], help=f"put this statement in front of {a.name}",
@@ -286,7 +287,7 @@ def _insert(
     def args() -> tuple[Any, ...]:
         if geometry.op == "experts":
             return (current, base)
-        sources = {"weight": lambda: read(site.weight), "bias": lambda: read(site.bias), "base": lambda: base}
+        sources = {"weight": lambda: read(weight_of(graph, base)), "bias": lambda: read(site.bias), "base": lambda: base}
         return (x, current, *(None if r == "bias" and not site.bias else sources[r]() for r in method.reads))
 
     node = attach.call_after(program, graph, current, target, args)
@@ -338,14 +339,15 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved) ->
 
     Raises S0471 when an adapter that stays reads the weight that would change.
     """
-    name = group[0].site.weight
+    names = weight_names(program, group[0].site)
     for a in program.attachments:
-        if a.site.weight == name and a not in group and _wants(a) and _overlap(a, group):
+        if a not in group and _wants(a) and weight_names(program, a.site) == names and _overlap(a, group):
             raise fail(
                 "S0471", f"folding {group[0].name} changes the weight of {a.site.role}, on which {a.name} depends", op.origin.span,
                 "folded here", also=[(a.origin.span, f"{a.name} reads this weight")], help=f"fold {a.name} in the same statement",
             )  # fmt: skip
-    untie(program, name)
+    untie(program, names)
+    name = program.aliases.get(names[0], names[0])
     before = program.weights[name]
     for a in group:
         module = program.module(a.module)
@@ -371,27 +373,30 @@ def _overlap(a: Attachment, group: list[Attachment]) -> bool:
     return any(not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows) for b in group)
 
 
-def untie(program: Program, name: str) -> bool:
-    """Make ``name`` a tensor of its own if it is tied to others, so that a change of it stays with it. Whether it was tied."""
-    first = program.aliases.get(name, name)
-    heirs = [k for k, v in program.aliases.items() if v == first]
-    if not heirs:
+def untie(program: Program, names: tuple[str, ...]) -> bool:
+    """Make the weight that ``names`` share one of their own if it has other names, too, so that a change stays with them.
+
+    Returns whether it was tied to others.
+    """
+    first = program.aliases.get(names[0], names[0])
+    others = ties_outside(program, names)
+    if not others:
         return False
-    expr = program.weights[first]
-    if name == first:
-        for other in heirs:
-            program.aliases[other] = heirs[0]
-        del program.aliases[heirs[0]]
-        program.weights[heirs[0]] = expr
-        if first in program.frozen:
-            program.frozen.add(heirs[0])
-    else:
-        del program.aliases[name]
-        program.weights[name] = expr
-        if first in program.frozen:
-            program.frozen.add(name)
-    owner, _, leaf = name.rpartition(".")
-    module = program.module(owner)
-    old = getattr(module, leaf)
-    setattr(module, leaf, nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad))
+    expr, frozen = program.weights[first], first in program.frozen
+    for members in (others, list(names)):
+        for member in members:
+            program.aliases.pop(member, None)
+        for member in members[1:]:
+            program.aliases[member] = members[0]
+        program.weights[members[0]] = expr
+        if frozen:
+            program.frozen.add(members[0])
+    if first in names and first != names[0]:
+        del program.weights[first]
+        program.frozen.discard(first)
+    old: Any = program.graph.get_parameter(first)
+    made = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad)
+    for member in names:
+        owner, _, leaf = member.rpartition(".")
+        setattr(program.module(owner), leaf, made)
     return True

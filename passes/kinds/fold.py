@@ -11,6 +11,7 @@ import torch
 from surgery.core.method import Method
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
+from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.operation import Resolved, SiteChange
 
 
@@ -31,15 +32,14 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """
     chosen = attach.attachments_of(program, op)
     changes: list[SiteChange] = []
-    groups: dict[str, list[Attachment]] = {}
+    groups: dict[tuple[str, ...], list[Attachment]] = {}
     for a in chosen:
-        key = a.site.weight if a.method.kind == "delta" else a.module
+        key = weight_names(program, a.site) if a.method.kind == "delta" else (a.module,)
         groups.setdefault(key, []).append(a)
-    for group in groups.values():
+    for names, group in groups.items():
         kind = import_module(f"surgery.passes.kinds.{group[0].method.kind}")
         sizes = {a.module: _count(program, a) for a in group}
-        weight = group[0].site.weight
-        tied = weight in program.aliases or weight in program.aliases.values()
+        tied = group[0].method.kind == "delta" and bool(ties_outside(program, names))
         reason = "" if hasattr(kind, "fold_attachments") else "its kind has no fold"
         if group[0].method.fold_class == "none":
             reason = f"{group[0].method.name} has no place in an existing weight"
@@ -49,8 +49,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             note = f"{a.name} stays in the graph: {reason}" if reason else f"{a.name} folded"
             copied = 0
             if tied and not reason and a is group[0]:
-                copied = torch.Size(program.weights[a.site.weight].shape).numel()
-                note += f"; {a.site.weight} is no longer tied, {copied:,} parameters more"
+                copied = torch.Size(program.weights[program.aliases.get(names[0], names[0])].shape).numel()
+                note += f"; {names[0]} is no longer tied, {copied:,} parameters more"
             removed = 0 if reason else sizes[a.module]
             changes.append(SiteChange(a.site.role, a.site.path, a.site.rows, shape, shape, added=copied, removed=removed, note=note))
     program.touch()

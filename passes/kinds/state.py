@@ -40,9 +40,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     if method.exclusive:
         attach.freeze_base(program)
     norms = norm_parameters(program)
-    added: dict[str, None] = {}
+    added: dict[str, Site] = {}
     if method.attachments:
-        added = {t: None for a in attach.attachments_of(program, op) for t in a.tensors if isinstance_parameter(program, t)}
+        added = {t: a.site for a in attach.attachments_of(program, op) for t in a.tensors if trains(program, t)}
     if not op.sites:
         own = attach.base_parameters(program)
         return [_set(program, op, None, [n for n in (*own, *added) if method.chooses(n, n in norms)])]
@@ -52,9 +52,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         assert isinstance(each, StateMethod)
         names = [program.aliases.get(n, n) for n in parameters_of(site)]
         if site.op == "attachment":
-            names = [n for n in site.parameters if isinstance_parameter(program, n)]
+            names = [n for n in site.parameters if trains(program, n)]
         else:
-            names += [t for t in added if _within(program, site, t)]
+            names += [t for t, own in added.items() if _within(site, own)]
         names = [n for n in dict.fromkeys(names) if n in program.weights and each.chooses(n, n in norms)]
         for name in names:
             if site.rows and name in (site.weight, site.bias) and name not in slices:
@@ -100,19 +100,18 @@ def norm_parameters(program: Program) -> set[str]:
     return found
 
 
-def isinstance_parameter(program: Program, name: str) -> bool:
+def trains(program: Program, name: str) -> bool:
     """Whether a tensor of an attachment is a parameter that its method trains (buffers and fixed tensors never change state)."""
     owner, _, leaf = name.rpartition(".")
     parameter = dict(program.module(owner).named_parameters(recurse=False)).get(leaf)
     return parameter is not None and parameter.requires_grad
 
 
-def _within(program: Program, site: Site, tensor: str) -> bool:
-    for a in program.attachments:
-        if tensor in a.tensors:
-            own = a.site
-            return own.role == site.role or own.role.startswith(site.role + ".") or bool(own.weight and own.weight in site.parameters)
-    return False
+def _within(site: Site, own: Site) -> bool:
+    """Whether an attachment's site is the selected one or inside it."""
+    if own.role == site.role or own.role.startswith(site.role + "."):
+        return True
+    return site.is_region and bool(own.weight) and own.weight in site.parameters
 
 
 def _whole_slices(program: Program, op: Resolved) -> set[str]:
