@@ -18,7 +18,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from surgery.core.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from surgery import train as train
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     from surgery.driver import compile_spec as compile  # noqa: F401
     from surgery.driver import load as load
     from surgery.driver import plan as plan
+    from surgery.driver import save as save
     from surgery.opening import capture as capture
 
 _LAZY: dict[str, tuple[str, str]] = {
     "plan": ("surgery.driver", "plan"),
     "compile": ("surgery.driver", "compile_spec"),
     "load": ("surgery.driver", "load"),
+    "save": ("surgery.driver", "save"),
     "capture": ("surgery.opening", "capture"),
     "Result": ("surgery.driver", "Result"),
     "Plan": ("surgery.core.plan", "Plan"),

@@ -101,6 +101,7 @@ def _walk(
     }  # fmt: skip
     plan = Plan(spec=spec.source.name, edition=spec.edition, model=described)
     session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=progress)
+    session.sink.extend(getattr(program.weights, "notes", ()))
     session.run()
     return session, checkpoint
 

@@ -160,7 +160,7 @@ def _finish(folder: Path, record: dict[str, Any], body: Mapping[str, Any], writt
     """The files of text, and last the manifest with the hashes of all others."""
     import transformers
 
-    from surgery import __version__ as version
+    from surgery.core.version import VERSION as version
 
     record = dict(record)
     texts = {
