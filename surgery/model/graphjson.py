@@ -282,7 +282,7 @@ class GraphReader:
             now = oplist.overload(name)._schema
             if str(now) != text and not _still_accepts(now, str(text)):
                 raise fail(
-                    "S0827", f"the operation {name} takes other arguments in torch {torch.__version__} than in the torch that wrote the artifact ({self.data.get('torch')})",
+                    "S0827", f"the operation {name} takes other arguments in torch {torch.__version__.split('+')[0]} than in the torch that wrote the artifact ({self.data.get('torch')})",
                     notes=(f"written with: {str(text)[:300]}", f"this torch:   {now}"), help="load it with the torch that wrote it, or emit it again from its spec",
                 )  # fmt: skip
 

@@ -75,7 +75,7 @@ def program_of(record: Mapping[str, Any], weights: Weights, methods: Methods, *,
         graph=graphjson.load(record["graph"], modules=resolver), signature=signature_of(record), weights=weights,
         info=ModelInfo(**{k: v for k, v in info.items() if k in known}), aliases=dict(record["aliases"]), journal=journal,
         attachments=[_read_attachment(a, sources, methods) for a in record["attachments"]], frozen=set(record["frozen"]),
-        schedules=[(_read_method(s["method"], methods), tuple(s["targets"])) for s in record["schedules"]],
+        schedules=[(read_method(s["method"], methods), tuple(s["targets"])) for s in record["schedules"]],
     )  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def _method(method: Method) -> dict[str, Any]:
     return {"verb": method.verb, "name": method.name, "version": method.version, "params": _plain(method.params())}
 
 
-def _read_method(data: Mapping[str, Any], methods: Methods) -> Method:
+def read_method(data: Mapping[str, Any], methods: Methods) -> Method:
+    """The method of a record's entry. Raises S0834 when it is not installed, newer than this one, or its parameters do not fit."""
     label = f"{data['verb']} {data['name']}"
     try:
         cls = methods(str(data["verb"]), str(data["name"]))
@@ -118,7 +119,7 @@ def _attachment(a: Attachment, sources: dict[str, str]) -> dict[str, Any]:
 
 def _read_attachment(data: Mapping[str, Any], sources: Mapping[str, Source], methods: Methods) -> Attachment:
     return Attachment(
-        name=data["name"], method=_read_method(data["method"], methods), site=_read_site(data["site"]), module=data["module"],
+        name=data["name"], method=read_method(data["method"], methods), site=_read_site(data["site"]), module=data["module"],
         node=NodeRef(*data["node"]), tensors=tuple(data["tensors"]), origin=_read_origin(data["origin"], sources),
     )  # fmt: skip
 
