@@ -11,7 +11,7 @@ import pytest
 
 from surgery.core import ast
 from surgery.core.catalogue import Catalogue
-from surgery.core.checker_values import overlapping
+from surgery.core.checker_ranges import overlapping
 from surgery.core.diagnostics import Diagnostic
 from surgery.core.source import Source
 from surgery.core.spec import Spec, scalar
