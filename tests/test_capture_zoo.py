@@ -85,9 +85,9 @@ LAYERS = {
 @pytest.mark.parametrize("family", LAYERS)
 def test_layers_stand_at_their_own_paths(family: str) -> None:
     graph = captured(family).graph
-    assert [path for path, _ in graphs_of(graph) if path] == LAYERS[family]
+    assert sorted(path for path, _ in graphs_of(graph) if path) == sorted(LAYERS[family])
     calls = [str(n.target) for n in graph.graph.nodes if n.op == "call_module" and str(n.target) in LAYERS[family]]
-    assert list(dict.fromkeys(calls)) == LAYERS[family]
+    assert sorted(set(calls)) == sorted(LAYERS[family])
     assert len(calls) == (3 if family == "albert" else len(LAYERS[family]))
 
 
@@ -127,8 +127,11 @@ def test_cache_serves_prefill_and_decoding() -> None:
             want = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=live, use_cache=True)
             logits, *past = graph(ids[:, start:end], mask[:, :end], *past)
             live = want.past_key_values
-            assert torch.equal(logits, want.logits)
-            assert all(torch.equal(a, b.keys) for a, b in zip(past[:3], live.layers, strict=True))
+            # not bitwise: with one query the live model takes another path through its attention
+            torch.testing.assert_close(logits, want.logits, rtol=1e-5, atol=1e-6)
+            for i, layer in enumerate(live.layers):
+                torch.testing.assert_close(past[i], layer.keys, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(past[3 + i], layer.values, rtol=1e-5, atol=1e-6)
 
 
 def test_constants_are_those_of_full_precision() -> None:

@@ -171,7 +171,7 @@ _ENTRIES = [
         speech2text,
     ),  # fmt: skip
     Entry("vit", "ViTModel", _VIT, pixels(16)),
-    Entry("swin", "SwinModel", dict(image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, drop_path_rate=0.1), pixels(32)),
+    Entry("swin", "SwinModel", dict(image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, drop_path_rate=0.5), pixels(32)),
     Entry(
         "clip", "CLIPModel",
         dict(
@@ -188,7 +188,7 @@ _ENTRIES = [
         waves,
     ),  # fmt: skip
     Entry("resnet", "ResNetModel", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type="bottleneck"), pixels(224)),
-    Entry("convnext", "ConvNextModel", dict(hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, image_size=32, drop_path_rate=0.1), pixels(32)),
+    Entry("convnext", "ConvNextModel", dict(hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, image_size=32, drop_path_rate=0.5, layer_scale_init_value=0.1), pixels(32)),
     Entry("audio-spectrogram-transformer", "ASTModel", dict(_VIT, max_length=32, num_mel_bins=16, frequency_stride=4, time_stride=4), spectrogram),
     Entry("mamba", "MambaModel", dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4), lambda b, n: {"input_ids": _ids(b, n)}, capturable=False),
     Entry("vilt", "ViltModel", dict(_BERT, image_size=16, patch_size=4), vilt, capturable=False),

@@ -80,21 +80,48 @@ def _steady(config: Any) -> None:
             _steady(inner)
 
 
-def hf_model(config: Any, cls: type[Any], dtype: torch.dtype) -> nn.Module:
-    """An instance with parameters on meta in ``dtype`` and real buffers; in train mode. Raises S0504 if it cannot be built."""
+def hf_model(config: Any, cls: type[Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """An instance on meta in train mode, written in bfloat16, and the values of its buffers by full name.
+
+    It is built in full precision, so that numbers computed while building are not rounded, and then given the dtypes that the
+    same model built in bfloat16 has (some tensors stay float32 in any model). Raises S0504 if it cannot be built.
+    """
     own = copy.deepcopy(config)
     _steady(own)
     own.return_dict = True
     try:
         with _parameters_on_meta():
-            model: nn.Module = cls._from_config(own, dtype=dtype)
+            lower: nn.Module = cls._from_config(copy.deepcopy(own), dtype=torch.bfloat16)
+            model: nn.Module = cls._from_config(own, dtype=torch.float32)
+            model.tie_weights()  # type: ignore[operator]  # part of the initialisation that is off here
     except Exception as error:
+        first = str(error).splitlines()[0][:200] if str(error) else ""
         raise fail(
-            "S0504", f"{cls.__name__} cannot be built from this config: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            "S0504", f"{cls.__name__} cannot be built from this config: {type(error).__name__}: {first}",
             help="the sizes in config.json must fit each other",
         ) from error  # fmt: skip
-    model.tie_weights()  # type: ignore[operator]  # the constructor ties only while it initialises
-    return model.train()
+    hoist_plain_tensors(lower)
+    hoist_plain_tensors(model)
+    own.dtype = torch.bfloat16
+    for name in getattr(own, "sub_configs", {}):
+        if getattr(own, name, None) is not None:
+            getattr(own, name).dtype = torch.bfloat16
+    values: dict[str, Tensor] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for (path, module), like in zip(model.named_modules(), lower.modules(), strict=True):
+        for table, twins in ((module._parameters, like._parameters), (module._buffers, like._buffers)):
+            for name, tensor in table.items():
+                twin = twins.get(name)
+                if tensor is None or twin is None:
+                    continue
+                if not isinstance(tensor, nn.Parameter):
+                    values[f"{path}.{name}" if path else name] = tensor
+                if id(tensor) not in made:
+                    meta = torch.empty_like(tensor, dtype=twin.dtype, device="meta", requires_grad=False)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = (tensor, nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta)
+                table[name] = made[id(tensor)][1]  # type: ignore[assignment]
+    return model.train(), values
 
 
 def main_dtype(module: nn.Module) -> torch.dtype | None:

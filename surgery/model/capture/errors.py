@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sysconfig
 import traceback
-
 from typing import Any
 
 import torch

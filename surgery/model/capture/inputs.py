@@ -36,7 +36,7 @@ def hf_call(model: Any) -> Call:
     causal = _is_causal(model, taken)
     both = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in taken
     features = _features(model, taken)
-    if "input_ids" in taken and features is None or "pixel_values" in taken and "input_ids" in taken:
+    if ("input_ids" in taken and features is None) or ("pixel_values" in taken and "input_ids" in taken):
         text = getattr(config, "text_config", None) or config
         longest = getattr(text, "max_position_embeddings", None) or LENGTH
         length = min(LENGTH, longest)

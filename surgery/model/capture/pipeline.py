@@ -55,14 +55,7 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
 
 
 def _capture_hf(config: Any, cls: type[Any]) -> Captured:
-    dtype = torch.bfloat16
-    model = build.hf_model(config, cls, dtype)
-    build.hoist_plain_tensors(model)
-    values = build.buffers_to_meta(model, None)
-    if any(v.dtype == dtype for v in values.values()):  # values as a model of full precision has them, not rounded ones
-        precise = build.hf_model(config, cls, torch.float32)
-        build.hoist_plain_tensors(precise)
-        values = build.buffers_to_meta(precise, None)
+    model, values = build.hf_model(config, cls)
     return capture_traced(model, hf_call(model), values)
 
 

@@ -147,7 +147,7 @@ def _frozen(value: Any, depth: int) -> Any:
     if isinstance(value, dict):
         return ("dict", tuple((str(k), _frozen(v, depth + 1)) for k, v in value.items()))
     if isinstance(value, (set, frozenset)):
-        return ("set", tuple(sorted((repr(_frozen(v, depth + 1)) for v in value))))
+        return ("set", tuple(sorted(repr(_frozen(v, depth + 1)) for v in value)))
     if callable(value) and hasattr(value, "__func__"):
         return ("method", id(value.__func__))
     return ("id", id(value))

@@ -1,0 +1,199 @@
+"""Captured graphs in training: same seed, same numbers and gradients as the live model; other dtypes; nothing shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from surgery.model.capture import capture_module, clone_tree, materialise
+from surgery.model.capture.leaves import Attention, DropPath
+from surgery.model.retarget import graphs_of, retarget
+from tests.capture_support import assert_bitwise, captured, flat_inputs, flat_outputs
+from tests.zoo import ZOO
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit", "swin", "convnext", "t5", "albert", "deberta-v2", "clip"])
+def test_train_mode_same_seed(family: str) -> None:
+    """Dropout, attention dropout and stochastic depth draw the same numbers at the same places."""
+    entry, capture = ZOO[family], captured(family)
+    model = entry.make_model().train()
+    graph = materialise(capture, model.state_dict()).train()
+    inputs = entry.inputs(3, 17)
+    flat = flat_inputs(capture, inputs)
+    torch.manual_seed(11)
+    want = flat_outputs(capture, model(**inputs))
+    torch.manual_seed(11)
+    got = graph(*flat)
+    assert_bitwise(got, want)
+    if family in ("bert", "gpt2", "swin", "convnext", "t5"):  # what is drawn matters, and eval draws nothing
+        torch.manual_seed(12)
+        assert not torch.equal(graph(*flat)[0], got[0])
+    graph.eval()
+    assert torch.equal(graph(*flat)[0], graph(*flat)[0])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gradients(family: str) -> None:
+    entry, capture = ZOO[family], captured(family)
+    model = entry.make_model().train()
+    graph = materialise(capture, {k: v.clone() for k, v in model.state_dict().items()}).train()
+    inputs = entry.inputs(3, 17)
+    flat = flat_inputs(capture, inputs)
+    torch.manual_seed(11)
+    sum(t.square().mean() for t in flat_outputs(capture, model(**inputs))[:2]).backward()  # type: ignore[union-attr]
+    torch.manual_seed(11)
+    sum(t.square().mean() for t in graph(*flat)[:2]).backward()  # type: ignore[union-attr]
+    mine = {n: p.grad for n, p in graph.named_parameters(remove_duplicate=False)}
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert mine[name] is None, name
+        else:
+            assert torch.equal(mine[name], parameter.grad), name  # type: ignore[arg-type]
+            compared += 1
+    assert compared > 20
+
+
+def test_batch_norm_follows_training() -> None:
+    entry, capture = ZOO["resnet"], captured("resnet")
+    model = entry.make_model().train()
+    graph = materialise(capture, {k: v.clone() for k, v in model.state_dict().items()}).train()
+    inputs = entry.inputs(3, 0)
+    assert_bitwise(graph(*flat_inputs(capture, inputs)), flat_outputs(capture, model(**inputs)))
+    after = graph.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(after[name], tensor), name
+    assert int(after["embedder.embedder.normalization.num_batches_tracked"]) == 1
+    model.eval(), graph.eval()
+    assert_bitwise(graph(*flat_inputs(capture, inputs)), flat_outputs(capture, model(**inputs)))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "gemma3_text", "qwen3"])
+def test_bfloat16(family: str) -> None:
+    """The capture's own dtype: every cast of the live model in bfloat16 is there."""
+    entry, capture = ZOO[family], captured(family)
+    import transformers
+
+    state = entry.make_model().state_dict()
+    model = getattr(transformers, entry.architecture)._from_config(entry.make_config(), dtype=torch.bfloat16).eval()
+    model.load_state_dict(state)
+    graph = materialise(capture, state, torch.bfloat16)
+    inputs = entry.inputs(3, 17)
+    if "past_key_values" in inputs:
+        for layer in inputs["past_key_values"].layers:
+            layer.keys, layer.values, layer.dtype = layer.keys.bfloat16(), layer.values.bfloat16(), torch.bfloat16
+    flat = flat_inputs(capture, inputs)
+    with torch.no_grad():
+        assert_bitwise(graph(*flat), flat_outputs(capture, model(**inputs)))
+
+
+def test_float16_has_no_infinite_masks() -> None:
+    """T5 fills its mask with the smallest number of the dtype; that of bfloat16 is -inf in float16."""
+    graph = clone_tree(captured("t5").graph)
+    retarget(graph, dtype=torch.float16)
+    numbers = [a for _, gm in graphs_of(graph) for n in gm.graph.nodes for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
+    assert any(a == torch.finfo(torch.float16).min for a in numbers)
+    assert all(abs(a) <= torch.finfo(torch.float16).max for a in numbers)
+
+
+def test_retarget_rewrites_every_dtype_and_device() -> None:
+    capture = captured("llama")
+    graph = clone_tree(capture.graph)
+    retarget(graph, dtype=torch.float32, device="cpu")
+    text = "\n".join(str(gm.graph) for _, gm in graphs_of(graph))
+    before = "\n".join(str(gm.graph) for _, gm in graphs_of(capture.graph))
+    assert "torch.bfloat16" in before and "meta" in before
+    assert "torch.bfloat16" not in text and "meta" not in text
+    assert not any(n.meta["spec"].dtype == "bfloat16" for _, gm in graphs_of(graph) for n in gm.graph.nodes if hasattr(n.meta["spec"], "dtype"))
+
+
+def test_clone_tree_is_separate() -> None:
+    capture = captured("bert")
+    graph = clone_tree(capture.graph)
+    layer = graph.get_submodule("encoder.layer.0")
+    node = next(n for n in layer.graph.nodes if n.op == "call_module")  # type: ignore[union-attr]
+    node.meta["mark"] = 1
+    graph.get_submodule("embeddings.dropout").p = 0.9  # type: ignore[assignment]
+    other = next(n for n in capture.graph.get_submodule("encoder.layer.0").graph.nodes if n.op == "call_module")  # type: ignore[union-attr]
+    assert "mark" not in other.meta and capture.graph.get_submodule("embeddings.dropout").p == 0.1
+    assert list(graph.state_dict()) == list(capture.graph.state_dict())
+    assert graph.get_parameter("embeddings.word_embeddings.weight") is capture.graph.get_parameter("embeddings.word_embeddings.weight")
+
+
+def test_leaves_follow_training() -> None:
+    q = torch.randn(2, 2, 5, 4)
+    attention = Attention(0.5).eval()
+    assert torch.equal(attention(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert not torch.equal(attention.train()(q, q, q), attention.eval()(q, q, q))
+    path = DropPath(0.5).train()
+    torch.manual_seed(0)
+    dropped = path(torch.ones(64, 3))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0} and torch.equal(dropped[:, 0], dropped[:, 2])
+    assert torch.equal(path.eval()(q), q)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x)))) * scale
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList([Block(8) for _ in range(4)])
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.table = torch.linspace(0, 1, 8)  # a plain attribute, neither parameter nor buffer
+        self.head = nn.Linear(8, 20)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(ids) + self.table
+        for block in self.blocks:
+            x = block(x, self.scale)
+        return {"logits": self.head(x), "hidden": x}
+
+
+def test_module_from_python() -> None:
+    torch.manual_seed(0)
+    module = Stack().eval()
+    module.blocks[2].up.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    capture = capture_module(module, (torch.ones(2, 5, dtype=torch.long),))
+    assert capture.fallback == "" and not module.training
+    assert capture.signature.parameters == ("ids",)
+    assert capture.signature.symbols == {"s0": ("ids", 0, 2), "s1": ("ids", 1, 5)}
+    assert capture.aliases == {"head.weight": "embed.weight"}
+    assert torch.equal(capture.constants["table"], module.table)
+    assert capture.graph.get_parameter("blocks.2.up.weight").requires_grad is False
+    assert capture.graph.get_parameter("blocks.1.up.weight").requires_grad is True
+    mine = {id(p) for p in capture.graph.parameters()}
+    assert not mine & {id(p) for p in module.parameters()}
+    graph = materialise(capture, module.state_dict())
+    ids = torch.randint(0, 20, (3, 9))
+    want = module(ids)
+    assert_bitwise(graph(ids), [want["logits"], want["hidden"]])
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert [p for p, _ in graphs_of(capture.graph) if p] == [f"blocks.{i}" for i in range(4)]
+
+
+def test_transformer_encoder_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    module = nn.TransformerEncoder(layer, 3).eval()
+    capture = capture_module(module, {"src": torch.randn(2, 6, 16)})
+    graph = materialise(capture, module.state_dict()).train()
+    module.train()
+    x = torch.randn(3, 9, 16)
+    torch.manual_seed(4)
+    want = module(x)
+    torch.manual_seed(4)
+    (got,) = graph(x)
+    assert torch.equal(got, want)
+    assert "layers.1" in [p for p, _ in graphs_of(capture.graph)]
