@@ -185,3 +185,43 @@ def test_saved_and_loaded_as_data(key: tuple[str, str]) -> None:
     assert difference(outputs(program), expected) == 0
     names = set(program.weights) | set(program.aliases)
     assert {n for n, _ in program.graph.named_parameters(remove_duplicate=False)} == names
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_compiles_without_graph_breaks(key: tuple[str, str]) -> None:
+    program = attached(key)
+    perturb(program)
+    module = live(program).train()
+    eager = list(module(*inputs()))
+    sum(o.square().mean() for o in eager).backward()
+    grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    compiled = list(torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs()))
+    assert difference([c.detach() for c in compiled], [e.detach() for e in eager]) <= 1e-6
+    sum(o.square().mean() for o in compiled).backward()
+    for name, parameter in module.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", list(METHODS), ids="/".join)
+def test_parse_and_print_agree(key: tuple[str, str]) -> None:
+    from surgery.core.printer import to_text
+    from surgery.core.source import Source
+    from surgery.grammar.parser import parse
+
+    cls = METHODS[key]
+    given = {**{p.name: p.default for p in cls.info().params if p.default is not None}, **sample(cls)}
+    call = ", ".join(f"{name} = {literal(value)}" for name, value in given.items())
+    line = f"{key[0]} {key[1]}({call})" + ("" if key[0] == "train" else f" {cls.places[0]} layers[*].attn")
+    tree, problems = parse(Source("spec.surg", f"surg 1\n{line}\n"))
+    assert not problems and len(tree.statements) == 2
+    again, problems = parse(Source("spec.surg", "".join(to_text(s) + "\n" for s in tree.statements)))
+    assert not problems and again.statements == tree.statements
+
+
+def literal(value: object) -> str:
+    """A parameter value as a spec writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.12f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

@@ -274,14 +274,14 @@ def _insert(
     gm = program.module(graph)
     target = attach.relative(path, graph)
     if target is None:
-        raise fail("S0570", f"{site.role} is used from {graph or 'the root'}, where {path} cannot be reached", op.origin.span)
+        raise fail("S0571", f"{site.role} is used from {graph or 'the root'}, where {path} cannot be reached", op.origin.span)
     current = end_of_chain(gm, base)
     x = None if geometry.op == "experts" else operand(base)
 
     def read(name: str) -> fx.Node:
         local = attach.relative(name, graph)
         if local is None:
-            raise fail("S0570", f"{site.role} is used from {graph or 'the root'}, where {name} cannot be reached", op.origin.span)
+            raise fail("S0571", f"{site.role} is used from {graph or 'the root'}, where {name} cannot be reached", op.origin.span)
         return attach.get_attr(gm, local, base)
 
     def args() -> tuple[Any, ...]:
