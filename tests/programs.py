@@ -38,7 +38,7 @@ def program_for(model: Any) -> Program:
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     weights = Weights()
     for name in captured.parameters:
-        if name not in captured.constants:
+        if name not in captured.constants and name not in captured.aliases:
             weights[name] = held(state[name])
     info = ModelInfo("test", model.config.model_type, type(model).__name__, model.config.to_dict(), "float32", "0" * 64)
     return assemble(captured, weights, info)

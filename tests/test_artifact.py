@@ -14,7 +14,7 @@ import transformers as T
 
 from surgery.core.diagnostics import SurgeryError
 from surgery.core.source import Source, Span
-from surgery.model import artifact, graphjson
+from surgery.model import artifact, artifact_open, graphjson
 from surgery.model.program import Attachment, Origin
 from surgery.model.realise import Realiser
 from surgery.passes import registry
@@ -227,7 +227,7 @@ def test_a_linked_folder_inside(folder, tmp_path):
 
 
 def test_an_oversized_manifest(folder, monkeypatch):
-    monkeypatch.setattr(artifact, "MAX_JSON", 100)
+    monkeypatch.setattr(artifact_open, "MAX_JSON", 100)
     refused("S0828", folder, "more than any artifact needs")
 
 

@@ -15,10 +15,7 @@ Everything else that is wrong with the data is S0826.
 
 from __future__ import annotations
 
-import json
-import keyword
 import math
-import re
 from typing import Any
 
 import torch
@@ -27,42 +24,29 @@ from torch import fx, nn
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.model import modules as registry
 from surgery.model import oplist
-from surgery.model.exprjson import dump_expr, load_expr, make_symbols
+from surgery.model.exprjson import load_expr, make_symbols
+from surgery.model.graphnames import (
+    FORMATS,
+    KINDS,
+    LAYOUTS,
+    MAX_MODULES,
+    MAX_NODES,
+    OP_OF,
+    SCHEMA,
+    can_be_called,
+    dtype_name,
+    dtype_of,
+    find_tensor,
+    identifier,
+    malformed,
+    sizes,
+    unknown_op,
+    word,
+)
+from surgery.model.graphwrite import GraphWriter
 from surgery.model.program import ValueSpec
 
-SCHEMA = "surgery.graph/1"
-MAX_MODULES = 200_000
-MAX_NODES = 5_000_000
-OPS = {"placeholder": "in", "get_attr": "get", "call_module": "mod", "call_function": "fn", "output": "out"}
-_OP_OF = {short: long for long, short in OPS.items()}
-_WORD = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_-]*")
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_DUNDER = re.compile(r"__\w*__")
-_KINDS = ("tensor", "int", "float", "bool", "other")
-_FORMATS = {
-    str(f).removeprefix("torch."): f for f in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
-}
-_LAYOUTS = {"strided": torch.strided}
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128 float8_e4m3fn float8_e5m2 uint16 uint32 uint64"
-    ).split()
-}  # fmt: skip
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a short name; ValueError when there is none."""
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {str(name)[:40]!r}")
-    return _DTYPES[name]
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------------
+__all__ = ["GraphReader", "dtype_name", "dtype_of", "dump", "load", "malformed", "read_with"]
 
 
 def dump(root: fx.GraphModule) -> dict[str, Any]:
@@ -71,167 +55,7 @@ def dump(root: fx.GraphModule) -> dict[str, Any]:
     Raises S0824 for an operation that is not on the list, S0825 for a module class that is not registered and S0830 for an
     argument or a size that has no stored form.
     """
-    return _Writer().tree(root)
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self.specs: dict[str, int] = {}
-        self.spec_data: list[Any] = []
-        self.symbols: dict[str, str] = {}
-        self.table: dict[str, int] = {}
-        self.descriptions: list[Any] = []
-        self.schemas: dict[str, str] = {}
-        self.templates: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
-
-    def tree(self, root: fx.GraphModule) -> dict[str, Any]:
-        top = self.module(root, "")
-        first: dict[int, str] = {}
-        aliases = []
-        for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
-            if first.setdefault(id(tensor), name) != name:
-                aliases.append([name, first[id(tensor)]])
-        return {
-            "schema": SCHEMA, "torch": torch.__version__.split("+")[0], "ops": dict(sorted(self.schemas.items())),
-            "symbols": dict(sorted(self.symbols.items())), "specs": self.spec_data, "modules": self.descriptions, "root": top,
-            "aliases": aliases,
-        }  # fmt: skip
-
-    def module(self, module: nn.Module, path: str) -> int:
-        own: frozenset[str] = frozenset()
-        if isinstance(module, fx.GraphModule):
-            data: dict[str, Any] = {"nodes": [self.node(n, path) for n in module.graph.nodes]} | self.tensors(module)
-        elif type(module) in registry.SCOPES:
-            data = {} | self.tensors(module)
-        else:
-            tag, config = registry.config_of(module)
-            data = {"tag": tag, "config": config}
-            own, made = self.template(tag, config)
-            data |= self.leaf_dtypes(module, made) | self.tensors(module, made)
-        children = {
-            name: self.module(child, f"{path}.{name}" if path else name) for name, child in module.named_children() if name not in own
-        }
-        if children:
-            data["children"] = children
-        return self.intern(data)
-
-    def intern(self, data: dict[str, Any]) -> int:
-        key = json.dumps(data, sort_keys=False, allow_nan=False)
-        if key not in self.table:
-            self.table[key] = len(self.descriptions)
-            self.descriptions.append(data)
-        return self.table[key]
-
-    def template(self, tag: str, config: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of the sub-modules and of the tensors that the class makes itself; what else a leaf holds is written out."""
-        key = tag + json.dumps(config, sort_keys=True)
-        if key not in self.templates:
-            built = registry.build(tag, config, None)
-            tensors = (*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False))
-            self.templates[key] = frozenset(dict(built.named_children())), frozenset(name for name, _ in tensors)
-        return self.templates[key]
-
-    def leaf_dtypes(self, module: nn.Module, made: frozenset[str]) -> dict[str, Any]:
-        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        found = {name: dtype_name(t.dtype) for name, t in tensors if name in made}
-        main = next((d for d in found.values() if _DTYPES[d].is_floating_point), None)
-        data: dict[str, Any] = {} if main is None else {"dtype": main}
-        others = {name: d for name, d in found.items() if d != main}
-        return data | ({"dtypes": others} if others else {})
-
-    def tensors(self, module: nn.Module, made: frozenset[str] = frozenset()) -> dict[str, Any]:
-        own = [[n, dtype_name(p.dtype), list(p.shape)] for n, p in module._parameters.items() if p is not None and n not in made]
-        held = [
-            [n, dtype_name(b.dtype), list(b.shape), n not in module._non_persistent_buffers_set]
-            for n, b in module._buffers.items()
-            if b is not None and n not in made
-        ]
-        return ({"parameters": own} if own else {}) | ({"buffers": held} if held else {})
-
-    def node(self, node: fx.Node, path: str) -> list[Any]:
-        target = str(node.target)
-        if node.op == "call_function":
-            name = oplist.target_name(node.target)
-            if name is None:
-                raise unknown_op(_describe(node.target), f"node {node.name} of {path or 'the model'}")
-            target = name
-            if isinstance(node.target, torch._ops.OpOverload):
-                self.schemas[name] = oplist.schema(node.target)
-        elif node.op not in OPS:
-            raise fail(
-                "S0830",
-                f"node {node.name} of {path or 'the model'} is a {node.op}, which has no stored form",
-                help="capture the model again",
-            )
-        where = f"node {node.name} of {path or 'the model'}"
-        args = [self.arg(a, where) for a in node.args]
-        kwargs = {k: self.arg(v, where) for k, v in node.kwargs.items()}
-        data: list[Any] = [node.name, OPS[node.op], target, args, kwargs, self.spec(node.meta.get("spec"), where)]
-        scope = node.meta.get("scope")
-        return [*data, scope] if isinstance(scope, str) else data
-
-    def arg(self, value: Any, where: str) -> Any:
-        if value is None or isinstance(value, (bool, str)):
-            return value
-        if isinstance(value, fx.Node):
-            return {"n": value.name}
-        if isinstance(value, int):
-            return int(value)
-        if isinstance(value, float):
-            return value if math.isfinite(value) else {"float": repr(value)}
-        if isinstance(value, tuple):
-            return {"t": [self.arg(v, where) for v in value]}
-        if isinstance(value, list):
-            return [self.arg(v, where) for v in value]
-        if isinstance(value, slice):
-            return {"slice": [self.arg(v, where) for v in (value.start, value.stop, value.step)]}
-        if isinstance(value, torch.dtype):
-            return {"dtype": dtype_name(value)}
-        if isinstance(value, torch.device):
-            return {"device": str(value)}
-        if isinstance(value, torch.memory_format):
-            return {"format": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.layout) and value is torch.strided:
-            return {"layout": "strided"}
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {"d": [[k, self.arg(v, where)] for k, v in value.items()]}
-        raise fail(
-            "S0830", f"{where} has an argument of type {type(value).__name__} that has no stored form", help="capture the model again"
-        )
-
-    def spec(self, spec: Any, where: str) -> int | None:
-        if spec is None:
-            return None
-        if isinstance(spec, (tuple, list)):
-            data: Any = [self.spec(s, where) for s in spec]
-        else:
-            try:
-                data = {"k": spec.kind, "d": spec.dtype, "s": [dump_expr(s, self.symbols) for s in spec.shape]}
-            except ValueError as err:
-                raise fail("S0830", f"{where} has a size that has no stored form: {err}", help="capture the model again") from None
-        key = json.dumps(data)
-        if key not in self.specs:
-            self.specs[key] = len(self.spec_data)
-            self.spec_data.append(data)
-        return self.specs[key]
-
-
-def unknown_op(name: str, where: str) -> SurgeryError:
-    return fail(
-        "S0824", f"{where} uses the operation {name[:80]}, which is not on the list of operations that an artifact may hold",
-        help="if the operation is harmless, add it to surgery/model/oplist.py and report it",
-    )  # fmt: skip
-
-
-def _describe(target: Any) -> str:
-    return (
-        str(target)
-        if isinstance(target, torch._ops.OpOverload)
-        else f"{getattr(target, '__module__', '?')}.{getattr(target, '__name__', target)}"
-    )
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------------
+    return GraphWriter().tree(root)
 
 
 def load(data: Any, *, modules: registry.Resolver | None = None) -> fx.GraphModule:
@@ -253,10 +77,6 @@ def read_with(reader: type[GraphReader], data: Any, modules: registry.Resolver |
         raise
     except Exception as err:
         raise malformed(f"{type(err).__name__}: {str(err)[:120]}") from err
-
-
-def malformed(why: str) -> SurgeryError:
-    return fail("S0826", f"the stored graph is damaged: {why}", help="emit the artifact again from its spec")
 
 
 class GraphReader:
@@ -375,7 +195,7 @@ class GraphReader:
         graph = fx.Graph()
         known: dict[str, fx.Node] = {}
         for name, short, target, args, kwargs, spec, *scope in nodes:
-            op = _OP_OF[short]
+            op = OP_OF[short]
             identifier(name)
             found = self.target(op, target, owner)
             if op == "placeholder" and (args or kwargs):
@@ -407,7 +227,7 @@ class GraphReader:
             return identifier(target)
         if op == "get_attr" and not find_tensor(owner, target)[0]:
             raise malformed(f"{str(target)[:80]!r} is not a parameter or buffer")
-        if op == "call_module" and not _callable(owner, target):
+        if op == "call_module" and not can_be_called(owner, target):
             raise malformed(f"{str(target)[:80]!r} is not a module that can be called")
         if op == "output" and target != "output":
             raise malformed("an output has a target")
@@ -432,9 +252,9 @@ class GraphReader:
         if tag == "float":
             return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[value]
         if tag == "format":
-            return _FORMATS[value]
+            return FORMATS[value]
         if tag == "layout":
-            return _LAYOUTS[value]
+            return LAYOUTS[value]
         if tag == "d":
             return {str(k): self.arg(v, known) for k, v in value}
         raise malformed(f"unknown argument tag {tag[:40]!r}")
@@ -442,7 +262,7 @@ class GraphReader:
     def spec(self, entry: Any) -> Any:
         if isinstance(entry, list):
             return tuple(None if i is None else self.specs[i] for i in entry)
-        if entry["k"] not in _KINDS or not isinstance(entry["d"], str):
+        if entry["k"] not in KINDS or not isinstance(entry["d"], str):
             raise malformed(f"unknown kind of value {str(entry['k'])[:40]!r}")
         return ValueSpec(entry["k"], entry["d"], tuple(load_expr(s, self.symbols) for s in entry["s"]))
 
@@ -453,50 +273,3 @@ def _still_accepts(now: Any, text: str) -> bool:
         return bool(now.is_backward_compatible_with(torch._C.parse_schema(text)))
     except RuntimeError:
         return False
-
-
-def identifier(name: Any) -> str:
-    """``name`` itself if it may stand unquoted in generated code; S0826 otherwise."""
-    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or _DUNDER.fullmatch(name):
-        raise malformed(f"{str(name)[:60]!r} is not a name")
-    return name
-
-
-def word(name: Any) -> str:
-    """One step of a module path; S0826 for anything that is not a plain word."""
-    if not isinstance(name, str) or not _WORD.fullmatch(name) or keyword.iskeyword(name):
-        raise malformed(f"{str(name)[:60]!r} is not a module name")
-    return name
-
-
-def sizes(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, list) or any(type(s) is not int or s < 0 for s in shape):
-        raise malformed("a tensor has no proper shape")
-    return tuple(shape)
-
-
-def _walk(root: nn.Module, path: str) -> nn.Module | None:
-    for step in path.split("."):
-        child = root._modules.get(word(step))
-        if child is None:
-            return None
-        root = child
-    return root
-
-
-def find_tensor(root: nn.Module, path: str) -> tuple[str, nn.Module, str]:
-    """(store, module, name) of a parameter or buffer below ``root``; the store is ``""`` when there is none."""
-    if not isinstance(path, str):
-        return "", root, ""
-    where, _, name = path.rpartition(".")
-    holder = _walk(root, where) if where else root
-    if holder is not None:
-        for store in ("_parameters", "_buffers"):
-            if getattr(holder, store).get(word(name)) is not None:
-                return store, holder, name
-    return "", root, name
-
-
-def _callable(root: nn.Module, path: Any) -> bool:
-    found = _walk(root, path) if isinstance(path, str) else None
-    return found is not None and type(found) not in registry.SCOPES

@@ -36,10 +36,15 @@ class CapturedPreTrained(GraphRoot, PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._keep_in_fp32_modules = set()
-        self._keep_in_fp32_modules_strict = set()
+        for name, empty in (
+            ("_keep_in_fp32_modules", set),
+            ("_keep_in_fp32_modules_strict", set),
+            ("_tp_plan", dict),
+            ("_ep_plan", dict),
+            ("_pp_plan", dict),
+        ):
+            setattr(self, name, empty())
         self._no_split_modules = {GraphBlock.__name__}
-        self._tp_plan, self._ep_plan, self._pp_plan = {}, {}, {}
 
     def captured_forward(self, *args: Any, **kwargs: Any) -> Any:
         call, task = self._surgery_call, self._task
