@@ -9,13 +9,13 @@ from torch import fx
 
 from surgery.core.site import Anatomy, NodeRef, Site, Stack, Unresolved
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward
+from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
 from surgery.model.anatomy.labels import Labels
 from surgery.model.anatomy.layers import ConvBlock, Layer, LayerStack, conv_blocks, find_stacks, layer_norms, make_units
 from surgery.model.anatomy.modules import module_sites
 from surgery.model.anatomy.outside import Outside, find_outside
-from surgery.model.anatomy.sites import Builder, Names
+from surgery.model.anatomy.sites import Builder, Names, post_norm
 from surgery.model.anatomy.trunks import Trunk, find_trunks
 from surgery.model.flat import flatten
 from surgery.model.program import Program
@@ -55,6 +55,7 @@ class _Assembly:
         self.blocks = blocks
         self.names = names
         self.builder = Builder(view, names)
+        self.loose: dict[Layer, list[Projection]] = {}
 
     def anatomy(self) -> Anatomy:
         view = self.view
@@ -81,6 +82,7 @@ class _Assembly:
         tables = {t for a in self.blocks.attentions for t in a.tables}
         inside = [la.path for s in stacks for la in s.layers if la.path]
         outside = find_outside(view, trunks, claimed, without, tables, inside)
+        self.loose = _by_layer(view, stacks, [p for p in view.projections if p.kind == "conv" and p not in claimed])
         self._write(trunks, outside, within)
         modules = module_sites(self.program, view, self.builder, self.names)
         return Anatomy(
@@ -109,8 +111,6 @@ class _Assembly:
     def _outside(self, item: Outside, role: str) -> None:
         facts = {"trunk": item.trunk} if item.trunk else {}
         if isinstance(item.what, Projection):
-            from surgery.model.anatomy.blocks import whole
-
             self.builder.add(self.builder.part(role, whole(item.what), facts=facts))
         elif isinstance(item.what, Norm):
             self.builder.add(self.builder.norm(role, [item.what], facts=facts))
@@ -137,6 +137,7 @@ class _Assembly:
                 self.builder.feed_forward(f"{base}.{name}", unit, where)
             else:
                 convs = self.builder.convolutions(base, unit, where, convs)
+        self.builder.loose_convolutions(base, self.loose.get(layer, []), where, convs)
         by_weight: dict[str, list[Norm]] = {}
         for norm in norms:
             by_weight.setdefault(norm.weight, []).append(norm)
@@ -156,7 +157,7 @@ class _Assembly:
         places = self._layer_places(layer, [b for b in blocks if b.exit is not None])
         return Site(role=role, op="region", path=layer.path, parameters=parameters, facts=facts, **places, **where)
 
-    def _layer_places(self, layer: Layer, blocks: list[Any]) -> dict[str, NodeRef | None]:
+    def _layer_places(self, layer: Layer, blocks: list[Any]) -> dict[str, Any]:
         module = _graph_module(self.program.graph, layer.path) if layer.path else None
         first = blocks[0] if blocks else None
         stream = self.view.strip(first.exit.residual, dropout=False) if first is not None else None
@@ -174,8 +175,6 @@ class _Assembly:
         if stream is None:
             return {}
         last = max(blocks, key=lambda b: self.view.position[b.exit.add])
-        from surgery.model.anatomy.sites import post_norm
-
         end = post_norm(self.view, last.input, last.exit) or self.view.after_activation(last.exit.add, isinstance(last, ConvBlock))
         found = self.builder.places(stream, end, stream, None)
         return {"input": found["input"], "output": found["output"]}
@@ -197,6 +196,18 @@ class _Assembly:
             place = f"{at.graph}::{at.node}" if at.graph else at.node
             left.append(Unresolved(name, f"read by {ops.name_of(reader)} at {place}, which fits no role"))
         return tuple(left)
+
+
+def _by_layer(view: GraphView, stacks: list[LayerStack], projections: list[Projection]) -> dict[Layer, list[Projection]]:
+    """Projections by the layer whose path they stand under."""
+    layers = {la.path: la for s in stacks for la in s.layers if la.path}
+    found: dict[Layer, list[Projection]] = {}
+    for projection in projections:
+        parts = view.path(projection.node, projection.weight).split(".")
+        layer = next((layers[p] for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in layers), None)
+        if layer is not None:
+            found.setdefault(layer, []).append(projection)
+    return found
 
 
 def _graph_module(root: fx.GraphModule, path: str) -> fx.GraphModule | None:

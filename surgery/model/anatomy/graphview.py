@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,14 +288,14 @@ class GraphView:
         users = self.users(node)
         return users[0] if wanted and len(users) == 1 and ops.name_of(users[0]) in ops.ACTIVATIONS else node
 
-    def backward(self, start: fx.Node) -> Iterator[fx.Node]:
-        """Every value that ``start`` depends on, itself first, each once; ``send(True)`` skips the inputs of the last."""
+    def backward(self, start: fx.Node, stop: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
+        """Every value that ``start`` depends on, itself first, each once; not beyond those where ``stop`` holds."""
         seen = {start}
         stack = [start]
         while stack:
             node = stack.pop()
-            skip = yield node
-            if skip:
+            yield node
+            if stop is not None and stop(node):
                 continue
             for n in node.all_input_nodes:
                 if n not in seen:

@@ -8,6 +8,7 @@ embeddings, scales, masks); everything else ends the trail.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,38 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 SHIFT = 32
 
 
+def distinct(values: Array) -> Array:
+    """Sorted distinct values. (``numpy.unique`` hashes, which is far slower on numbers that are almost sorted.)"""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if len(flat) > 1 and not (flat[1:] > flat[:-1]).all():
+        flat = np.sort(flat)
+        flat = flat[np.concatenate(([True], flat[1:] != flat[:-1]))]
+    return flat
+
+
+def stand_ins(view: GraphView, traced: Mapping[str, int]) -> dict[Any, int]:
+    """A number for every size expression: one token for each open axis, the traced size where one would leave nothing."""
+    sizes: dict[Any, None] = {}
+    for node in view.nodes:
+        spec = node.meta.get("spec")
+        for each in spec if isinstance(spec, (tuple, list)) else (spec,):
+            sizes |= {s: None for s in getattr(each, "shape", ()) if hasattr(s, "free_symbols")}
+    empty: set[Any] = set()
+    for size in sizes:
+        if int(size.subs(dict.fromkeys(size.free_symbols, 1))) < 1:
+            empty |= size.free_symbols
+    values = {s: traced.get(str(s), 1) if s in empty else 1 for size in sizes for s in size.free_symbols}
+    return {size: max(0, int(size.subs(values))) for size in sizes}
+
+
 class Labels:
     """Memoised labels of the values of one graph."""
 
-    def __init__(self, view: GraphView) -> None:
+    def __init__(self, view: GraphView, traced: Mapping[str, int] | None = None) -> None:
         self.view = view
         self._memo: dict[fx.Node, Any] = {}
-        self._sizes: dict[Any, int] = {}
+        self._sources: dict[fx.Node, list[tuple[Projection, Array]]] = {}
+        self._sizes = stand_ins(view, traced or {})
 
     def of(self, node: fx.Node) -> Array | None:
         """Labels of a value, -1 where none; None when no projection reaches it. Iterative, each node once."""
@@ -49,12 +75,19 @@ class Labels:
 
     def sources(self, node: fx.Node) -> list[tuple[Projection, Array]]:
         """The projections that reach a value with the sorted rows of each, largest share first."""
+        known = self._sources.get(node)
+        if known is None:
+            known = self._sources[node] = self._find_sources(node)
+        return known
+
+    def _find_sources(self, node: fx.Node) -> list[tuple[Projection, Array]]:
         labels = self.of(node)
         if labels is None:
             return []
-        ids = np.unique(labels[labels >= 0])
+        ids = distinct(labels)
+        ids = ids[np.searchsorted(ids, 0) :]
         owners = ids >> SHIFT
-        found = [(self.view.projections[int(p)], ids[owners == p] & ((1 << SHIFT) - 1)) for p in np.unique(owners)]
+        found = [(self.view.projections[int(p)], ids[owners == p] & ((1 << SHIFT) - 1)) for p in distinct(owners)]
         return sorted(found, key=lambda f: (-len(f[1]), f[0].order))
 
     def visited(self, node: fx.Node) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from torch import fx
 
@@ -41,8 +42,6 @@ def module_sites(program: Program, view: GraphView, builder: Builder, names: Nam
         calls[path].append(node.meta["origin"])
     covered: set[str] = set()
     for path, site in list(made.items()):
-        from dataclasses import replace
-
         made[path] = site = replace(site, calls=tuple(dict.fromkeys(calls[path])))
         covered |= {site.weight, site.bias}
         by_weight.setdefault(site.weight, site)

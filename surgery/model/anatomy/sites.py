@@ -11,7 +11,7 @@ from torch import fx
 
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.blocks import Attention, FeedForward, Part
+from surgery.model.anatomy.blocks import Attention, FeedForward, Part, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
 from surgery.model.anatomy.layers import ConvBlock, Unit
 
@@ -120,10 +120,9 @@ class Builder:
         inner = [n for n in block.inner_norms if n.weight]
         for i, norm in enumerate(inner):
             members.append(self.norm(f"{base}.norm" + (f"[{i}]" if len(inner) > 1 else ""), [norm], **where))
-        for table in block.tables:
-            name = str(table.target)
-            if name not in self.claimed:
-                members.append(self.parameter(f"{base}.bias", table, "bias", **where))
+        tables = [t for t in block.tables if str(t.target) not in self.claimed]
+        for i, table in enumerate(tables):
+            members.append(self.parameter(f"{base}.bias" + (f"[{i}]" if len(tables) > 1 else ""), table, "bias", **where))
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
@@ -167,19 +166,27 @@ class Builder:
         at = start
         for projection in block.convs:
             role = f"{base}.conv[{at}]" if projection.kind == "conv" else f"{base}.proj[{at}]"
-            self.add(self.part(role, Part(projection, np.unique(projection.rows)), **where))
+            self.add(self.part(role, whole(projection), **where))
             at += 1
         for i, projection in enumerate(block.shortcut):
             role = f"{base}.shortcut" + (f"[{i}]" if len(block.shortcut) > 1 else "")
-            self.add(self.part(role, Part(projection, np.unique(projection.rows)), **where))
+            self.add(self.part(role, whole(projection), **where))
         return at
+
+    def loose_convolutions(self, base: str, projections: Sequence[Projection], where: dict[str, Any], start: int) -> None:
+        """Convolutions of a layer that belong to no block of it."""
+        by_weight: dict[str, list[Projection]] = {}
+        for projection in projections:
+            by_weight.setdefault(projection.weight, []).append(projection)
+        for i, same in enumerate(by_weight.values()):
+            self.add(self.part(f"{base}.conv[{start + i}]", whole(same[0]), [whole(p) for p in same[1:]], **where))
 
     def _region(
         self, role: str, unit: Unit, source: fx.Node, exit: Any, members: list[Site], facts: dict[str, object], more: dict[str, Any]
     ) -> None:
         path = unit.path
         inside = dict.fromkeys(n for m in members for n in (m.weight, m.bias) if n)
-        places: dict[str, NodeRef | None] = {"input": None, "output": None, "residual": None, "norm_output": None}
+        places: dict[str, Any] = {"input": None, "output": None, "residual": None, "norm_output": None}
         if exit is not None:
             after = post_norm(self.view, source, exit)
             facts["norm"] = "post" if after is not None else ("pre" if self.normed(source, exit.residual) else "none")
@@ -195,7 +202,7 @@ class Builder:
         norm = self.view.norm_of.get(source)
         return norm is not None and self.view.strip(norm.x) is self.view.strip(residual)
 
-    def places(self, source: fx.Node, output: fx.Node, residual: fx.Node, after: fx.Node | None) -> dict[str, NodeRef | None]:
+    def places(self, source: fx.Node, output: fx.Node, residual: fx.Node, after: fx.Node | None) -> dict[str, Any]:
         """References inside the innermost GraphModule that sees both the input and the output."""
         graphs = list(dict.fromkeys(r.graph for r in output.meta.get("refs", ())))
         seen = [g for g in graphs if ref_in(source, g) is not None]

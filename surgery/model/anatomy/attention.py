@@ -1,0 +1,248 @@
+"""Attention blocks, found from fused attentions and from softmaxes between two products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from surgery.model.anatomy import ops
+from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.labels import Labels, distinct
+from surgery.model.anatomy.streams import Exit, Part, Streams
+
+
+@dataclass(eq=False)
+class Core:
+    """One scaled dot product attention: its operands, output and mask."""
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scores: tuple[fx.Node, ...] = ()
+    """The products that make the scores, where they stand apart from the rest."""
+
+
+@dataclass(eq=False)
+class Attention:
+    core: Core
+    parts: dict[str, Part]
+    input: fx.Node
+    memory: fx.Node | None
+    exit: Exit | None
+    cross: bool
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    value_dim: int | None
+    q_norms: list[Norm] = field(default_factory=list)
+    k_norms: list[Norm] = field(default_factory=list)
+    tables: list[fx.Node] = field(default_factory=list)
+    """Parameters added to the scores."""
+    inner_norms: list[Norm] = field(default_factory=list)
+    """Norms between the attention and its output projection."""
+
+
+class Attentions(Streams):
+    """Finds the attention blocks of one graph, in order of execution, as ``found``."""
+
+    def __init__(self, view: GraphView, labels: Labels) -> None:
+        super().__init__(view, labels)
+        self._causal: dict[fx.Node, bool] = {}
+        self.found = [a for a in map(self._attention, self._cores()) if a is not None]
+
+    def _cores(self) -> Iterator[Core]:
+        for node in self.view.nodes:
+            name = ops.name_of(node)
+            if name == "scaled_dot_product_attention":
+                args = node.args
+                mask = args[3] if len(args) > 3 else node.kwargs.get("attn_mask")
+                flag = bool(args[5] if len(args) > 5 else node.kwargs.get("is_causal", False))
+                mask = mask if isinstance(mask, fx.Node) else None
+                q, k, v = (a for a in args[:3] if isinstance(a, fx.Node))
+                yield Core(node, q, k, v, mask, flag or self.is_causal(mask))
+            elif name in ("softmax", "_softmax"):
+                core = self._softmax_core(node)
+                if core is not None:
+                    yield core
+
+    def _softmax_core(self, softmax: fx.Node) -> Core | None:
+        node = softmax
+        context: fx.Node | None = None
+        for _ in range(8):
+            users = self.view.users(node)
+            context = next((u for u in users if ops.name_of(u) in ops.MATMUL and u not in self.view.by_node), None)
+            if context is not None:
+                break
+            step = next((u for u in users if ops.name_of(u) in ops.SHAPE), None)
+            if step is None:
+                return None
+            node = step
+        if context is None:
+            return None
+        operands = [n for n in ops.tensors(context) if n is not node]
+        if len(operands) != 1:
+            return None
+        scores = [n for n in self._score_products(softmax)]
+        if not scores:
+            return None
+        mask: list[fx.Node] = []
+        node = ops.tensors(softmax)[0]
+        score = scores[0]
+        for _ in range(12):
+            if node is score:
+                break
+            inputs = ops.tensors(node)
+            if len(inputs) > 1:
+                mask += inputs[1:]
+            if not inputs:
+                break
+            node = inputs[0]
+        pair = ops.tensors(score)[-2:]
+        causal = any(map(self.is_causal, mask))
+        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores))
+
+    def _score_products(self, softmax: fx.Node) -> list[fx.Node]:
+        """Products behind a softmax through elementwise and shape ops; the one whose operands both come from data first."""
+        found: list[fx.Node] = []
+
+        def stop(node: fx.Node) -> bool:
+            name = ops.name_of(node)
+            if node is softmax:
+                return False
+            moves = name in ops.SHAPE or name in ops.PARTS or name in ops.GATHER or ops.is_pointwise(node)
+            return not moves or self.view.constant[node] or node.op != "call_function"
+
+        for node in self.view.backward(softmax, stop):
+            if ops.name_of(node) in ops.MATMUL and node not in self.view.by_node:
+                found.append(node)
+        with_sources = [n for n in found if all(self.labels.sources(t) for t in ops.tensors(n)[-2:])]
+        return sorted(with_sources, key=self.view.position.__getitem__)
+
+    def is_causal(self, mask: fx.Node | None) -> bool:
+        """The mask is made by comparing positions (search stops at projections and embeddings)."""
+        if mask is None:
+            return False
+        known = self._causal.get(mask)
+        if known is None:
+            known = any(
+                name.startswith("tri") or self._compares_positions(node)
+                for node in self.view.backward(mask, lambda n: n in self.view.by_node or ops.name_of(n) == "embedding")
+                if (name := ops.name_of(node)) in ops.COMPARE
+            )
+            self._causal[mask] = known
+        return known
+
+    def _compares_positions(self, node: fx.Node) -> bool:
+        """Both sides of the comparison count positions along different axes."""
+        sides = ops.tensors(node)
+        return len(sides) == 2 and sides[0] is not sides[1] and all(self._counts(s) for s in sides)
+
+    def _counts(self, node: fx.Node) -> bool:
+        for _ in range(32):
+            name = ops.name_of(node)
+            if name in ("arange", "cumsum"):
+                return True
+            inputs = ops.tensors(node)
+            if not inputs:
+                return node.op == "placeholder" and not ops.is_activation(node)
+            node = inputs[0]
+        return False
+
+    def _attention(self, core: Core) -> Attention | None:
+        parts: dict[str, Part] = {}
+        for role, value in (("q", core.q), ("k", core.k), ("v", core.v)):
+            sources = self.labels.sources(value)
+            if sources:
+                parts[role] = Part(*sources[0])
+        if not parts:
+            return None
+        sdpa = ops.name_of(core.node) == "scaled_dot_product_attention"
+        head_dim = _int((ops.shape_of(core.q) or (None,))[-1])
+        value_dim = _int((ops.shape_of(core.v) or (None,))[-1])
+        if not sdpa and head_dim is None:
+            head_dim = _int((ops.shape_of(core.k) or (None, None))[-2])
+        between: list[Norm] = []
+        out = self._output_projection(core, between)
+        if out is not None:
+            parts["o"] = Part(out, distinct(out.rows))
+        q = parts.get("q")
+        first = q or next(iter(parts.values()))
+        target = self.view.strip(first.projection.x, gather=True, dropout=False)
+        key = parts.get("k") or parts.get("v")
+        memory = self.view.strip(key.projection.x, gather=True) if key else None
+        cross = memory is not None and q is not None and self._stream(target) is not self._stream(memory)
+        trail = {r: self.labels.visited(v) for r, v in (("q", core.q), ("k", core.k))}
+        inside: dict[str, list[Norm]] = {}
+        for role, nodes in trail.items():
+            inside[role] = [n for n in dict.fromkeys(self.view.norm_of[x] for x in nodes if x in self.view.norm_of)]
+        return Attention(
+            core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
+            _count(q, head_dim), _count(parts.get("k"), head_dim), head_dim, value_dim, inside["q"], inside["k"],
+            self._tables(core), between,
+        )  # fmt: skip
+
+    def _output_projection(self, core: Core, between: list[Norm]) -> Projection | None:
+        node: fx.Node = core.node
+        for _ in range(32):
+            users = self.view.users(node)
+            found = next((self.view.by_node[u] for u in users if u in self.view.by_node and self.view.by_node[u].x is node), None)
+            if found is not None:
+                return found
+            norm = next(iter(self._norms_at(node)), None)
+            if norm is not None:
+                between.append(norm)
+                node = norm.out
+                continue
+            step = next((u for u in users if self._passes(u, node)), None)
+            if step is None:
+                return None
+            node = step
+        return None
+
+    def _stream(self, node: fx.Node) -> fx.Node:
+        """The value that a projection's input was computed from, behind norms, projections and elementwise ops of one input."""
+        for _ in range(256):
+            norm = self.view.norm_of.get(node) or self.view.norm_inner.get(node)
+            if norm is not None:
+                node = norm.x
+                continue
+            projection = self.view.by_node.get(node)
+            if projection is not None:
+                node = projection.x
+                continue
+            name = ops.name_of(node)
+            inputs = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
+            moves = name in ops.SHAPE or name in ops.PARTS or name in ops.GATHER or ops.is_pointwise(node)
+            if node.op == "call_module" or (moves and len(inputs) == 1):
+                node = node.all_input_nodes[0] if node.op == "call_module" else inputs[0]
+                continue
+            return node
+        return node
+
+    def _tables(self, core: Core) -> list[fx.Node]:
+        """Float parameters that are looked up or added to make the mask: relative position tables."""
+        if core.mask is None:
+            return []
+
+        def stop(node: fx.Node) -> bool:
+            name = ops.name_of(node)
+            return node.op == "placeholder" or name in ops.MATMUL or name in ("linear", "addmm")
+
+        reached = (n for n in self.view.backward(core.mask, stop) if n.op == "get_attr" and n.meta.get("parameter"))
+        found = dict.fromkeys(n for n in reached if n.meta["spec"].dtype.startswith(("float", "bfloat")))
+        return list(found)
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _count(part: Part | None, width: int | None) -> int | None:
+    if part is None or not width or len(part.rows) % width:
+        return None
+    return len(part.rows) // width

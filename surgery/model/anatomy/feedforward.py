@@ -1,0 +1,171 @@
+"""Feed-forward blocks: a product, an activation or a gate, a product that joins the residual stream; experts and routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from surgery.model.anatomy import ops
+from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.labels import Labels, distinct
+from surgery.model.anatomy.streams import Exit, Part, Streams
+
+
+@dataclass(eq=False)
+class FeedForward:
+    parts: dict[str, Part]
+    input: fx.Node
+    exit: Exit
+    activation: str
+    gated: bool
+    experts: int | None = None
+    top_k: int | None = None
+    router: Part | None = None
+    norms: list[Norm] = field(default_factory=list)
+
+
+class FeedForwards(Streams):
+    """Finds the feed-forward blocks of one graph, in order of execution, as ``found``; ``taken`` are the projections of other blocks."""
+
+    def __init__(self, view: GraphView, labels: Labels, taken: set[Projection]) -> None:
+        super().__init__(view, labels)
+        self._taken = set(taken)
+        self.found = list(self._feed_forwards())
+        self._routers()
+
+    def _feed_forwards(self) -> Iterator[FeedForward]:
+        for down in self.view.projections:
+            if down in self._taken or not _pointlike(down):
+                continue
+            found = self._trace(down)
+            if found is None:
+                continue
+            parts, activation, gated, norms = found
+            used = {p.projection for p in parts.values()}
+            if used & self._taken or not all(_pointlike(p) for p in used):
+                continue
+            source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
+            joined = self.exit(down.node, source)
+            if joined is None:
+                continue
+            parts["down"] = Part(down, distinct(down.rows))
+            self._taken |= {p.projection for p in parts.values()}
+            block = FeedForward(parts, source, joined, activation, gated, norms=norms)
+            if down.kind == "experts":
+                block.experts = down.stored[0]
+            yield block
+
+    def _trace(self, down: Projection) -> tuple[dict[str, Part], str, bool, list[Norm]] | None:
+        node = down.x
+        trail: list[fx.Node] = []
+        norms: list[Norm] = []
+        for _ in range(40):
+            projection = self.view.by_node.get(node)
+            if projection is not None:
+                return {"up": Part(projection, distinct(projection.rows))}, activation_of(trail), False, norms
+            norm = self.view.norm_of.get(node)
+            if norm is not None:
+                norms.append(norm)
+                node = norm.x
+                continue
+            name = ops.name_of(node)
+            if name == "glu":
+                return self._halves(node, trail, norms)
+            if node.op == "call_module" or name in ops.SHAPE or name in ops.GATHER:
+                node = node.all_input_nodes[0]
+                continue
+            if name in ops.PARTS and (sources := self.labels.sources(node)):
+                return {"up": Part(*sources[0])}, activation_of(trail), False, norms
+            if not ops.is_pointwise(node):
+                return None
+            inputs = self.activations(node)
+            if len(inputs) == 1:
+                trail.append(node)
+                node = inputs[0]
+                continue
+            if len(inputs) != 2:
+                return None
+            one, other = self._branch(inputs[0]), self._branch(inputs[1])
+            if one is None or other is None:
+                return None
+            (first, left), (second, right) = one, other
+            if first.same(second):
+                return {"up": first}, activation_of([*trail, node, *left, *right]), False, norms
+            if name != "mul":
+                return None
+            gate_first = bool(activation_of(left)) or not activation_of(right)
+            gate, up = (first, second) if gate_first else (second, first)
+            return {"up": up, "gate": gate}, activation_of(left if gate_first else right), True, norms
+        return None
+
+    def _halves(self, glu: fx.Node, trail: list[fx.Node], norms: list[Norm]) -> tuple[dict[str, Part], str, bool, list[Norm]] | None:
+        sources = self.labels.sources(glu.all_input_nodes[0])
+        if not sources or len(sources[0][1]) % 2:
+            return None
+        projection, rows = sources[0]
+        half = len(rows) // 2
+        return {"up": Part(projection, rows[:half]), "gate": Part(projection, rows[half:])}, "sigmoid", True, norms
+
+    def _branch(self, start: fx.Node) -> tuple[Part, list[fx.Node]] | None:
+        """The one projection behind an operand of a gate, with the elementwise ops between."""
+        sources = self.labels.sources(start)
+        if not sources or len(sources) > 1:
+            return None
+        trail = [n for n in self.labels.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
+        return Part(*sources[0]), trail
+
+    def _routers(self) -> None:
+        """Projections whose scores go to a top-k select the experts of the block with the same input."""
+        for node in self.view.nodes:
+            if ops.name_of(node) != "topk":
+                continue
+            value: fx.Node = node.all_input_nodes[0]
+            for _ in range(16):
+                if value in self.view.by_node:
+                    break
+                inputs = [n for n in ops.tensors(value) if not self.view.constant[n]]
+                if not inputs:
+                    break
+                value = inputs[0]
+            projection = self.view.by_node.get(value)
+            if projection is None:
+                continue
+            source = self.view.strip(projection.x, gather=True, dropout=False)
+            for block in self.found:
+                if block.experts == len(projection.rows) and block.input is source and block.router is None:
+                    block.router = Part(projection, distinct(projection.rows))
+                    block.top_k = _int(node.args[1])
+                    self._taken.add(projection)
+
+
+def activation_of(trail: list[fx.Node]) -> str:
+    """Name of the activation that a run of elementwise ops computes; empty when there is none."""
+    names = [ops.name_of(n) for n in trail]
+    for node, name in zip(trail, names, strict=True):
+        if name == "gelu":
+            return "gelu_tanh" if "tanh" in (*node.args, *node.kwargs.values()) else "gelu"
+        if name in ("silu", "mish", "hardswish", "elu", "selu", "celu", "leaky_relu", "softplus", "relu6", "prelu", "softsign"):
+            return name
+    if "relu" in names:
+        return "relu2" if "pow" in names or "square" in names else "relu"
+    if "erf" in names:
+        return "gelu"
+    if "tanh" in names:
+        return "gelu_tanh" if "pow" in names else "tanh"
+    if "sigmoid" in names:
+        scale = [a for n in trail if ops.name_of(n) == "mul" for a in n.args if isinstance(a, float)]
+        if any(abs(a - 1.702) < 1e-3 for a in scale):
+            return "quick_gelu"
+        return "silu" if "mul" in names else "sigmoid"
+    return ""
+
+
+def _pointlike(projection: Projection) -> bool:
+    """Acts on features only: no convolution over neighbours."""
+    return projection.kind != "conv" or all(n == 1 for n in projection.stored[2:])
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) else None

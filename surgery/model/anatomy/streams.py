@@ -1,0 +1,168 @@
+"""The residual stream: where sublayers leave it and join it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from surgery.model.anatomy import ops
+from surgery.model.anatomy.graphview import GraphView, IntArray, Norm, Projection
+from surgery.model.anatomy.labels import Labels, distinct
+
+
+@dataclass(eq=False)
+class Part:
+    """A projection, or the rows of it, in one role."""
+
+    projection: Projection
+    rows: IntArray
+
+    @property
+    def whole(self) -> bool:
+        return len(self.rows) == self.projection.stored[self.projection.out_axis]
+
+    def same(self, other: Part) -> bool:
+        return self.projection is other.projection and np.array_equal(self.rows, other.rows)
+
+
+@dataclass(eq=False)
+class Exit:
+    """Where a sublayer joins the residual stream: ``output`` and ``residual`` are the operands of ``add``."""
+
+    output: fx.Node
+    residual: fx.Node
+    add: fx.Node
+    joined: fx.Node
+    """The operand of ``add`` that carries this sublayer, after the outputs of parallel sublayers were added to it."""
+    norms: list[Norm] = field(default_factory=list)
+
+
+class Streams:
+    """Questions about the flow of one graph between sublayers."""
+
+    def __init__(self, view: GraphView, labels: Labels) -> None:
+        self.view = view
+        self.labels = labels
+
+    def activations(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that carry data of the batch, without what attached modules contribute."""
+        found = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
+        own = [n for n in found if not self.attached(n)]
+        return own or found
+
+    def attached(self, node: fx.Node) -> bool:
+        """The value comes from an opaque module (something that surgery added), up to scales and views."""
+        while True:
+            if node.op == "call_module":
+                return True
+            if node.op != "call_function" or node in self.view.by_node:
+                return False
+            inputs = [n for n in ops.tensors(node) if not self.view.constant[n]]
+            if len(inputs) != 1 or not (ops.name_of(node) in ops.SHAPE or ops.is_pointwise(node)):
+                return False
+            node = inputs[0]
+
+    def from_projection(self, node: fx.Node) -> bool:
+        """The value is a projection's output up to scales, views and dropout: a sublayer's contribution, not a stream."""
+        while True:
+            if node in self.view.by_node:
+                return True
+            if node.op != "call_function":
+                return False
+            name = ops.name_of(node)
+            if name in ops.SHAPE or name in ops.GATHER or ops.is_pointwise(node) or name in ("sum", "index_add"):
+                inputs = self.activations(node)
+                if len(inputs) != 1 and name != "mul":
+                    return False
+                if not inputs:
+                    return False
+                node = inputs[0]
+            else:
+                return False
+
+    def upstream(self, node: fx.Node) -> set[fx.Node]:
+        """The values on the line that leads to a sublayer's input: views, norms, elementwise ops and products of one input."""
+        found: set[fx.Node] = set()
+        for _ in range(64):
+            found.add(node)
+            norm = self.view.norm_of.get(node)
+            projection = self.view.by_node.get(node)
+            name = ops.name_of(node)
+            if norm is not None:
+                node = norm.x
+            elif projection is not None:
+                node = projection.x
+            elif name in ops.SHAPE or name in ops.GATHER or ops.is_pointwise(node) or node.op == "call_module":
+                inputs = self.activations(node)
+                if len(inputs) != 1:
+                    break
+                node = inputs[0]
+            else:
+                break
+        return found
+
+    def exit(self, start: fx.Node, source: fx.Node) -> Exit | None:
+        """Forward from a projection's output to the addition that joins it to the residual stream; ``source`` entered."""
+        node: fx.Node = start
+        streams = self.upstream(source)
+        output: fx.Node | None = None
+        norms: list[Norm] = []
+        for _ in range(64):
+            norm = next((n for n in self._norms_at(node)), None)
+            following = self.view.users(node)
+            step: fx.Node | None = None
+            for user in following:
+                name = ops.name_of(user)
+                if name == "add" and len(both := self.activations(user)) == 2 and both[0] is not both[1]:
+                    other = both[1] if both[0] is node else both[0]
+                    if _same_size(user, node):
+                        if not self._same_stream(other, streams) and self.from_projection(other):
+                            output = output or node
+                            step = user
+                            break
+                        return Exit(output or node, other, user, node, norms)
+            if step is None and norm is not None and len(following) <= 3:
+                norms.append(norm)
+                step = norm.out
+            if step is None:
+                step = next((u for u in following if self._passes(u, node)), None)
+            if step is None:
+                return None
+            node = step
+        return None
+
+    def _same_stream(self, node: fx.Node, streams: set[fx.Node]) -> bool:
+        return node in streams or self.view.strip(node) in streams
+
+    def _norms_at(self, node: fx.Node) -> list[Norm]:
+        found = []
+        for user in self.view.users(node):
+            for candidate in (user, *(user.users if ops.name_of(user) in ops.SHAPE else ())):
+                norm = self.view.norm_of.get(candidate) or self.view.norm_inner.get(candidate)
+                if norm is not None and self.view.strip(norm.x) is self.view.strip(node):
+                    found.append(norm)
+        return found
+
+    def _passes(self, user: fx.Node, node: fx.Node) -> bool:
+        if user in self.view.by_node:
+            return False
+        if user.op == "call_module":
+            return True
+        if user.op != "call_function":
+            return False
+        name = ops.name_of(user)
+        if name in ops.SHAPE or name in ("sum", "index", "index_add", "scatter_add", "index_put", "roll", "slice", "getitem", "mean"):
+            return user.args[0] is node or name in ("index_add", "scatter_add", "index_put")
+        return ops.is_pointwise(user)
+
+
+def whole(projection: Projection) -> Part:
+    """All rows that a projection uses, as one part."""
+    return Part(projection, distinct(projection.rows))
+
+
+def _same_size(node: fx.Node, other: fx.Node) -> bool:
+    a, b = ops.shape_of(node), ops.shape_of(other)
+    return a is None or b is None or len(a) == len(b)
