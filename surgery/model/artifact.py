@@ -305,11 +305,12 @@ def _save_into(folder: Path, module: nn.Module, record: dict[str, Any], state_di
         written += write_safetensors(folder / CONSTANTS, whole, {n: shapes[n] for n in constants}, {n: dtypes[n] for n in constants}).files
     record["dtype"] = graphjson.dtype_name(module._surgery_target[0])  # type: ignore[index,union-attr]
     record["info"] = {**record["info"], "dtype": record["dtype"]}
-    record["frozen"] = sorted(n for n, p in module.named_parameters() if not p.requires_grad)
+    trains = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False) if n not in aliases}
+    record["frozen"] = sorted(n for n, t in trains.items() if not t)
     texts, extra = _carried(folder, getattr(module, "_surgery_home", None))
     body = {
         "plan": (getattr(module, "_surgery_body", None) or {}).get("plan"), "certificates": [], "trained": True,
-        "trainable": sorted(n for n, p in module.named_parameters() if p.requires_grad),
+        "trainable": sorted(n for n, t in trains.items() if t),
     }  # fmt: skip
     _finish(folder, record, body, [*written, *extra], texts)
 
