@@ -225,3 +225,22 @@ def literal(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.12f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_a_stored_program_can_be_folded_later(key: tuple[str, str]) -> None:
+    import json
+
+    from surgery.model.record import program_of, record_of
+
+    program = attached(key)
+    perturb(program)
+    expected = outputs(program)
+    record = json.loads(json.dumps({**record_of(program), "graph": None}))
+    record["graph"] = record_of(program)["graph"]
+    later = program_of(record, type(program.weights)(program.weights), registry.get)
+    later._anatomy = program.anatomy
+    assert difference(outputs(later), expected) == 0
+    assert later.attachments == program.attachments and later.frozen == program.frozen
+    fold_all(later)
+    assert difference(outputs(later), expected) <= 1e-5

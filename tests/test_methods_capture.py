@@ -70,6 +70,27 @@ def test_counts_on_queries_and_values(family: str, added: int) -> None:
     assert trainable == {t for a in program.attachments for t in a.tensors}
 
 
+@pytest.mark.parametrize("key", ATTACHING, ids="/".join)
+def test_half_precision_base_with_adapters_in_float32(key: tuple[str, str]) -> None:
+    from surgery.model.live import Tensors
+    from surgery.model.runtime import build_module
+    from tests.zoo import ZOO
+
+    program, _ = zoo_program("bert")
+    cls = METHODS[key]
+    attach_everywhere(program, key, cls.places[0])
+    module = build_module(program, Tensors(registry.function).all(program), dtype=torch.bfloat16).train()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert set(trained) == {t for a in program.attachments for t in a.tensors}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for n, p in module.named_parameters() if n not in trained} == {torch.bfloat16}
+    out = module(**ZOO["bert"].inputs(2, 9)).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    grads = [p.grad for n, p in trained.items() if p.grad is not None]
+    assert len(grads) >= len(trained) - 6 and all(torch.isfinite(g).all() for g in grads)  # the pooler's adapters are not used here
+
+
 def test_norm_placements_of_a_post_norm_model() -> None:
     program, flat = zoo_program("bert")
     base = outputs(program, *flat)

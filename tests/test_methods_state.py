@@ -51,6 +51,13 @@ def test_the_first_adapter_freezes_the_base_and_later_ones_do_not() -> None:
     assert trained(program) >= {"norm_2.weight", "norm_2.bias", "wide.down_weight"}
 
 
+def test_what_was_unfrozen_above_the_first_adapter_still_trains() -> None:
+    program = bench_program()
+    run(program, operation(program, "unfreeze", "norms", ["layers[0].norm[0]"]))
+    run(program, operation(program, "adapt", "lora", [f"{FFN}.up"]))
+    assert trained(program) == {"norm.weight", "norm.bias", "up.lora.A", "up.lora.B"}
+
+
 def test_freezing_a_part_takes_what_is_attached_there() -> None:
     program = bench_program()
     run(program, operation(program, "adapt", "lora", [f"{ATTN}.q", f"{FFN}.up"]))

@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from surgery.core.method import Method
 from surgery.core.site import Anatomy, NodeRef, Site
+from surgery.model import pytree
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import ModelInfo, Origin, Program, Signature, ValueSpec
 from surgery.model.weights import Held, Init, Weights
@@ -102,7 +103,9 @@ def make_program(live: nn.Module, example: tuple[Tensor, ...], sites: Any) -> Pr
     for alias, name in aliases.items():  # moving to meta keeps ties only within one module
         owner, _, leaf = alias.rpartition(".")
         setattr(root.get_submodule(owner), leaf, root.get_parameter(name))
-    signature = Signature(tuple(n.name for n in root.graph.nodes if n.op == "placeholder"), None, None)
+    names = tuple(n.name for n in root.graph.nodes if n.op == "placeholder")
+    results = pytree.spec_of(live(*example) if isinstance(live(*example), tuple) else (live(*example),))
+    signature = Signature(names, pytree.spec_of(dict(zip(names, example, strict=True))), results)
     found = Anatomy(tuple(sites({n.name: n for n in root.graph.nodes})), ())
     return Program(root, signature, weights, ModelInfo("bench", dtype="float32"), aliases, _anatomy=found)
 

@@ -54,20 +54,21 @@ class Dora(LowRankMethod):
     def ratio(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
         """``m / n`` per output.
 
-        For matrices ``n^2 = |W|^2 + 2 s B.(W A^T) + s^2 B (A A^T) B^T`` row by row: the product ``B A`` is never formed.
+        For matrices ``n^2 = |W|^2 + 2 s B.(W A^T) + s^2 B (A A^T) B^T`` row by row: the product ``B A`` is never formed. Norms are
+        computed in float32 and rounded as the magnitude was, so that the two cancel at the start in any dtype.
         """
+        scale, m = self.scale(), t["magnitude"]
+        wide = torch.promote_types(m.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            a, b = self.factors(site, t)
-            scale, m = self.scale(), t["magnitude"]
-            weight = weight.to(m.dtype)
+            a, b = (v.to(wide) for v in self.factors(site, t))
+            weight = weight.to(wide)
             if site.op == "linear":
-                a, b = a.to(m.dtype), b.to(m.dtype)
                 square = _lengths(weight).square()
                 square = square + b.mul(scale).mul(2 * F.linear(weight, a) + scale * (b @ (a @ a.t()))).sum(-1)
-                n = square.clamp_min_(torch.finfo(m.dtype).tiny).sqrt_()
+                n = square.clamp_min_(torch.finfo(wide).tiny).sqrt_()
             else:
-                n = _lengths(weight + scale * product(site, a.to(m.dtype), b.to(m.dtype)))
-        return m / n
+                n = _lengths(weight + scale * product(site, a, b))
+        return m / n.to(m.dtype)
 
     def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
         a, b = self.factors(site, t)
@@ -83,13 +84,13 @@ class Dora(LowRankMethod):
         shape = (-1,) + (1,) * (base.dim() - 2) if channels == 1 else (-1,)
         if bias is not None:
             base = base - bias.to(base.dtype).view(shape)
-        wide = ratio.to(base.dtype)
+        growth = (ratio - 1).to(base.dtype)
         b = (b.reshape(b.shape[0], -1) * (ratio * self.scale()).unsqueeze(-1)).to(h.dtype)
         if site.op == "conv":
             change = site.pointwise(h, b)
-            change = torch.addcmul(change, base, (wide - 1).view(shape))
+            change = torch.addcmul(change, base, growth.view(shape))
             return out + site.spread(change, axis=1)
-        change = torch.addcmul(F.linear(h, b), base, wide - 1)
+        change = torch.addcmul(F.linear(h, b), base, growth)
         return out + site.spread(change, axis=-1).to(out.dtype)
 
 

@@ -130,10 +130,16 @@ def add_tensors(
 
 
 def freeze_base(program: Program) -> None:
-    """The first adapt or insert statement of a program freezes every base parameter; later statements leave that alone."""
+    """The first adapt or insert statement of a program freezes every base parameter; later statements leave that alone.
+
+    What an ``unfreeze`` above it named stays trainable: an explicit wish is not undone by a default.
+    """
     if any(o.verb in ("adapt", "insert") for origins in program.journal.entries.values() for o in origins):
         return
-    program.frozen.update(base_parameters(program))
+    for name in base_parameters(program):
+        origins = program.journal.of(name)
+        if not origins or origins[-1].verb != "unfreeze":
+            program.frozen.add(name)
 
 
 def base_parameters(program: Program) -> list[str]:
