@@ -105,7 +105,9 @@ def test_retarget_rewrites_every_dtype_and_device() -> None:
     before = "\n".join(str(gm.graph) for _, gm in graphs_of(capture.graph))
     assert "torch.bfloat16" in before and "meta" in before
     assert "torch.bfloat16" not in text and "meta" not in text
-    assert not any(n.meta["spec"].dtype == "bfloat16" for _, gm in graphs_of(graph) for n in gm.graph.nodes if hasattr(n.meta["spec"], "dtype"))
+    assert not any(
+        n.meta["spec"].dtype == "bfloat16" for _, gm in graphs_of(graph) for n in gm.graph.nodes if hasattr(n.meta["spec"], "dtype")
+    )
 
 
 def test_clone_tree_is_separate() -> None:

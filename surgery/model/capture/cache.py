@@ -1,116 +1,119 @@
-"""Captures kept on disk: one safetensors file each, constants as tensors and the graph as JSON in its metadata.
+"""Captures kept on disk in the artifact's graph format: a JSON file and, beside it, the constants as safetensors.
 
-The name of a file is the hash of everything that a capture depends on: the config, the class, the versions of Python, torch,
-transformers and of the code that captures and stores. A file that is damaged, or that is not what its name says, is ignored and
-written again. Nothing in a file is code: graphs are read with the same checks as any artifact's.
+An entry is named by the hash of everything that decides a capture. It holds that hash again and the hash of its content; one
+that does not agree in both, or does not load, is ignored and written again. Writing replaces files in one step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import secrets
-import sys
+import tempfile
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from surgery.core.diagnostics import SurgeryError
-from surgery.core.version import VERSION
-from surgery.model import graphjson
+from surgery.model import graphjson, pytree
 from surgery.model.capture.pipeline import Captured
 from surgery.model.program import Signature
 
-FORMAT = 1
+VERSION = 1  # of the capture's own rules; raised whenever the same model would be captured differently
 
 
-@cache
-def code_version() -> str:
-    """Hash of the source files whose change may change a capture or its stored form."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in [*sorted(here.glob("*.py")), *(here.parent / n for n in ("graphjson.py", "modules.py", "pytree.py", "program.py"))]:
-        with suppress(OSError):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def key_of(config: Any, architecture: str) -> str:
-    """The name of a capture: a hash of config, class, versions and code."""
-    import transformers
-
-    versions = [FORMAT, VERSION, code_version(), torch.__version__, transformers.__version__, sys.version_info[:2]]
+def cache_key(config: Any, architecture: str) -> str:
+    """Hash of the config, the class, and the versions of torch, transformers and the capture."""
     plain = config.to_dict()
-    plain.pop("_name_or_path", None)
-    text = json.dumps([plain, type(config).__name__, architecture, versions], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    for name in ("transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype"):
+        plain.pop(name, None)
+    parts = [plain, architecture, torch.__version__, transformers.__version__, VERSION, graphjson.SCHEMA]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def cached(config: Any, architecture: str, folder: Path, capture: Callable[[], Captured]) -> Captured:
-    """The stored capture, else a new one that is then stored. A folder that cannot be written is no error."""
-    key = key_of(config, architecture)
-    path = folder / f"{key}.capture"
-    found = read(path, key)
+    """The stored capture of this config, else ``capture()`` and store it. A folder that cannot be written is no error."""
+    key = cache_key(config, architecture)
+    found = _read(folder, key)
     if found is not None:
         return found
-    made = capture()
-    with suppress(OSError, SafetensorError):
-        write(path, key, made)
-    return made
+    fresh = capture()
+    with contextlib.suppress(OSError, SurgeryError):  # a graph that the format cannot hold is traced again each time
+        _write(folder, key, fresh)
+    return fresh
 
 
-def write(path: Path, key: str, captured: Captured) -> None:
-    """Stores a capture whole or not at all."""
-    sign = captured.signature
-    body = json.dumps(
-        {
-            "graph": graphjson.dump(captured.graph),
-            "signature": [list(sign.parameters), sign.in_spec, sign.out_spec, sign.constants, {k: list(v) for k, v in sign.symbols.items()}],
-            "aliases": captured.aliases,
-            "parameters": {k: [list(shape), dtype] for k, (shape, dtype) in captured.parameters.items()},
-            "constants": list(captured.constants),
-            "fallback": captured.fallback,
+def _files(folder: Path, key: str) -> tuple[Path, Path]:
+    return folder / "captures" / f"{key}.json", folder / "captures" / f"{key}.safetensors"
+
+
+def _digest(body: dict[str, Any], constants: bytes) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\0" + constants).hexdigest()
+
+
+def _write(folder: Path, key: str, capture: Captured) -> None:
+    signature = capture.signature
+    body = {
+        "graph": graphjson.dump(capture.graph),
+        "signature": {
+            "parameters": list(signature.parameters), "in_spec": signature.in_spec, "out_spec": signature.out_spec,
+            "constants": signature.constants, "symbols": {k: list(v) for k, v in signature.symbols.items()},
         },
-        separators=(",", ":"),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        "aliases": capture.aliases,
+        "parameters": {name: [list(shape), dtype] for name, (shape, dtype) in capture.parameters.items()},
+        "constants": list(capture.constants),
+        "fallback": capture.fallback,
+    }  # fmt: skip
+    tensors = save_tensors({name: t.contiguous().clone() for name, t in capture.constants.items()})
+    text = json.dumps({"schema": "surgery.capture/1", "key": key, "hash": _digest(body, tensors), "body": body}, separators=(",", ":"))
+    plain, binary = _files(folder, key)
+    plain.parent.mkdir(parents=True, exist_ok=True)
+    _replace(binary, tensors)
+    _replace(plain, text.encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".capture-")
     try:
-        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in captured.constants.items()}
-        save_file(tensors, temporary, metadata={"key": key, "capture": body, "digest": hashlib.sha256(body.encode()).hexdigest()})
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
-def read(path: Path, key: str) -> Captured | None:
-    """A stored capture, or None when there is none that is sound."""
-    if not path.is_file():
-        return None
+def _read(folder: Path, key: str) -> Captured | None:
+    plain, binary = _files(folder, key)
     try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            body = meta.get("capture", "")
-            if meta.get("key") != key or meta.get("digest") != hashlib.sha256(body.encode()).hexdigest():
-                return None
-            data = json.loads(body)
-            constants = {name: file.get_tensor(name) for name in data["constants"]}
-        parameters, in_spec, out_spec, fixed, symbols = data["signature"]
+        data = json.loads(plain.read_bytes())
+        tensors = binary.read_bytes()
+        body = data["body"]
+        if data["schema"] != "surgery.capture/1" or data["key"] != key or data["hash"] != _digest(body, tensors):
+            return None
+        values = load_tensors(tensors)
+        stored = body["signature"]
         return Captured(
-            graph=graphjson.load(data["graph"]),
-            signature=Signature(tuple(parameters), in_spec, out_spec, fixed, {k: tuple(v) for k, v in symbols.items()}),
-            aliases=data["aliases"],
-            constants=constants,
-            parameters={k: (tuple(shape), dtype) for k, (shape, dtype) in data["parameters"].items()},
-            fallback=data["fallback"],
-        )
-    except (OSError, SafetensorError, SurgeryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            graph=graphjson.load(body["graph"]),
+            signature=Signature(
+                tuple(stored["parameters"]), pytree.check(stored["in_spec"]), pytree.check(stored["out_spec"]), dict(stored["constants"]),
+                {k: (str(name), int(axis), int(size)) for k, (name, axis, size) in stored["symbols"].items()},
+            ),
+            aliases=dict(body["aliases"]),
+            constants={name: values[name] for name in body["constants"]},
+            parameters={name: (tuple(shape), str(dtype)) for name, (shape, dtype) in body["parameters"].items()},
+            fallback=str(body["fallback"]),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, SurgeryError):
         return None
+    except Exception as error:  # safetensors has an error class of its own
+        if type(error).__module__.startswith("safetensors"):
+            return None
+        raise

@@ -80,7 +80,13 @@ def capture_error(error: BaseException, module: nn.Module, shape_env: Any = None
     notes = [n for n in (line, f"the tracer says: {reason}" if reason else "") if n]
     name = type(module).__name__
     data = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "UserErrorType"} & kinds
-    if data or "data-dependent" in text or "Cannot call item() on" in text or ".item() on a meta" in text or "Tensor.item() cannot be called on meta" in text:
+    if (
+        data
+        or "data-dependent" in text
+        or "Cannot call item() on" in text
+        or ".item() on a meta" in text
+        or "Tensor.item() cannot be called on meta" in text
+    ):
         return fail(
             "S0502", f"{name} cannot be captured: {where} depends on values in a tensor",
             notes=notes, help="rewrite that line with tensor operations such as torch.where, or wrap the part that has it and give its result as an input",

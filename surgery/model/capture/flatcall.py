@@ -46,7 +46,9 @@ def flat_names(tree: pytree.Tree, prefix: str = "") -> list[str]:
         return [f"{prefix}{part}_{what}_{i}" for part in parts for what in ("key", "value") for i in range(tree["layers"])]
     keys = tree.get("keys") or [str(i) for i in range(len(tree.get("items", [])))]
     return [
-        name for key, item in zip(keys, tree.get("items", []), strict=True) for name in flat_names(item, f"{prefix}_{key}" if prefix else key)
+        name
+        for key, item in zip(keys, tree.get("items", []), strict=True)
+        for name in flat_names(item, f"{prefix}_{key}" if prefix else key)
     ]
 
 

@@ -52,7 +52,9 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     return new
 
 
-def materialise(captured: Captured, state_dict: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, device: str = "cpu") -> fx.GraphModule:
+def materialise(
+    captured: Captured, state_dict: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> fx.GraphModule:
     """A running copy of the captured tree in ``dtype``: tensors of ``state_dict`` by name (aliases may be absent), constants
     set, graphs retargeted, in eval mode. Parameters are new objects that share storage with ``state_dict`` where dtype and
     device allow. Raises S0507 for a missing tensor or a wrong shape.

@@ -63,7 +63,9 @@ class Normaliser:
         name = str(node.target)
         gone = name in ("aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default")
         if name.startswith("aten.to.") and mine == its:
-            formats = [v for v in (*node.args[1:], *node.kwargs.values()) if isinstance(v, torch.memory_format) and v is not torch.preserve_format]
+            formats = [
+                v for v in (*node.args[1:], *node.kwargs.values()) if isinstance(v, torch.memory_format) and v is not torch.preserve_format
+            ]
             gone = not formats and node.kwargs.get("copy") is not True and True not in node.args[1:]
         elif name == "aten.slice.Tensor":
             _, axis, start, end, step = (*node.args, *(None, 0, None, sys.maxsize, 1)[len(node.args) :])
@@ -93,7 +95,9 @@ class Normaliser:
     def _full(self, value: Any) -> list[str]:
         return self.owners.get(value.name, []) if isinstance(value, fx.Node) and value.op == "placeholder" else []
 
-    def _own_module(self, node: fx.Node, weight: Any, bias: Any, cls: type[nn.Module] | tuple[type[nn.Module], ...]) -> tuple[str, dict[str, str]] | None:
+    def _own_module(
+        self, node: fx.Node, weight: Any, bias: Any, cls: type[nn.Module] | tuple[type[nn.Module], ...]
+    ) -> tuple[str, dict[str, str]] | None:
         """The module at whose path these very tensors are ``weight`` and ``bias``, the innermost of the call if possible."""
         paths = [name.removesuffix(".weight") for name in self._full(weight) if name.endswith(".weight")]
         here = self.scope(node)
@@ -126,7 +130,12 @@ class Normaliser:
         """The module counts its batches itself."""
         counter = f"{leaf.path}.num_batches_tracked"
         for node in reversed(list(graph.nodes)):
-            if node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and counter in self._full(node.args[0]) and not node.users:
+            if (
+                node.op == "call_function"
+                and str(node.target) == "aten.add_.Tensor"
+                and counter in self._full(node.args[0])
+                and not node.users
+            ):
                 graph.erase_node(node)
                 return
 
@@ -301,7 +310,12 @@ def _attention(n: Normaliser, node: fx.Node) -> tuple[Leaf, tuple[Any, ...]] | N
     if not p:
         return None
     mask = _argument(node, "attn_mask")
-    arguments = {"p": p, "is_causal": _argument(node, "is_causal"), "scale": _argument(node, "scale"), "enable_gqa": _argument(node, "enable_gqa")}
+    arguments = {
+        "p": p,
+        "is_causal": _argument(node, "is_causal"),
+        "scale": _argument(node, "scale"),
+        "enable_gqa": _argument(node, "enable_gqa"),
+    }
     inputs = tuple(node.args[:3]) + ((mask,) if mask is not None else ())
     return Leaf(n.fresh(n.scope(node), "attention_op"), leaves.Attention, arguments), inputs
 

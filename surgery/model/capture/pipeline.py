@@ -59,7 +59,9 @@ def _capture_hf(config: Any, cls: type[Any]) -> Captured:
     return capture_traced(model, hf_call(model), values)
 
 
-def capture_module(module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], *, dynamic: str | dict[str, Axes] = "batch, sequence") -> Captured:
+def capture_module(
+    module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], *, dynamic: str | dict[str, Axes] = "batch, sequence"
+) -> Captured:
     """The graph of any module from example inputs. The module is copied: no tensor is shared with it, none is changed.
 
     ``dynamic``: which axes stay open. ``"batch, sequence"``: axis 0 of every tensor, and axis 1 of integer tensors and of
@@ -168,7 +170,9 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
     try:
         return _assemble(model, call, values, tensors, trace(model, call, stubs=False), reason)
     except Fallback as fallback:
-        raise fail("S0501", f"{type(model).__name__} cannot be captured: {fallback}", help="report this with the model's config") from fallback
+        raise fail(
+            "S0501", f"{type(model).__name__} cannot be captured: {fallback}", help="report this with the model's config"
+        ) from fallback
 
 
 def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors, traced: Trace, reason: str) -> Captured:
@@ -196,12 +200,19 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     return Captured(
         graph=graph,
         signature=Signature(
-            parameters=tuple(call.values), in_spec=call.tree(), out_spec=traced.out_tree, constants=dict(call.constants), symbols=symbols.origins
+            parameters=tuple(call.values),
+            in_spec=call.tree(),
+            out_spec=traced.out_tree,
+            constants=dict(call.constants),
+            symbols=symbols.origins,
         ),
         aliases=tensors.aliases,
         constants=constants,
         parameters={
-            name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name in tensors.first if name not in tensors.temporary for t in [tensors.of(name)]
+            name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for name in tensors.first
+            if name not in tensors.temporary
+            for t in [tensors.of(name)]
         },
         fallback=reason,
     )

@@ -99,7 +99,12 @@ class Signatures:
         rate = _rate_name(module)
         attributes = []
         for key, value in sorted(module.__dict__.items()):
-            if key in _STRUCTURE or (key.endswith("_hooks") and not value) or key.endswith("_with_kwargs") or key.endswith("_always_called"):
+            if (
+                key in _STRUCTURE
+                or (key.endswith("_hooks") and not value)
+                or key.endswith("_with_kwargs")
+                or key.endswith("_always_called")
+            ):
                 continue
             attributes.append((key, value > 0 if key == rate and isinstance(value, (int, float)) else _frozen(value, 0)))
         tensors = [

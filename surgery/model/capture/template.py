@@ -244,7 +244,10 @@ class _Builder:
         """Whether :meth:`_size` can find the size within this graph."""
         if node in self.mapping or not getattr(spec.shape[0], "free_symbols", None):
             return True
-        if any(p.meta["spec"].kind == "tensor" and spec.shape[0] in p.meta["spec"].shape for p in self.template.graph.find_nodes(op="placeholder")):
+        if any(
+            p.meta["spec"].kind == "tensor" and spec.shape[0] in p.meta["spec"].shape
+            for p in self.template.graph.find_nodes(op="placeholder")
+        ):
             return True
         sources = node.all_input_nodes
         return bool(sources) and all(n.meta["spec"].kind != "tensor" and self._has_size(n, n.meta["spec"]) for n in sources)
@@ -298,6 +301,13 @@ def _identifier(name: str) -> str:
 
 def _equal(a: Template, b: Template) -> bool:
     """Whether two calls of one module traced to the same graph."""
-    if (a.inputs, a.outputs, a.forwards, a.leaves, a.tensors, a.constants) != (b.inputs, b.outputs, b.forwards, b.leaves, b.tensors, b.constants):
+    if (a.inputs, a.outputs, a.forwards, a.leaves, a.tensors, a.constants) != (
+        b.inputs,
+        b.outputs,
+        b.forwards,
+        b.leaves,
+        b.tensors,
+        b.constants,
+    ):
         return False
     return str(a.graph) == str(b.graph) and [n.target for n in a.graph.nodes] == [n.target for n in b.graph.nodes]

@@ -69,7 +69,13 @@ def stand_up(root: Template, tensors: Tensors, model: nn.Module, lifted: dict[st
 
 
 def _module(
-    template: Template, path: str, original: str, tensors: Tensors, model: nn.Module, lifted: dict[str, Tensor], constants: dict[str, Tensor]
+    template: Template,
+    path: str,
+    original: str,
+    tensors: Tensors,
+    model: nn.Module,
+    lifted: dict[str, Tensor],
+    constants: dict[str, Tensor],
 ) -> fx.GraphModule:
     gm = fx.GraphModule(nn.Module(), fx.Graph())
     prefix = f"{path}." if path else ""
