@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LINKS := surgery/grammar surgery/passes surgery/backends
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint generate clean
+.PHONY: demo test lint generate build clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/surgery compile specs/quickstart.surg --force
@@ -23,13 +24,20 @@ lint: $(VENV)/.dev
 generate: $(VENV)/.dev
 	$(BIN)/python -m surgery.dev generate
 
+build: $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation
+
+# archives of the sources come without the links that show the three top folders as sub-packages
+$(LINKS):
+	ln -s ../$(notdir $@) $@
+
 # torch first, by itself: the pinned CPU build keeps pip from choosing a release that brings gigabytes of CUDA packages
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml | $(LINKS)
 	$(PIP) --editable ".[onnx,demo]"
 	touch $@
 
