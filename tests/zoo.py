@@ -150,49 +150,109 @@ _VIT = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermed
 _ENTRIES = [
     Entry("bert", "BertModel", _BERT, typed_text),
     Entry("roberta", "RobertaModel", dict(_BERT, type_vocab_size=1, pad_token_id=1), text),
-    Entry("distilbert", "DistilBertModel", dict(vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=64), text),
+    Entry(
+        "distilbert", "DistilBertModel", dict(vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=64), text
+    ),
     Entry("albert", "AlbertModel", dict(_BERT, embedding_size=16), typed_text),
     Entry(
-        "deberta-v2", "DebertaV2Model",
-        dict(_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False, type_vocab_size=0),
+        "deberta-v2",
+        "DebertaV2Model",
+        dict(
+            _BERT,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
         text,
-    ),  # fmt: skip
-    Entry("gpt2", "GPT2LMHeadModel", dict(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2), causal(3, 4, 8, True)),
+    ),
+    Entry(
+        "gpt2",
+        "GPT2LMHeadModel",
+        dict(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+        causal(3, 4, 8, True),
+    ),
     Entry("llama", "LlamaForCausalLM", _LLAMA, causal(3, 2, 8)),
     Entry("qwen3", "Qwen3ForCausalLM", _LLAMA, causal(3, 2, 8)),
-    Entry("gemma3_text", "Gemma3ForCausalLM", dict(_LLAMA, num_hidden_layers=6, sliding_window=8, sliding_window_pattern=3), causal(6, 2, 8)),
+    Entry(
+        "gemma3_text", "Gemma3ForCausalLM", dict(_LLAMA, num_hidden_layers=6, sliding_window=8, sliding_window_pattern=3), causal(6, 2, 8)
+    ),
     Entry("phi3", "Phi3ForCausalLM", dict(_BERT, num_key_value_heads=2, pad_token_id=0), causal(3, 2, 8)),
     Entry("mixtral", "MixtralForCausalLM", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2), causal(3, 2, 8)),
-    Entry("t5", "T5Model", dict(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=8), seq2seq),
+    Entry(
+        "t5",
+        "T5Model",
+        dict(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=8),
+        seq2seq,
+    ),
     Entry("bart", "BartModel", _BART, seq2seq),
     Entry(
-        "whisper", "WhisperModel",
+        "whisper",
+        "WhisperModel",
         dict(_BART, num_mel_bins=16, max_source_positions=20, max_target_positions=32, pad_token_id=0, begin_suppress_tokens=None),
         speech2text,
-    ),  # fmt: skip
+    ),
     Entry("vit", "ViTModel", _VIT, pixels(16)),
-    Entry("swin", "SwinModel", dict(image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, drop_path_rate=0.5), pixels(32)),
     Entry(
-        "clip", "CLIPModel",
+        "swin",
+        "SwinModel",
+        dict(image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, drop_path_rate=0.5),
+        pixels(32),
+    ),
+    Entry(
+        "clip",
+        "CLIPModel",
         dict(
-            text_config=dict(_BERT, eos_token_id=98, projection_dim=16), vision_config=dict(_VIT, projection_dim=16), projection_dim=16,
+            text_config=dict(_BERT, eos_token_id=98, projection_dim=16),
+            vision_config=dict(_VIT, projection_dim=16),
+            projection_dim=16,
         ),
         clip,
-    ),  # fmt: skip
+    ),
     Entry(
-        "wav2vec2-conformer", "Wav2Vec2ConformerModel",
+        "wav2vec2-conformer",
+        "Wav2Vec2ConformerModel",
         dict(
-            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, conv_dim=[16, 16], conv_kernel=[10, 4], conv_stride=[5, 4],
-            num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, conv_depthwise_kernel_size=5, feat_extract_norm="layer",
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            conv_dim=[16, 16],
+            conv_kernel=[10, 4],
+            conv_stride=[5, 4],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            conv_depthwise_kernel_size=5,
+            feat_extract_norm="layer",
         ),
         waves,
-    ),  # fmt: skip
+    ),
     Entry("resnet", "ResNetModel", dict(embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type="bottleneck"), pixels(224)),
-    Entry("convnext", "ConvNextModel", dict(hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, image_size=32, drop_path_rate=0.5, layer_scale_init_value=0.1), pixels(32)),
-    Entry("audio-spectrogram-transformer", "ASTModel", dict(_VIT, max_length=32, num_mel_bins=16, frequency_stride=4, time_stride=4), spectrogram),
-    Entry("mamba", "MambaModel", dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4), lambda b, n: {"input_ids": _ids(b, n)}, capturable=False),
+    Entry(
+        "convnext",
+        "ConvNextModel",
+        dict(hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, image_size=32, drop_path_rate=0.5, layer_scale_init_value=0.1),
+        pixels(32),
+    ),
+    Entry(
+        "audio-spectrogram-transformer",
+        "ASTModel",
+        dict(_VIT, max_length=32, num_mel_bins=16, frequency_stride=4, time_stride=4),
+        spectrogram,
+    ),
+    Entry(
+        "mamba",
+        "MambaModel",
+        dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4),
+        lambda b, n: {"input_ids": _ids(b, n)},
+        capturable=False,
+    ),
     Entry("vilt", "ViltModel", dict(_BERT, image_size=16, patch_size=4), vilt, capturable=False),
-]  # fmt: skip
+]
 
 ZOO: dict[str, Entry] = {entry.family: entry for entry in _ENTRIES}
 CAPTURABLE: list[str] = [family for family, entry in ZOO.items() if entry.capturable]

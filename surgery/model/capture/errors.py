@@ -34,35 +34,55 @@ def chain(error: BaseException) -> list[BaseException]:
 def model_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The innermost frame of model code: not torch, not surgery, not the standard library."""
     for link in chain(error):
-        frames = traceback.extract_tb(link.__traceback__)
-        for frame in reversed(frames):
-            path = os.path.abspath(frame.filename)
-            inside = [path.startswith(_TORCH + os.sep), path.startswith(_OURS + os.sep)]
-            plain = path.startswith(_STDLIB + os.sep) and "site-packages" not in path
-            wrapper = f"{os.sep}transformers{os.sep}utils{os.sep}" in path
-            if not any(inside) and not plain and not wrapper and not frame.filename.startswith("<"):
-                return frame
+        frame = _innermost(traceback.extract_tb(link.__traceback__))
+        if frame is not None:
+            return frame
     return None
+
+
+def _innermost(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    for frame in reversed(frames):
+        path = os.path.abspath(frame.filename)
+        foreign = path.startswith((_TORCH + os.sep, _OURS + os.sep))
+        plain = path.startswith(_STDLIB + os.sep) and "site-packages" not in path
+        wrapper = f"{os.sep}transformers{os.sep}utils{os.sep}" in path or f"{os.sep}site-packages{os.sep}sympy{os.sep}" in path
+        if not foreign and not plain and not wrapper and not frame.filename.startswith("<"):
+            return frame
+    return None
+
+
+def _describe(frame: traceback.FrameSummary) -> str:
+    parts = frame.filename.replace(os.sep, "/").split("/site-packages/")
+    return f"{parts[-1]}:{frame.lineno} (in {frame.name})"
 
 
 def _place(frame: traceback.FrameSummary | None, module: nn.Module) -> str:
     if frame is None:
         return type(module).__name__
-    parts = frame.filename.replace(os.sep, "/").split("/site-packages/")
-    return f"{parts[-1]}:{frame.lineno} (in {frame.name})"
+    return _describe(frame)
 
 
-def _fixed_at(shape_env: Any) -> tuple[str, str]:
-    """Where model code made an open size a number (``path:line in function``) and which number; empty when unknown."""
-    slocs = getattr(shape_env, "replacements_slocs", {})
-    for symbol, value in getattr(shape_env, "replacements", {}).items():
-        place = str(slocs.get(symbol, "")).strip("()")
-        if value.is_number and place and "capture/flatcall.py" not in place:
-            return place, str(value)
-    return "", ""
+def watch_sizes(shape_env: Any, found: dict[Any, tuple[str, str]]) -> None:
+    """Notes, for each open size that becomes a number, the line of model code that runs then, and the number.
+
+    The tracer keeps a place of its own, which is often a line of torch.
+    """
+    original = getattr(shape_env, "_set_replacement", None)
+    if original is None or getattr(original, "watched", False):
+        return
+
+    def note(symbol: Any, target: Any, *rest: Any, **more: Any) -> Any:
+        if getattr(target, "is_number", False) and symbol not in found:
+            frame = _innermost(traceback.extract_stack())
+            if frame is not None:
+                found[symbol] = (_describe(frame), str(target))
+        return original(symbol, target, *rest, **more)
+
+    note.watched = True  # type: ignore[attr-defined]
+    shape_env._set_replacement = note
 
 
-def capture_error(error: BaseException, module: nn.Module, shape_env: Any = None) -> SurgeryError:
+def capture_error(error: BaseException, module: nn.Module, fixed: dict[Any, tuple[str, str]] | None = None) -> SurgeryError:
     """The diagnostic for an exception that ended a trace.
 
     S0501: anything the tracer cannot follow; S0502: code that depends on values in a tensor; S0503: a size that was to stay
@@ -92,7 +112,7 @@ def capture_error(error: BaseException, module: nn.Module, shape_env: Any = None
             notes=notes, help="rewrite that line with tensor operations such as torch.where, or wrap the part that has it and give its result as an input",
         )  # fmt: skip
     if "ConstraintViolation" in " ".join(kinds) or "ConstraintViolationError" in text or "specialized" in text:
-        place, number = _fixed_at(shape_env)
+        place, number = next(iter((fixed or {}).values()), ("", ""))
         return fail(
             "S0503", f"{name} fixes a size that was to stay open" + (f": {place}" if place else f" at {where}"),
             notes=[f"after that line the size can only be {number}"] if number else notes, help="leave that axis out of `dynamic`, or make the model take any size there",

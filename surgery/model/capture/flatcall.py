@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.model import pytree
-from surgery.model.capture.errors import Fallback, capture_error
+from surgery.model.capture.errors import Fallback, capture_error, watch_sizes
 from surgery.model.capture.regions import Region, Regions
 
 Axes = dict[int, str]  # axis -> name of its size; axes with one name have one size; "a+b" is a sum of others
@@ -55,14 +55,14 @@ def flat_names(tree: pytree.Tree, prefix: str = "") -> list[str]:
 class FlatModel(nn.Module):
     """The model behind a flat signature. ``note`` receives the tree of its output (an attribute would be reset by the export)."""
 
-    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None], open_sizes: list[Any]) -> None:
+    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None], fixed: dict[Any, tuple[str, str]]) -> None:
         super().__init__()
         self.model = model
         self.call = call
         self.tree = call.tree()
         self.names = flat_names(self.tree)
         self.note = note
-        self.see = open_sizes.append
+        self.watch = lambda size: watch_sizes(size.node.shape_env, fixed)
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         self._unify(leaves)
@@ -82,7 +82,7 @@ class FlatModel(nn.Module):
                     sums.append((leaf.shape[axis], size))
                     continue
                 if isinstance(leaf.shape[axis], torch.SymInt):
-                    self.see(leaf.shape[axis])
+                    self.watch(leaf.shape[axis])
                 if size in first:
                     torch._check(leaf.shape[axis] == first[size])
                 else:
@@ -122,10 +122,6 @@ def filled_cache(keys: list[Tensor], values: list[Tensor]) -> Any:
     return cache
 
 
-def _shape_env(sizes: list[Any]) -> Any:
-    return sizes[0].node.shape_env if sizes else None
-
-
 @dataclass
 class Trace:
     """A raw export: the flat program, the calls of layers found in it, the output's tree and the flat names."""
@@ -163,8 +159,8 @@ def _quiet() -> Iterator[None]:
 def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     """Exports ``model`` (on meta, nothing requiring grad) in its current mode. Raises SurgeryError S0501-S0503."""
     found: list[pytree.Tree] = []
-    open_sizes: list[Any] = []
-    flat = FlatModel(model, call, found.append, open_sizes)
+    fixed: dict[Any, tuple[str, str]] = {}
+    flat = FlatModel(model, call, found.append, fixed)
     flat.training = model.training
     hard, soft = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
@@ -175,5 +171,5 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         except Fallback:
             raise
         except Exception as error:
-            raise capture_error(error, model, _shape_env(open_sizes)) from error
+            raise capture_error(error, model, fixed) from error
     return Trace(exported, regions.regions, found[-1], flat.names)

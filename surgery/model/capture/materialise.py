@@ -30,7 +30,7 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         new: nn.Module = fx.GraphModule(nn.Module(), fx.Graph())
         new.meta.update(module.meta)  # type: ignore[union-attr,arg-type]
     else:
-        new = type(module).__new__(type(module))
+        new = object.__new__(type(module))
         new.__dict__.update({k: v for k, v in module.__dict__.items() if not k.startswith("_") or k == "_is_full_backward_hook"})
         for table in [k for k, v in module.__dict__.items() if k.startswith("_") and k not in new.__dict__]:
             value = module.__dict__[table]

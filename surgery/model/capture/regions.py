@@ -100,7 +100,9 @@ class Regions:
         slots = [_slot(c, module) for c in caches]
         if any(s is None for s in slots):
             return original(*args, **kwargs)
-        names, tensors, places = [], [], []
+        names: list[str] = []
+        tensors: list[Tensor] = []
+        places: list[tuple[int, int]] = []
         positions: dict[int, int] = {}
         forward_names = _parameter_names(type(module).forward)
         for i, (key, leaf) in enumerate(with_path):

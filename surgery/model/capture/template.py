@@ -138,9 +138,8 @@ class Cutter:
         call = root.template.graph.call_module(region.path, tuple(args))
         call.meta["spec"] = specs[0] if len(specs) == 1 else tuple(specs)
         picked: dict[int, fx.Node] = {}
-        for place, out in enumerate(template.outputs):
-            if len(template.outputs) == 1:
-                picked[out] = call
+        if len(template.outputs) == 1:
+            picked[template.outputs[0]] = call
         for user in source.users:
             out = int(user.args[1])  # type: ignore[arg-type]
             if not user.users:
