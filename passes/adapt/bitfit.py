@@ -24,7 +24,7 @@ class Bitfit(StateMethod):
     sets: ClassVar[Literal["frozen", "trainable"]] = "trainable"
     exclusive: ClassVar[bool] = True
     attachments: ClassVar[bool] = False
-    missing: ClassVar[tuple[str, str]] = ("no bias", "this model part has none to train: use an adapter such as lora")
+    missing: ClassVar[tuple[str, str]] = ("no bias", "select parts that have biases, or use an adapter such as lora")
 
     def chooses(self, name: str, norm: bool) -> bool:
         return name.rpartition(".")[2] == "bias"

@@ -183,11 +183,11 @@ def _ends(program: Program, op: Resolved, site: Site, method: InsertMethod) -> t
     else:
         calls = calls_of(program, site) if site.calls and site.op != "experts" else []
         if len(calls) != 1:
-            raise fail("S0571", f"{site.role} has no single output to insert something at", span, "selected here", help="select the block")
+            raise fail("S0571", f"{site.role} has no single output to insert something at", span, "selected here", help="select the block around it")
         ref = NodeRef(calls[0][0], calls[0][1].name)
         entry_ref = NodeRef(calls[0][0], operand(calls[0][1]).name)
     if ref is None or entry_ref is None or (op.place == "beside" and ref.graph != entry_ref.graph):
-        raise fail("S0571", f"the graph shows no single input and output of {site.role}", span, "selected here", help="select a part of it")
+        raise fail("S0571", f"the graph shows no single input and output of {site.role}", span, "selected here", help="select the block around it")
     if op.place == "before":
         return entry_ref.graph, program.node(entry_ref), program.node(entry_ref)
     value = program.node(ref)
