@@ -231,7 +231,9 @@ class Attentions(Streams):
 
         def stop(node: fx.Node) -> bool:
             name = ops.name_of(node)
-            return node.op == "placeholder" or name in ops.MATMUL or name in ("linear", "addmm")
+            products = name in ops.MATMUL or name in ("linear", "addmm")
+            # these read sizes and types of their input, not its values
+            return node.op == "placeholder" or products or name.startswith("new_") or name.endswith("_like")
 
         reached = (n for n in self.view.backward(core.mask, stop) if n.op == "get_attr" and n.meta.get("parameter"))
         found = dict.fromkeys(n for n in reached if n.meta["spec"].dtype.startswith(("float", "bfloat")))

@@ -289,7 +289,10 @@ class GraphView:
         return users[0] if wanted and len(users) == 1 and ops.name_of(users[0]) in ops.ACTIVATIONS else node
 
     def backward(self, start: fx.Node, stop: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
-        """Every value that ``start`` depends on, itself first, each once; not beyond those where ``stop`` holds."""
+        """Every value that ``start`` depends on, itself first, each once; not beyond those where ``stop`` holds.
+
+        A value that only gives its size is not depended on.
+        """
         seen = {start}
         stack = [start]
         while stack:
@@ -298,7 +301,7 @@ class GraphView:
             if stop is not None and stop(node):
                 continue
             for n in node.all_input_nodes:
-                if n not in seen:
+                if n not in seen and ops.is_tensor(n):
                     seen.add(n)
                     stack.append(n)
 
