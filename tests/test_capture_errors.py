@@ -88,7 +88,7 @@ def test_unfit_config(config: dict[str, object], architecture: str | None, text:
 def test_missing_and_wrong_tensors() -> None:
     state = ZOO["vit"].make_model().state_dict()
     name = "layernorm.weight"
-    with pytest.raises(SurgeryError, match="S0507: there is no tensor for 'layernorm.weight'"):
+    with pytest.raises(SurgeryError, match=r"S0507: there is no tensor for 'layernorm\.weight'"):
         materialise(captured("vit"), {k: v for k, v in state.items() if k != name})
     with pytest.raises(SurgeryError, match="S0507"):
         materialise(captured("vit"), {**state, name: torch.zeros(3)})

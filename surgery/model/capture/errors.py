@@ -14,6 +14,7 @@ from surgery.core.diagnostics import SurgeryError, fail
 
 _TORCH = os.path.dirname(torch.__file__)
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_GENERATED = ("<eval_with_key", "<frozen", "<@beartype", "<attrs", "<lambdifygenerated")
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
 
@@ -42,11 +43,11 @@ def model_frame(error: BaseException) -> traceback.FrameSummary | None:
 
 def _innermost(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
     for frame in reversed(frames):
-        path = os.path.abspath(frame.filename)
+        path = frame.filename if frame.filename.startswith("<") else os.path.abspath(frame.filename)
         foreign = path.startswith((_TORCH + os.sep, _OURS + os.sep))
         plain = path.startswith(_STDLIB + os.sep) and "site-packages" not in path
         wrapper = f"{os.sep}transformers{os.sep}utils{os.sep}" in path or f"{os.sep}site-packages{os.sep}sympy{os.sep}" in path
-        if not foreign and not plain and not wrapper and not frame.filename.startswith("<"):
+        if not foreign and not plain and not wrapper and not frame.filename.startswith(_GENERATED):
             return frame
     return None
 

@@ -68,7 +68,8 @@ class Normaliser:
             ]
             gone = not formats and node.kwargs.get("copy") is not True and True not in node.args[1:]
         elif name == "aten.slice.Tensor":
-            _, _axis, start, end, step = (*node.args, *(None, 0, None, sys.maxsize, 1)[len(node.args) :])
+            given = [*node.args, *(None, 0, None, sys.maxsize, 1)[len(node.args) :]]
+            start, end, step = given[2:5]
             gone = start in (None, 0) and end in (None, sys.maxsize) and step == 1
         elif name == "aten.expand.default":
             gone = mine == its
