@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.core import ast
-from surgery.core.diagnostics import Severity, SurgeryError, error, fail
+from surgery.core.diagnostics import Severity, fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked
@@ -39,7 +39,7 @@ class Compilation:
     force: bool
     lock: Lock
     progress: Callable[[str], None]
-    locked: Callable[[], list[Any]]
+    locked: Callable[[], tuple[list[Any], str]]
     written: list[Path] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
 
@@ -169,7 +169,7 @@ class Compilation:
         emitted = backend.emit(
             program,
             backends.request(
-                target=self.target(emission), params=call.values(), tensors=self.tensors, base=emission.base, plan=self.session.plan,
+                target=self.target(emission), params=call.values(), tensors=self.tensors, base=emission.base, plan=self.session.plan.portable(),
                 certificates=list(self.certificates), lock=self.lock, spec=self.session.spec.source, force=self.force, span=node.span,
                 files=tuple(getattr(self.checkpoint, "tokenizer_files", ()) or ()), progress=self.progress,
             ),
@@ -185,9 +185,10 @@ class Compilation:
         fold_all(copy, Origin(span=node.span, verb="emit", method="fold"))
         entry = self.compare("folded = unfolded", program, copy, 1e-4)
         if not entry["ok"]:
-            raise SurgeryError(
-                error("S0801", f"folding changed the output by {entry['max_abs_error']:.3g}, allowed {entry['tolerance']:.3g}", node.span)
-            )
+            raise fail(
+                "S0844", f"folding changed the output by {entry['max_abs_error']:.3g}, allowed {entry['tolerance']:.3g}", node.span,
+                "folds everything that can fold", help="nothing was written; `emit onnx(live = true)` keeps what was added as it is",
+            )  # fmt: skip
         return copy
 
     def module(self) -> nn.Module:
@@ -213,7 +214,7 @@ def _advice(checked: Checked) -> str:
     return {
         "same_output": "a method that changes the output by design has no such promise: see `surgery explain METHOD`",
         "runs": "try a size that the model allows",
-        "locked": "review the change, then compile without --locked",
+        "locked": "review the change, then delete the lock file and compile again to write it anew",
     }.get(checked.call.name, "")
 
 
@@ -251,8 +252,7 @@ def runs(work: Compilation, checked: Checked, program: Program, index: int) -> N
 
 
 def locked(work: Compilation, checked: Checked, program: Program, index: int) -> None:
-    found = work.locked()
-    detail = "as locked" if not found else "; ".join([found[0].message, *found[0].notes[:3]])
+    found, detail = work.locked()
     work.outcome(checked, index, not found, None, None, detail)
 
 

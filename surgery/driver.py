@@ -19,7 +19,7 @@ from surgery.core import ast
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.lock import Lock, drift, lock_path, read_lock
 from surgery.core.plan import Plan
-from surgery.core.source import Span
+from surgery.core.source import Span, portable
 from surgery.core.spec import Spec
 from surgery.front import check_source, source_of
 from surgery.opening import open_program
@@ -152,7 +152,7 @@ def compile_spec(
     from surgery.model.realise import check_twins
 
     check_twins(session.program.weights)
-    lock = make_lock(checked, session)
+    lock = make_lock(checked, session, checkpoint)
     target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
     if locked:
         _compare_lock(target, lock)
@@ -167,22 +167,30 @@ def compile_spec(
     return result
 
 
-def make_lock(spec: Spec, session: Session) -> Lock:
-    """What this run resolved to. Equal inputs give equal locks on any machine."""
+def make_lock(spec: Spec, session: Session, checkpoint: Any = None) -> Lock:
+    """What this run resolved to. Equal inputs give equal locks on any machine. Reads the weight files once, for their hash."""
     program = session.program
+    content = checkpoint.content_hash() if checkpoint is not None and checkpoint.files else program.info.hash
     total = hashlib.sha256()
     for name in sorted(program.weights):
         total.update(f"{name}={program.weights[name].digest};".encode())
     return Lock(
-        spec=Path(spec.source.name).name,
+        spec=_lock_name(spec),
         edition=spec.edition,
-        model={"ref": program.info.ref, "hash": program.info.hash},
+        model={"ref": portable(program.info.ref), "hash": program.info.hash, "content": content},
         params={k: str(v) for k, v in spec.params.items()},
         seeds=session.seeds,
         methods=session.versions,
         sites=session.resolved,
         weights=total.hexdigest(),
     )
+
+
+def _lock_name(spec: Spec) -> str:
+    """The file name; a text has its hash for a name, so that no other text counts as the owner of its outputs."""
+    if spec.source.name in ("<text>", "<stdin>"):
+        return f"<text {hashlib.sha256(spec.source.text.encode()).hexdigest()[:16]}>"
+    return Path(spec.source.name).name
 
 
 def _compare_lock(target: Path | None, lock: Lock) -> None:
@@ -193,15 +201,21 @@ def _compare_lock(target: Path | None, lock: Lock) -> None:
         raise SurgeryError(*found)
 
 
-def _locked_check(target: Path | None, lock: Lock) -> Callable[[], list[Any]]:
-    """For ``expect locked``: the drift against the lock file beside the spec."""
+def _locked_check(target: Path | None, lock: Lock) -> Callable[[], tuple[list[Any], str]]:
+    """For ``expect locked``: the drift against the lock file beside the spec, and what was found in words.
 
-    def run() -> list[Any]:
+    The first compile of a spec has no lock yet and writes it, so that the expectation can be met at all; ``--locked`` is what
+    refuses a missing one.
+    """
+
+    def run() -> tuple[list[Any], str]:
+        if target is not None and not target.exists():
+            return [], f"there is no {target.name} yet: this run is what is locked"
         try:
             _compare_lock(target, lock)
         except SurgeryError as exc:
-            return list(exc.diagnostics)
-        return []
+            return list(exc.diagnostics), "; ".join([exc.diagnostics[0].message, *exc.diagnostics[0].notes[:3]])
+        return [], "as locked"
 
     return run
 

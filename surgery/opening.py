@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,14 @@ def open_program(
         from surgery.passes import registry
 
         assert checkpoint.path is not None
-        return read_artifact(checkpoint.path, resolver=registry.get), checkpoint
+        program = read_artifact(checkpoint.path, resolver=registry.get)
+        # the manifest's digest covers graph and weights (it holds the hash of every file): this model, not the one it was made from
+        manifest = json.loads((checkpoint.path / "surgery.json").read_text(encoding="utf-8"))
+        program.info = replace(program.info, ref=str(ref), hash=str(manifest["digest"]))
+        return program, checkpoint
     if checkpoint.kind == "python":
         program = capture(checkpoint.module, checkpoint.inputs if inputs is None else inputs, dynamic=dynamic)
-        program.info = _renamed(program.info, ref)
+        program.info = replace(program.info, ref=ref)
         return program, checkpoint
     from surgery.model.capture import capture_config
     from surgery.model.checkpoint_bind import bind
@@ -69,10 +75,6 @@ def info_of(checkpoint: Any) -> ModelInfo:
         ref=str(checkpoint.ref), family=checkpoint.family, architecture=checkpoint.architecture, config=checkpoint.config,
         dtype=checkpoint.dtype or "float32", hash=checkpoint.hash,
     )  # fmt: skip
-
-
-def _renamed(info: ModelInfo, ref: str) -> ModelInfo:
-    return ModelInfo(ref=ref, family=info.family, architecture=info.architecture, config=info.config, dtype=info.dtype, hash=info.hash)
 
 
 def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from surgery.core import ast
@@ -221,8 +222,10 @@ def judge(session: Session, node: ast.ExpectQuantity, found: Quantity) -> Expect
     if node.value.unit == "%" and node.quantity != "sparsity":
         whole, name = _whole(session, node)
         share = value / whole if whole else 0.0
-        detail += f"; {100 * share:.4g}% of {whole:,.0f} {name}, limit {100 * limit:g}% = {limit * whole:,.1f}"
-        limit *= whole
+        # in decimals, so that 110% of 32,032 is 35,235.2 and a count that just reaches its share compares as equal
+        of = float(Decimal(str(node.value.value)) * Decimal(str(whole)))
+        detail += f"; {100 * share:.4g}% of {whole:,.0f} {name}, limit {100 * limit:g}% = {of:,.1f}"
+        limit = of
     elif node.quantity == "sparsity":
         detail += f"; {100 * value:.6g}% against {100 * limit:g}%"
     ok = COMPARE[node.compare](value, limit)

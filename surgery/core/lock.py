@@ -17,7 +17,7 @@ SCHEMA = "surgery.lock/1"
 
 @dataclass(frozen=True)
 class Lock:
-    """``model``: ref and hash; ``data``: content hash by name; ``seeds`` and ``methods`` (name -> version) by statement;
+    """``model``: ref, hash (config and tensor headers) and content (every byte of the weight files); ``data``: content hash by name; ``seeds`` and ``methods`` (name -> version) by statement;
     ``sites``: for each operation the roles it resolved to; ``weights``: digest of every output weight's expression."""
 
     spec: str
@@ -45,10 +45,12 @@ def read_lock(path: Path) -> Lock:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise fail("S0405", f"there is no lock file {path.name}", help="compile once without --locked to write it") from None
-    except (OSError, UnicodeDecodeError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise fail("S0406", f"{path.name} is not a lock file: {exc}", help="delete it and compile once without --locked") from None
     fields = set(Lock.__dataclass_fields__)
-    shapes: dict[str, type] = {"spec": str, "edition": int, "model": dict, "sites": dict, "weights": str, "methods": dict, "seeds": dict}
+    shapes: dict[str, type] = {
+        "spec": str, "edition": int, "model": dict, "data": dict, "params": dict, "seeds": dict, "methods": dict, "sites": dict, "weights": str,
+    }  # fmt: skip
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or not fields <= set(raw):
         raise fail("S0406", f"{path.name} is not a lock file of schema {SCHEMA}", help="delete it and compile once without --locked")
     if any(not isinstance(raw[k], t) for k, t in shapes.items()):
@@ -62,12 +64,16 @@ def drift(old: Lock, new: Lock) -> list[Diagnostic]:
 
     def compare(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
         for key in sorted(set(a) | set(b)):
-            if a.get(key) != b.get(key):
-                found.append(f"{what} `{key}`: locked {_short(a.get(key))}, now {_short(b.get(key))}")
+            old, new = a.get(key), b.get(key)
+            if old != new and isinstance(old, list) and isinstance(new, list):
+                found.append(f"{what} `{key}`: {_moved(old, new)}")
+            elif old != new:
+                found.append(f"{what} `{key}`: locked {_short(old)}, now {_short(new)}")
 
     if old.edition != new.edition:
         found.append(f"edition: locked {old.edition}, now {new.edition}")
-    compare("model", old.model, new.model)
+    # the reference is for readers: the same model may be called by another path on another machine
+    compare("model", {**old.model, "ref": ""}, {**new.model, "ref": ""})
     compare("data", old.data, new.data)
     compare("param", old.params, new.params)
     compare("seed of", old.seeds, new.seeds)
@@ -83,6 +89,14 @@ def drift(old: Lock, new: Lock) -> list[Diagnostic]:
             help="review the change, then compile without --locked to write the lock again",
         )
     ]  # fmt: skip
+
+
+def _moved(old: list[Any], new: list[Any]) -> str:
+    """What two lists of sites do not share."""
+    gone, come = [s for s in old if s not in new], [s for s in new if s not in old]
+    parts = [f"{verb} {', '.join(map(str, some[:4]))}" + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+             for verb, some in (("no longer", gone), ("now also", come)) if some]  # fmt: skip
+    return "; ".join(parts) or "another order"
 
 
 def _short(value: Any) -> str:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from textwrap import wrap
 from typing import Any
 
 from surgery.core.diagnostics import Diagnostic
-from surgery.core.source import Span
+from surgery.core.source import Source, Span, portable
 
 SCHEMA = "surgery.plan/1"
 
@@ -124,6 +125,21 @@ class Plan:
 
     def render_text(self) -> str:
         return render(self)
+
+    def portable(self) -> Plan:
+        """A copy for outputs: names of files without their folders, no absolute path in the model's reference."""
+        known: dict[str, Source] = {}
+
+        def moved(span: Span) -> Span:
+            source = known.setdefault(span.source.name, Source(PurePath(span.source.name).name, span.source.text))
+            return Span(source, span.start, span.end)
+
+        return replace(
+            self, spec=PurePath(self.spec).name, model={**self.model, "ref": portable(str(self.model["ref"]))},
+            steps=[replace(s, span=moved(s.span)) for s in self.steps],
+            expectations=[replace(e, span=moved(e.span) if e.span else None) for e in self.expectations],
+            diagnostics=[replace(d, labels=tuple(replace(x, span=moved(x.span)) for x in d.labels)) for d in self.diagnostics],
+        )  # fmt: skip
 
 
 def group_roles(roles: Sequence[str]) -> list[str]:

@@ -9,6 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePath
+
+
+def portable(name: str) -> str:
+    """A path or model reference as it may stand in what is written to disk: an absolute path keeps its last part only, so that
+    the same inputs give the same bytes in every folder and on every machine (``config:/home/x/tiny.json`` -> ``config:tiny.json``)."""
+    prefix, path = ("config:", name.removeprefix("config:")) if name.startswith("config:") else ("", name)
+    return prefix + (PurePath(path).name if PurePath(path).is_absolute() else path)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import NodeRef, Site
-from surgery.core.source import NOWHERE, Source, Span
+from surgery.core.source import NOWHERE, Source, Span, portable
 from surgery.model import graphjson, pytree
 from surgery.model.program import Attachment, Journal, ModelInfo, Origin, Program, Signature
 from surgery.model.weights import Weights
@@ -36,7 +37,7 @@ def record_of(program: Program, *, dtype: str = "") -> dict[str, Any]:
     """The program as data. ``dtype`` overrides the dtype of the model that its tensors get when they are written."""
     sources: dict[str, str] = {}
     return {
-        "info": dataclasses.asdict(program.info),
+        "info": {**dataclasses.asdict(program.info), "ref": portable(program.info.ref)},
         "dtype": dtype or program.info.dtype,
         "signature": {
             "parameters": list(program.signature.parameters), "in": program.signature.in_spec, "out": program.signature.out_spec,
@@ -152,7 +153,7 @@ def _origin(origin: Origin, sources: dict[str, str]) -> dict[str, Any]:
     data: dict[str, Any] = {k: getattr(origin, k) for k in ("verb", "method", "note") if getattr(origin, k)}
     span = origin.span
     if span is not NOWHERE and span.source.text:
-        name = span.source.name
+        name = PurePath(span.source.name).name
         while sources.setdefault(name, span.source.text) != span.source.text:
             name += "'"
         data["span"] = [name, span.start, span.end]
