@@ -80,7 +80,7 @@ class FeedForwards(Streams):
                 return {"up": Part(*sources[0])}, activation_of(trail), False, norms
             if not ops.is_pointwise(node):
                 return None
-            inputs = self.activations(node)
+            inputs = self.view.activations(node)
             if len(inputs) == 1:
                 trail.append(node)
                 node = inputs[0]

@@ -24,14 +24,14 @@ from surgery.model.program import Program
 def find_anatomy(program: Program) -> Anatomy:
     """Sites, stacks and what has no role, from the dataflow of a program's graph. Linear in the graph; deterministic."""
     graph = flatten(program.graph, program.aliases, bare=True)
-    names = tensor_names(program)
+    names = tensor_names(program, tuple(f"{n.target}." for n in graph.nodes if n.op == "call_module"))
     view = GraphView(graph)
     blocks = Blocks(view, Labels(view, {name: size for name, (_, _, size) in program.signature.symbols.items()}))
     return _Assembly(program, view, blocks, names).anatomy()
 
 
-def tensor_names(program: Program) -> Names:
-    """Names, shapes and dtypes of the program's parameters, in state-dict order."""
+def tensor_names(program: Program, attached: tuple[str, ...] = ()) -> Names:
+    """Names, shapes and dtypes of the program's own parameters, in state-dict order, without those under ``attached`` paths."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     buffers = {name for name, _ in program.graph.named_buffers(remove_duplicate=False)}
@@ -42,7 +42,7 @@ def tensor_names(program: Program) -> Names:
         shapes[name], dtypes[name] = tuple(program.weights[name].shape), program.weights[name].dtype
     for name, tensor in program.graph.named_parameters():
         first = program.aliases.get(name, name)
-        if first not in shapes:
+        if first not in shapes and not first.startswith(attached):
             shapes[first], dtypes[first] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             order.append(first)
     return Names(shapes, dtypes, tuple(order), dict(program.aliases))

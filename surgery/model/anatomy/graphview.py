@@ -283,6 +283,26 @@ class GraphView:
             else:
                 return node
 
+    def activations(self, node: fx.Node, known: fx.Node | None = None) -> list[fx.Node]:
+        """The inputs that carry data of the batch, without what attached modules contribute (``known`` stays)."""
+        found = [n for n in ops.tensors(node) if not self.constant[n] and ops.is_activation(n)]
+        if len(found) < 2:
+            return found
+        own = [n for n in found if n is known or not self.attached(n)]
+        return own or found
+
+    def attached(self, node: fx.Node) -> bool:
+        """The value comes from an opaque module (something that surgery added), up to scales and views."""
+        while True:
+            if node.op == "call_module":
+                return True
+            if node.op != "call_function" or node in self.by_node:
+                return False
+            inputs = [n for n in ops.tensors(node) if not self.constant[n]]
+            if len(inputs) != 1 or not (ops.name_of(node) in ops.SHAPE or ops.is_pointwise(node)):
+                return False
+            node = inputs[0]
+
     def after_activation(self, node: fx.Node, wanted: bool) -> fx.Node:
         """The activation that alone reads a value, else the value itself."""
         users = self.users(node)

@@ -114,8 +114,10 @@ class Labels:
             return node.all_input_nodes[:1]
         if node.op == "call_module":
             return node.all_input_nodes[:1]
-        if name in ("cat", "stack", "concat", "copy", "slice_scatter") or ops.is_pointwise(node):
+        if name in ("cat", "stack", "concat", "copy", "slice_scatter"):
             return ops.tensors(node)
+        if ops.is_pointwise(node):
+            return self.view.activations(node)
         return []
 
     def _shape(self, node: fx.Node) -> tuple[int, ...] | None:

@@ -39,6 +39,7 @@ class Builder:
         self.sites: list[Site] = []
         self.claimed: dict[str, str] = {}
         self._first_role: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
+        self._calls: dict[str, list[Projection]] | None = None
 
     # ---------------------------------------------------------------- single sites
 
@@ -69,12 +70,27 @@ class Builder:
             facts |= conv_facts(p)
         else:
             shape = (width, stored[p.in_axis])
-        nodes = [p.node, *(c.projection.node for c in calls)]
+        nodes = [p.node, *(c.projection.node for c in calls), *self._other_calls(p)]
         return Site(
             role=role, op={"matmul": "linear"}.get(p.kind, p.kind), path=self.view.path(p.node, p.weight), weight=p.weight, bias=p.bias,
             rows=rows, out_axis=p.out_axis, in_axis=p.in_axis, shape=shape, dtype=self.names.dtypes.get(p.weight, ""),
             calls=origins(nodes), facts=facts, **more,
         )  # fmt: skip
+
+    def _other_calls(self, p: Projection) -> list[fx.Node]:
+        """Further calls of the same module: one that runs on two values (DeBERTa projects positions with its query and key
+        weights) is one site with two calls. A weight tied to a module elsewhere has a path of its own and stays out."""
+        if p.kind == "experts" or not p.weight:
+            return []
+        if self._calls is None:
+            self._calls = {}
+            for q in self.view.projections:
+                self._calls.setdefault(q.weight, []).append(q)
+        path = self.view.path(p.node, p.weight)
+        return [
+            q.node for q in self._calls.get(p.weight, [])
+            if q is not p and q.kind == p.kind and np.array_equal(q.rows, p.rows) and self.view.path(q.node, q.weight) == path
+        ]  # fmt: skip
 
     def norm(self, role: str, norms: Sequence[Norm], **more: Any) -> Site:
         first = norms[0]

@@ -46,24 +46,6 @@ class Streams:
         self.view = view
         self.labels = labels
 
-    def activations(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs that carry data of the batch, without what attached modules contribute."""
-        found = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
-        own = [n for n in found if not self.attached(n)]
-        return own or found
-
-    def attached(self, node: fx.Node) -> bool:
-        """The value comes from an opaque module (something that surgery added), up to scales and views."""
-        while True:
-            if node.op == "call_module":
-                return True
-            if node.op != "call_function" or node in self.view.by_node:
-                return False
-            inputs = [n for n in ops.tensors(node) if not self.view.constant[n]]
-            if len(inputs) != 1 or not (ops.name_of(node) in ops.SHAPE or ops.is_pointwise(node)):
-                return False
-            node = inputs[0]
-
     def from_projection(self, node: fx.Node) -> bool:
         """The value is a projection's output up to scales, views and dropout: a sublayer's contribution, not a stream."""
         while True:
@@ -73,7 +55,7 @@ class Streams:
                 return False
             name = ops.name_of(node)
             if name in ops.SHAPE or name in ops.GATHER or ops.is_pointwise(node) or name in ("sum", "index_add"):
-                inputs = self.activations(node)
+                inputs = self.view.activations(node)
                 if len(inputs) != 1 and name != "mul":
                     return False
                 if not inputs:
@@ -95,7 +77,7 @@ class Streams:
             elif projection is not None:
                 node = projection.x
             elif name in ops.SHAPE or name in ops.GATHER or ops.is_pointwise(node) or node.op == "call_module":
-                inputs = self.activations(node)
+                inputs = self.view.activations(node)
                 if len(inputs) != 1:
                     break
                 node = inputs[0]
@@ -115,7 +97,7 @@ class Streams:
             step: fx.Node | None = None
             for user in following:
                 name = ops.name_of(user)
-                if name == "add" and len(both := self.activations(user)) == 2 and both[0] is not both[1]:
+                if name == "add" and len(both := self.view.activations(user, node)) == 2 and both[0] is not both[1]:
                     other = both[1] if both[0] is node else both[0]
                     if _same_size(user, node):
                         if not self._same_stream(other, streams) and self.from_projection(other):
