@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.core.diagnostics import fail
 from surgery.model import graphjson
+from surgery.model.peephole import tune
 from surgery.model.program import Program
 from surgery.model.runtime_call import Call
 
@@ -41,6 +42,7 @@ class GraphCode:
             table: dict[fx.Node, fx.Node] = {}
             graph.output(graph.graph_copy(self.graph, table))
             retarget_graph(graph, dtype=dtype, device=device)
+            tune(graph)
             code = graph.python_code("self")
             made = self._made[dtype, device] = _forward_from_src(code.src, dict(code.globals))
         return made

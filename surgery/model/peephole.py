@@ -1,0 +1,96 @@
+"""What the running module does differently from the recorded graph, with the same result: less copied, less kept.
+
+The recorded graph serves every length of a cache and states repeated key heads; at run time an empty cache needs no
+concatenation, and the attention kernel reads grouped heads as they are. The stored graph, analyses and exports never see this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+def append(past: Tensor, new: Tensor, dim: int) -> Tensor:
+    """``cat([past, new], dim)``, without the copy while the cache is empty."""
+    if past.shape[dim] == 0 and past.dtype == new.dtype:
+        return new
+    return torch.cat([past, new], dim)
+
+
+def tune(graph: fx.Graph) -> None:
+    """Rewrites a copy of a recorded graph in place."""
+    for node in list(graph.nodes):
+        if node.target is aten.cat.default:
+            _append(graph, node)
+    for node in list(graph.nodes):
+        if node.target is _SDPA:
+            _group(graph, node)
+
+
+def _append(graph: fx.Graph, node: fx.Node) -> None:
+    parts = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(isinstance(p, fx.Node) for p in parts):
+        return
+    past, new = parts
+    if past.op != "placeholder" or not _cache_like(past, node):  # type: ignore[union-attr]
+        return
+    with graph.inserting_before(node):
+        made = graph.call_function(append, (past, new, dim))
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _cache_like(past: fx.Node, joined: fx.Node) -> bool:
+    """A placeholder that only grows here and whose grown form the graph gives back."""
+    return len(past.users) == 1 and any(u.op == "output" for u in joined.users)
+
+
+def _group(graph: fx.Graph, node: fx.Node) -> None:
+    """``sdpa(q, repeat(k), repeat(v))`` reads ``k`` and ``v`` themselves."""
+    if len(node.args) < 3 or node.kwargs.get("enable_gqa") or node.kwargs.get("dropout_p") or len(node.args) > 4:
+        return
+    sources = [_repeated(a) for a in node.args[1:3]]
+    if sources[0] is None or sources[1] is None:
+        return
+    k, v = sources
+    old = node.args[1:3]
+    node.args = (node.args[0], k, v, *node.args[3:])
+    node.kwargs = {**node.kwargs, "enable_gqa": True}
+    for tensor in old:
+        for dead in _chain(tensor):
+            if not dead.users:
+                graph.erase_node(dead)
+
+
+def _chain(node: Any) -> list[fx.Node]:
+    """reshape <- expand <- unsqueeze, outermost first."""
+    found = [node]
+    for _ in range(2):
+        found.append(found[-1].args[0])
+    return found
+
+
+def _repeated(node: Any) -> fx.Node | None:
+    """The tensor [batch, groups, length, width] behind ``reshape(expand(unsqueeze(x, 2)))``, None for anything else."""
+    if not isinstance(node, fx.Node) or node.target is not aten.reshape.default:
+        return None
+    wide = node.args[0]
+    if not isinstance(wide, fx.Node) or wide.target is not aten.expand.default:
+        return None
+    thin = wide.args[0]
+    if not isinstance(thin, fx.Node) or thin.target is not aten.unsqueeze.default or thin.args[1] != 2:
+        return None
+    sizes = wide.args[1]
+    if not isinstance(sizes, list | tuple) or len(sizes) != 5 or not isinstance(sizes[2], int) or sizes[2] < 2:
+        return None
+    if [s for i, s in enumerate(sizes) if i != 2] != [-1] * 4:
+        return None
+    source = thin.args[0]
+    return source if isinstance(source, fx.Node) else None
