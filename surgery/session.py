@@ -65,11 +65,12 @@ class Session:
         flops_before = cost.flops_per_token(self.program)
         if self.keep_base or any(isinstance(c.node, ast.ExpectQuantity) and c.node.of_base for c in self.spec.statements):
             self.base = self.program.copy()
+        broken = self.sink.failed
         for position, checked in enumerate(self.spec.statements):
             handler = HANDLERS.get(type(checked.node))
             if handler is None:
                 continue
-            if self.sink.failed and isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck):
+            if broken and isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck):
                 continue  # what an expectation would find now says nothing about the spec
             try:
                 handler(self, checked, position)
@@ -77,7 +78,8 @@ class Session:
                 self.sink.extend(exc.diagnostics)
                 if exc.exit_code == 2:
                     raise
-        if not self.sink.failed:
+            broken |= self.sink.failed and not isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck)
+        if not broken:
             sizes = parameter_sizes(self.program)
             self.plan.totals = Totals(
                 params_before=params_before,

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from surgery.cli.main import main
 from tests import fixtures
 
@@ -88,12 +86,3 @@ def tree(folder: str | Path) -> dict[str, bytes]:
 def debris(folder: str | Path) -> list[str]:
     """Hidden files that a run left behind."""
     return sorted(str(p) for p in Path(folder).rglob(".*") if ".surgery-" in p.name)
-
-
-@pytest.fixture
-def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory; captures are kept for the whole run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.getbasetemp() / "capture-cache"))
-    return tmp_path

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.driver_support import LORA, Ran, checkpoint, here, model, surgery, write  # noqa: F401
+from tests.driver_support import LORA, Ran, checkpoint, model, surgery, write
 from tests.zoo import ZOO
 
 FULL = """surg 1

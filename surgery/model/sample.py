@@ -37,15 +37,23 @@ def _is_cache(name: str) -> bool:
 
 
 def sample_inputs(
-    program: Program, *, batch: int = 2, length: int = 16, seed: int = 0, padding: bool = True, dtype: torch.dtype = torch.float32
+    program: Program,
+    *,
+    batch: int = 2,
+    length: int = 16,
+    seed: int = 0,
+    padding: bool = True,
+    dtype: torch.dtype = torch.float32,
+    cut: bool = True,
 ) -> list[torch.Tensor]:
     """One tensor per flat input.
 
     Token ids are uniform below the vocabulary, masks are ones with a ragged right padding when ``padding``, positions count
-    up, floating inputs are standard normal, caches are empty. ``length`` is cut to what the model's position table holds.
+    up, floating inputs are standard normal, caches are empty. With ``cut``, ``length`` is cut to what the
+    model's position table holds.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = min(length, _longest(program))
+    length = min(length, _longest(program)) if cut else length
     at = sizes(program, batch, length)
     past = _past_length(program, at)
     out = []
@@ -79,7 +87,14 @@ def _longest(program: Program) -> int:
 
 
 def _one(
-    program: Program, name: str, spec: ValueSpec, shape: tuple[int, ...], generator: torch.Generator, padding: bool, dtype: torch.dtype, past: int
+    program: Program,
+    name: str,
+    spec: ValueSpec,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    padding: bool,
+    dtype: torch.dtype,
+    past: int,
 ) -> torch.Tensor:
     kind = getattr(torch, spec.dtype)
     if kind.is_floating_point:
