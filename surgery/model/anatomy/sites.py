@@ -39,7 +39,7 @@ class Builder:
         self.sites: list[Site] = []
         self.claimed: dict[str, str] = {}
         self._first_role: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
-        self._calls: dict[str, list[Projection]] | None = None
+        self._calls: dict[tuple[str, str], list[fx.Node]] | None = None
 
     # ---------------------------------------------------------------- single sites
 
@@ -79,18 +79,18 @@ class Builder:
 
     def _other_calls(self, p: Projection) -> list[fx.Node]:
         """Further calls of the same module: one that runs on two values (DeBERTa projects positions with its query and key
-        weights) is one site with two calls. A weight tied to a module elsewhere has a path of its own and stays out."""
-        if p.kind == "experts" or not p.weight:
+        weights) is one site with two calls, also where the value is the same for every batch. A weight tied to a module
+        elsewhere has a path of its own and stays out."""
+        if p.kind == "experts" or len(p.rows) != p.stored[p.out_axis]:
             return []
         if self._calls is None:
             self._calls = {}
-            for q in self.view.projections:
-                self._calls.setdefault(q.weight, []).append(q)
-        path = self.view.path(p.node, p.weight)
-        return [
-            q.node for q in self._calls.get(p.weight, [])
-            if q is not p and q.kind == p.kind and np.array_equal(q.rows, p.rows) and self.view.path(q.node, q.weight) == path
-        ]  # fmt: skip
+            for node in self.view.nodes:
+                at = {"linear": 1, "addmm": 2}.get(ops.name_of(node), 1 if ops.name_of(node) in ops.CONV else 0)
+                if at:
+                    self._calls.setdefault((self.view.path(node), self.view.parameter_name(node.args[at])), []).append(node)
+        found = self._calls.get((self.view.path(p.node), p.weight), [])
+        return [n for n in found if ops.name_of(n) == ops.name_of(p.node)]
 
     def norm(self, role: str, norms: Sequence[Norm], **more: Any) -> Site:
         first = norms[0]
