@@ -19,6 +19,7 @@ from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.axes import feature_axis
 from surgery.passes.kinds.calls import calls_of, operand
 from surgery.passes.operation import Resolved, SiteChange
 
@@ -28,11 +29,16 @@ MODULE_TAG = "surgery.insert"
 
 @dataclass(frozen=True)
 class Stream:
-    """Where an inserted module stands: ``inp`` features enter its branch, ``out`` features have the value that it edits."""
+    """Where an inserted module stands: ``inp`` features enter its branch, ``out`` features have the value that it edits.
+
+    ``inp_axis`` and ``out_axis`` say which axes carry them: the last, or between convolutions the second.
+    """
 
     place: str
     inp: int
     out: int
+    inp_axis: int = -1
+    out_axis: int = -1
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class InsertMethod(Method):
         raise NotImplementedError
 
     def forward(self, site: Stream, t: Tensors, z: Tensor, out: Tensor, training: bool) -> Tensor:
-        """The edited value ``out'`` from the branch's input ``z``; ``z`` is ``out`` itself unless the place is ``beside``."""
+        """The edited value ``out'`` from the branch's input ``z``, features last; ``z`` is ``out`` itself unless the place is ``beside``."""
         raise NotImplementedError
 
     def check(self, site: Stream) -> str:
@@ -95,14 +101,18 @@ class InsertModule(nn.Module):
         if not self.active:
             return edited
         tensors: Any = self._parameters
-        return self.method.forward(self.site, tensors, value, edited, self.training)
+        at, to = self.site.inp_axis, self.site.out_axis
+        if at == to == -1:
+            return self.method.forward(self.site, tensors, value, edited, self.training)
+        return self.method.forward(self.site, tensors, value.movedim(at, -1), edited.movedim(to, -1), self.training).movedim(-1, to)
 
     def surgery_events(self) -> tuple[Method, nn.Module]:
         """Who acts during training on whose behalf (see ``surgery.train``)."""
         return self.method, self
 
     def module_config(self) -> dict[str, Any]:
-        return {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": asdict(self.site)}
+        site = {k: v for k, v in asdict(self.site).items() if not (k.endswith("_axis") and v == -1)}
+        return {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": site}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> InsertModule:
@@ -138,7 +148,8 @@ def _insert(
     assert isinstance(method, InsertMethod)
     graph, value, entry = _ends(program, op, site, method)
     gm = program.module(graph)
-    stream = Stream(op.place, _width(entry, site, op), _width(value, site, op))
+    axes = feature_axis(gm, entry), feature_axis(gm, value)
+    stream = Stream(op.place, _width(entry, axes[0], site, op), _width(value, axes[1], site, op), *axes)
     why = method.check(stream)
     if why:
         raise fail("S0271", f"{op.method.name} cannot stand {op.place} {site.role}: {why}", op.origin.span, "asked for here")
@@ -183,23 +194,31 @@ def _ends(program: Program, op: Resolved, site: Site, method: InsertMethod) -> t
     else:
         calls = calls_of(program, site) if site.calls and site.op != "experts" else []
         if len(calls) != 1:
-            raise fail("S0571", f"{site.role} has no single output to insert something at", span, "selected here", help="select the block around it")
+            raise fail(
+                "S0571",
+                f"{site.role} has no single output to insert something at",
+                span,
+                "selected here",
+                help="select the block around it",
+            )
         ref = NodeRef(calls[0][0], calls[0][1].name)
         entry_ref = NodeRef(calls[0][0], operand(calls[0][1]).name)
     if ref is None or entry_ref is None or (op.place == "beside" and ref.graph != entry_ref.graph):
-        raise fail("S0571", f"the graph shows no single input and output of {site.role}", span, "selected here", help="select the block around it")
+        raise fail(
+            "S0571", f"the graph shows no single input and output of {site.role}", span, "selected here", help="select the block around it"
+        )
     if op.place == "before":
         return entry_ref.graph, program.node(entry_ref), program.node(entry_ref)
     value = program.node(ref)
     return ref.graph, value, program.node(entry_ref) if op.place == "beside" else value
 
 
-def _width(node: fx.Node, site: Site, op: Resolved) -> int:
+def _width(node: fx.Node, axis: int, site: Site, op: Resolved) -> int:
     spec = node.meta.get("spec")
     shape = getattr(spec, "shape", ())
-    if not shape or (not isinstance(shape[-1], int) and not getattr(shape[-1], "is_Integer", False)):
+    if not shape or (not isinstance(shape[axis], int) and not getattr(shape[axis], "is_Integer", False)):
         raise fail("S0571", f"the width of the values at {site.role} is not fixed", op.origin.span, "selected here")
-    return int(shape[-1])
+    return int(shape[axis])
 
 
 def end_of_chain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
