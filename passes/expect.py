@@ -77,7 +77,7 @@ def sizes_of(program: Program, sites: Iterable[Site]) -> dict[str, int]:
 
 def attached_to(program: Program, site: Site) -> list[Attachment]:
     """Attachments on the site itself or, for a region, on anything inside it."""
-    inside = site.role + "."
+    inside = (site.role + ".", site.role + "[")
     return [a for a in program.attachments if a.site.role == site.role or (site.is_region and a.site.role.startswith(inside))]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from surgery.core import ast
 from surgery.core.diagnostics import Sink, SurgeryError, error, fail
 from surgery.core.method import Method, MethodInfo
+from surgery.core.plan import group_roles, plural
 from surgery.core.selector import select
 from surgery.core.site import Site
 from surgery.core.source import Span
@@ -44,18 +45,32 @@ def pick(program: Program, selectors: Iterable[ast.Selector], sink: Sink) -> lis
     return list(chosen.values())
 
 
+def within(role: str, region: str) -> bool:
+    """Whether a role is a region's own or of a part of it: ``layers[0].attn.q`` is within ``layers[0]``."""
+    return role == region or role.startswith((region + ".", region + "["))
+
+
 def resolve(program: Program, checked: Checked) -> Resolved:
     """Resolves one ``Operation``. Raises SurgeryError with every problem found (S03xx selectors, S02xx per-layer values)."""
     node, call = checked.node, checked.call
     assert isinstance(node, ast.Operation) and call is not None
     sink = Sink()
     sites = pick(program, node.selectors, sink)
-    away = {s.role for s in pick(program, node.except_, sink)}
+    away: set[str] = set()
+    for selector in node.except_:
+        named = [s.role for s in pick(program, [selector], sink)]
+        gone = {s.role for s in sites if any(within(s.role, role) for role in named)}
+        if named and sites and not gone:
+            sink.error(
+                "S0313", f"`except` takes nothing away: {group_roles(named)[0]} is not in what was selected", selector.span,
+                f"{plural(len(named), 'site')}, none of them selected", help="remove the clause, or name what was selected",
+            )  # fmt: skip
+        away |= gone
     kept = pick(program, node.keep, sink)
     sink.raise_if_failed()
     left = [s for s in sites if s.role not in away]
     if sites and not left:
-        raise fail("S0310", "`except` takes away everything that was selected", node.span, f"{len(sites)} sites, none is left")
+        raise fail("S0310", "`except` takes away everything that was selected", node.span, f"{plural(len(sites), 'site')}, none is left")
     cls = registry.get(node.verb, call.name)
     stacks = {s.name: s.layers for s in program.anatomy.stacks}
     methods = build(cls, call, left, stacks)
