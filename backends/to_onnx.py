@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
-import logging
 import math
-import warnings
-from contextlib import contextmanager, redirect_stdout
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
+from surgery.backends.onnx_export import export, input_names
 from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import SurgeryError, error, fail
 from surgery.core.source import Span
-from surgery.model.atomic import AtomicOutput
+from surgery.model.atomic import AtomicOutput, afterwards
 from surgery.model.live import live_root
 from surgery.model.program import Program
-from surgery.model.sample import placeholders, sample_inputs
+from surgery.model.sample import sample_inputs
 
 INLINE_LIMIT = 1 << 30
 """Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
@@ -31,8 +29,8 @@ PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat1
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Allowed difference to torch in the same precision, times the output's scale when that is above one."""
 
-CASES = (("random", 2, 16, False), ("padded", 3, 23, True), ("single", 1, 7, False))
-"""(name, batch, length, padding) of the inputs that the certificate measures."""
+CASES = (("random", 2, 16, False, 0), ("padded", 3, 23, True, 0), ("single", 1, 7, False, 0), ("cached", 2, 1, False, 6))
+"""(name, batch, length, padding, past) of the inputs that the certificate measures; the last only where there is a cache."""
 
 
 def require_onnx(span: Span | None = None) -> None:
@@ -45,111 +43,8 @@ def require_onnx(span: Span | None = None) -> None:
         )  # fmt: skip
 
 
-@contextmanager
-def _quiet() -> Any:
-    """The exporter prints progress and logs through several channels; none of it belongs in our output."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def output_names(program: Program, count: int) -> list[str]:
-    """Names of the flat outputs from the output tree: the path of keys, joined by dots."""
-    names: list[str] = []
-
-    def walk(spec: Any, path: str) -> None:
-        kind = spec.get("type")
-        if kind == "tensor":
-            names.append(path or "output")
-        elif kind == "cache":
-            layers = int(spec.get("layers", 0)) or sum(1 for i in spec.get("items", []) if i.get("type") == "tensor") // 2
-            names.extend(f"present.{i}.{what}" for what in ("key", "value") for i in range(layers))
-        elif kind != "const":
-            keys = spec.get("keys") or [str(i) for i in range(len(spec.get("items", [])))]
-            for key, item in zip(keys, spec.get("items", []), strict=True):
-                walk(item, f"{path}.{key}" if path else str(key))
-
-    walk(program.signature.out_spec, "")
-    if len(names) != count or len(set(names)) != count:
-        return [f"output_{i}" for i in range(count)]
-    return names
-
-
-def dynamic_shapes(program: Program) -> list[dict[int, Any] | None]:
-    """Per flat input the dynamic axes of the capture, by axis; one Dim per symbol."""
-    dims = {
-        s: torch.export.Dim(_axis_name(s, at), min=0 if "past" in at[0] and at[1] != 0 else 1)
-        for s, at in program.signature.symbols.items()
-    }
-    out: list[dict[int, Any] | None] = []
-    for _, spec in placeholders(program):
-        axes = {i: dims[str(n)] for i, n in enumerate(spec.shape) if str(n) in dims}
-        compound = {i for i, n in enumerate(spec.shape) if hasattr(n, "free_symbols") and str(n) not in dims}
-        out.append({**axes, **dict.fromkeys(compound, torch.export.Dim.AUTO)} or None)
-    return out
-
-
-def _axis_name(symbol: str, at: tuple[str, int, int]) -> str:
-    name, axis, _ = at
-    if "past" in name:
-        return "past" if axis else "past_batch"
-    return ("batch" if axis == 0 else "length") + ("" if "decoder" not in name else "_decoder") + f"_{symbol}"
-
-
-def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
-    """The ONNX model (``onnx.ModelProto`` holder) of a realised root graph: flat inputs, flat outputs, original names."""
-    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=_dtype(root))
-    names = [name for name, _ in placeholders(program)]
-    outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
-    out_names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
-    axes = [None if d is None else {i: torch.export.Dim.DYNAMIC for i in d} for d in dynamic_shapes(program)]
-    with _quiet(), torch.no_grad():
-        exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=tuple(axes), strict=False)
-        return torch.onnx.export(
-            exported, (), dynamo=True, opset_version=opset, input_names=names, output_names=out_names,
-            external_data=False, optimize=True, verbose=False,
-        )  # fmt: skip
-
-
 def _dtype(root: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
-
-
-def finish(onnx_program: Any, root: torch.nn.Module) -> Any:
-    """A deterministic ModelProto: exporter traces and host paths removed, tensor names the module's own."""
-    model = onnx_program.model_proto
-    keep = set(dict(root.named_parameters(remove_duplicate=False))) | set(dict(root.named_buffers(remove_duplicate=False)))
-    del model.metadata_props[:]
-    model.doc_string = ""
-    model.producer_name, model.producer_version = "model-surgery", ""
-    model.graph.name, model.graph.doc_string = "model", ""
-    for graph in [model.graph, *model.functions]:
-        for node in graph.node:
-            del node.metadata_props[:]
-            node.doc_string = ""
-    for group in (model.graph.initializer, model.graph.value_info, model.graph.input, model.graph.output):
-        for item in group:
-            del item.metadata_props[:]
-            item.doc_string = ""
-    del model.graph.metadata_props[:]
-    # the exporter may spell a parameter `p_encoder_layer_0_weight`: give every initializer its own name back
-    flat = {n.replace(".", "_"): n for n in keep}
-    rename = {}
-    for init in model.graph.initializer:
-        plain = init.name.removeprefix("p_").removeprefix("b_").removeprefix("c_")
-        if init.name not in keep and plain in flat:
-            rename[init.name] = flat[plain]
-    for init in model.graph.initializer:
-        init.name = rename.get(init.name, init.name)
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = rename.get(name, name)
-    return model
 
 
 def session(data: bytes | str) -> Any:
@@ -162,18 +57,54 @@ def session(data: bytes | str) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
+def checked_session(model: Any) -> Any:
+    """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder."""
+    import onnx
+
+    if weight_bytes(model) <= INLINE_LIMIT:
+        onnx.checker.check_model(model)
+        return session(model.SerializeToString())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        name, data = externalise(copy, "model")
+        (Path(folder) / name).write_bytes(data)
+        del data
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(copy.SerializeToString())
+        onnx.checker.check_model(str(path))
+        return session(str(path))
+
+
+def inexpressible(exc: Exception, span: Span | None) -> SurgeryError:
+    """S0841 with the operations that have no translation, else with the exporter's own first lines."""
+    text, cause = str(exc), exc.__cause__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__
+    missing = sorted(set(re.findall(r"No (?:ONNX function|decomposition|translation) found for.*?([\w]+[.:]+[\w.]+)", text)))
+    missing += sorted(set(re.findall(r"OpOverload\(op='([\w.]+)'", text)) - set(missing)) if "No ONNX function" in text else []
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")] or [type(exc).__name__]
+    what = f"ONNX has no operation for {', '.join(dict.fromkeys(missing))}" if missing else "the exporter cannot express this model in ONNX"
+    return fail(
+        "S0841", what, span, "asked for here", notes=tuple(lines[:3]), help="emit torch instead, or try another opset"
+    )  # fmt: skip
+
+
 def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: float) -> list[dict[str, Any]]:
     """Measures torch against onnxruntime on random, padded and single inputs: per output the largest absolute difference
     and its share of the output's scale. Positions that a mask switches off are compared too: both sides compute them."""
-    names = [i.name for i in run.get_inputs()]
+    read = {i.name for i in run.get_inputs()}
     outs = [o.name for o in run.get_outputs()]
+    names = input_names(program)
     found: list[dict[str, Any]] = []
-    for case, batch, length, padding in CASES:
-        inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=_dtype(root))
+    for case, batch, length, padding, past in CASES:
+        if past and not any(n.startswith("past_key_values.") for n in names):
+            continue
+        inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=_dtype(root), past=past)
         with torch.no_grad():
             expected = root(*inputs)
         expected = expected if isinstance(expected, (tuple, list)) else (expected,)
-        feeds = {n: t.numpy() for (n, _), t in zip(placeholders(program), inputs, strict=True) if n in names}
+        feeds = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in read}
         for name, want, got in zip(outs, expected, run.run(None, feeds), strict=True):
             want_np = want.detach().double().numpy()
             error_abs = float(abs(want_np - got.astype("float64")).max()) if want_np.size else 0.0
@@ -200,22 +131,15 @@ class OnnxBackend:
         S0805 for the target. Nothing is written then.
         """
         require_onnx(request.span)
-        import onnx
-
         precision = str(request.params.get("precision") or "fp32")
         root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
         try:
-            model = finish(export(program, root, opset=int(request.params.get("opset") or 20)), root)
-            onnx.checker.check_model(model)
-            run = session(model.SerializeToString())
+            model = export(program, root, opset=int(request.params.get("opset") or 20))
+            run = checked_session(model)
         except SurgeryError:
             raise
         except Exception as exc:
-            lines = str(exc).strip().splitlines() or [type(exc).__name__]
-            raise fail(
-                "S0841", "the exporter cannot express this model in ONNX", request.span, "asked for here",
-                notes=tuple(line.strip() for line in lines if line.strip())[:3], help="emit torch instead, or try another opset",
-            ) from exc  # fmt: skip
+            raise inexpressible(exc, request.span) from exc
         certificates = certify(program, root, run, tolerance=TOLERANCE[precision])
         bad = [c for c in certificates if not c["ok"]]
         if bad:
@@ -247,17 +171,25 @@ def write(model: Any, request: EmitRequest) -> list[Path]:
         with AtomicOutput(path, folder=False, force=request.force, own=lambda p: p != target or owns(p, request.spec_digest)) as temporary:
             temporary.write_bytes(data)
 
-    if sum(len(i.raw_data) for i in model.graph.initializer) <= INLINE_LIMIT:
+    if weight_bytes(model) <= INLINE_LIMIT:
         replace(target, model.SerializeToString(deterministic=True))
         name = ""
     else:
         name, data = externalise(model, target.name)
         replace(target.with_name(name), data)
         replace(target, model.SerializeToString(deterministic=True))
-    for old in sorted(target.parent.glob(f"{target.name}.*.data")):
-        if old.name != name:
-            old.unlink()
+
+    def tidy() -> None:
+        for old in sorted(target.parent.glob(f"{target.name}.*.data")):
+            if old.name != name:
+                old.unlink()
+
+    afterwards(tidy)
     return [target, target.with_name(name)] if name else [target]
+
+
+def weight_bytes(model: Any) -> int:
+    return sum(len(i.raw_data) for i in model.graph.initializer)
 
 
 def externalise(model: Any, stem: str) -> tuple[str, bytes]:

@@ -239,18 +239,31 @@ def inside(path: str, region: str) -> bool:
 
 def attachments_of(program: Program, op: Resolved) -> list[Attachment]:
     """The attachments that a fold, freeze or unfreeze statement names: those that ``@name`` selects, those on a selected
-    site, those inside a selected region; without a selector all."""
+    site, those inside a selected region, with ``**`` those of a region all of whose parts are selected; without a selector all."""
     if not op.sites:
         return list(program.attachments)
+    whole: set[str] = set()
+    if op.statement is not None and any(_any_depth(s) for s in op.statement.selectors):
+        chosen = {s.role for s in op.sites}
+        for region in {a.site.role for a in program.attachments if a.site.is_region}:
+            parts = [s.role for s in program.anatomy.sites if not s.is_region and s.role.startswith(region + ".")]
+            if parts and chosen.issuperset(parts):
+                whole.add(region)
     by_module = {s.path for s in op.sites if s.op == "attachment"}
     by_role = {s.role for s in op.sites if s.op != "attachment"}
     regions = [s for s in op.sites if s.is_region]
     contained = {name for region in regions for name in region.parameters}
     return [
         a for a in program.attachments
-        if a.module in by_module or a.site.role in by_role or a.site.weight in contained
+        if a.module in by_module or a.site.role in by_role or a.site.role in whole or a.site.weight in contained
         or any(a.site.role.startswith(r.role + ".") for r in regions)
     ]  # fmt: skip
+
+
+def _any_depth(selector: Any) -> bool:
+    """The selector ends in ``**``."""
+    last = selector.steps[-1] if selector.steps else None
+    return getattr(last, "name", "") == "**"
 
 
 def no_site(op: Resolved, what: str, help: str) -> Exception:

@@ -15,20 +15,25 @@ def placeholders(program: Program) -> list[tuple[str, ValueSpec]]:
     return [(str(n.target), n.meta["spec"]) for n in program.graph.graph.nodes if n.op == "placeholder"]
 
 
-def sizes(program: Program, batch: int, length: int) -> dict[str, int]:
-    """A size for every symbol: the first axis of an input is its batch, other axes get ``length``; the past of a cache is empty.
+def sizes(program: Program, batch: int, length: int, past: int = 0) -> dict[str, int]:
+    """A size for every symbol: the first axis of an input is its batch, axes of a cache get ``past``, other axes ``length``.
 
-    Raises S0508 when a size of the capture was fixed and differs from what is asked (the traced one is used for fixed axes).
+    A second independent length (a decoder's beside its encoder's) is shorter, so that the two are never mixed up unseen. Axes of
+    floating inputs (samples of a sound) are counted from the traced size, below which a model may have nothing to compute.
     """
     inputs = dict(placeholders(program))
     out: dict[str, int] = {}
-    for symbol, (name, axis, _traced) in program.signature.symbols.items():
+    shorter = 0
+    for symbol, (name, axis, traced) in program.signature.symbols.items():
         if _is_cache(name):
-            out[symbol] = batch if axis == 0 else 0
+            out[symbol] = batch if axis == 0 else past
         elif axis == 0 and name in inputs:
             out[symbol] = batch
+        elif name in inputs and getattr(torch, inputs[name].dtype).is_floating_point:
+            out[symbol] = traced + length
         else:
-            out[symbol] = length
+            out[symbol] = max(1, length - shorter)
+            shorter += 3
     return out
 
 
@@ -45,16 +50,17 @@ def sample_inputs(
     padding: bool = True,
     dtype: torch.dtype = torch.float32,
     cut: bool = True,
+    past: int = 0,
 ) -> list[torch.Tensor]:
     """One tensor per flat input.
 
     Token ids are uniform below the vocabulary, masks are ones with a ragged right padding when ``padding``, positions count
-    up, floating inputs are standard normal, caches are empty. With ``cut``, ``length`` is cut to what the
-    model's position table holds.
+    up, floating inputs are standard normal, caches hold ``past`` standard normal steps. With ``cut``, ``length`` is cut to what
+    the model's position table holds.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = min(length, _longest(program)) if cut else length
-    at = sizes(program, batch, length)
+    length = min(length, _longest(program) - past) if cut else length
+    at = sizes(program, batch, length, past)
     past = _past_length(program, at)
     out = []
     for name, spec in placeholders(program):

@@ -1,0 +1,202 @@
+"""From a realised root graph to a clean ONNX model: dynamic axes, names of inputs, outputs and initializers, same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.model.program import Program
+from surgery.model.sample import placeholders, sample_inputs
+
+_CACHE = re.compile(r"(?P<cache>\w+?)_(?P<what>key|value)_(?P<layer>\d+)")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and logs through several channels; none of it belongs in our output."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+# ------------------------------------------------------------------ names
+
+
+def input_names(program: Program) -> list[str]:
+    """The ONNX names of the flat inputs: those of ``forward``; a cache's tensors are ``past_key_values.LAYER.key`` and ``.value``."""
+    return [_CACHE.sub(r"\g<cache>.\g<layer>.\g<what>", n) if _CACHE.fullmatch(n) else n for n, _ in placeholders(program)]
+
+
+def output_names(program: Program, count: int) -> list[str]:
+    """Names of the flat outputs from the output tree: the path of keys, joined by dots; a cache's are ``present.LAYER.key``."""
+    names: list[str] = []
+
+    def walk(spec: Any, path: str) -> None:
+        kind = spec.get("type")
+        if kind == "tensor":
+            names.append(path or "output")
+        elif kind == "cache":
+            layers = int(spec.get("layers", 0)) or sum(1 for i in spec.get("items", []) if i.get("type") == "tensor") // 2
+            names.extend(f"present.{i}.{what}" for what in ("key", "value") for i in range(layers))
+        elif kind != "const":
+            keys = spec.get("keys") or [str(i) for i in range(len(spec.get("items", [])))]
+            for key, item in zip(keys, spec.get("items", []), strict=True):
+                walk(item, f"{path}.{key}" if path else str(key))
+
+    walk(program.signature.out_spec, "")
+    if len(names) != count or len(set(names)) != count:
+        return [f"output_{i}" for i in range(count)]
+    taken = set(input_names(program))
+    return [f"{n}.output" if n in taken else n for n in names]
+
+
+def axis_names(program: Program) -> dict[str, str]:
+    """A readable name for every size symbol of the capture: ``batch``, ``sequence``, ``past``, ``decoder_sequence`` ..."""
+    names: dict[str, str] = {}
+    specs = dict(placeholders(program))
+    for symbol, (name, axis, _) in program.signature.symbols.items():
+        if "past" in name:
+            wish = "batch" if axis == 0 else "past"
+        elif axis == 0:
+            wish = "batch"
+        elif name in specs and len(specs[name].shape) == 2:
+            wish = "decoder_sequence" if name.startswith("decoder") else "samples" if "float" in specs[name].dtype else "sequence"
+        else:
+            wish = f"{name}_{axis}"
+        taken, number = set(names.values()), 1
+        found = wish
+        while found in taken:
+            number += 1
+            found = f"{wish}_{number}"
+        names[symbol] = found
+    return names
+
+
+# ------------------------------------------------------------------ export
+
+
+def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
+    """The ONNX ``ModelProto`` of a realised root graph: flat inputs, flat outputs, the module's own tensor names.
+
+    Raises what torch's exporter raises when an operation has no translation.
+    """
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
+    outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
+    names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
+    axes = tuple({i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program))
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=axes, strict=False)
+        made = torch.onnx.export(
+            exported, (), dynamo=True, opset_version=opset, input_names=input_names(program), output_names=names,
+            external_data=False, optimize=False, verbose=False,
+        )  # fmt: skip
+        _simplify(made.model, _tensor_names(root))
+        return finish(made.model_proto, program, root)
+
+
+def _fixed(size: Any) -> bool:
+    return not getattr(size, "free_symbols", None)
+
+
+def _tensor_names(root: torch.nn.Module) -> set[str]:
+    return set(dict(root.named_parameters(remove_duplicate=False))) | set(dict(root.named_buffers(remove_duplicate=False)))
+
+
+def _simplify(model: Any, keep: set[str]) -> None:
+    """Constants folded, redundant operations removed, as the exporter does it, but no parameter is computed with.
+
+    A weight that is transposed, cast or merged while exporting would lose its name and its layout; runtimes do that when they
+    load a model. Equal parameters stay apart for the same reason, so duplicates are only merged among other constants.
+    """
+    import onnx_ir.passes.common as common
+    from onnxscript import optimizer, rewriter
+
+    graph = model.graph
+    common.InlinePass()(model)
+    rules = [r for r in rewriter._DEFAULT_REWRITE_RULES if "BatchNorm" not in str(r.name)]  # they fold weights into weights
+    for _ in range(2):
+        folded = optimizer.fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda n: False if any(v is not None and _own(v.name, keep) for v in n.inputs) else None,
+        )
+        rewriter.rewrite(model, rules)
+        common.RemoveUnusedNodesPass()(model)
+        if not folded.modified:
+            break
+    for step in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), common.LiftSubgraphInitializersToMainGraphPass(),
+        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.NameFixPass(),
+    ):  # fmt: skip
+        step(model)
+    assert model.graph is graph
+
+
+def _own(name: str | None, keep: set[str]) -> bool:
+    return name is not None and name in keep
+
+
+def finish(model: Any, program: Program, root: torch.nn.Module) -> Any:
+    """A deterministic ModelProto: exporter traces and host paths removed, tensor names the module's own, axes with names."""
+    keep = _tensor_names(root)
+    del model.metadata_props[:]
+    model.doc_string = ""
+    model.producer_name, model.producer_version = "model-surgery", ""
+    model.graph.name, model.graph.doc_string = "model", ""
+    for graph in [model.graph, *model.functions]:
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    for group in (model.graph.initializer, model.graph.value_info, model.graph.input, model.graph.output):
+        for item in group:
+            del item.metadata_props[:]
+            item.doc_string = ""
+    del model.graph.metadata_props[:]
+    # the exporter may spell a parameter `p_encoder_layer_0_weight`: give every initializer its own name back
+    flat = {n.replace(".", "_"): n for n in keep}
+    rename = {}
+    for init in model.graph.initializer:
+        plain = init.name.removeprefix("p_").removeprefix("b_").removeprefix("c_")
+        if init.name not in keep and plain in flat:
+            rename[init.name] = flat[plain]
+    for init in model.graph.initializer:
+        init.name = rename.get(init.name, init.name)
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = rename.get(name, name)
+    _name_axes(model, program)
+    return model
+
+
+def _name_axes(model: Any, program: Program) -> None:
+    """The exporter's symbols (``s41``, ``s41 + s27``) become our names everywhere in the graph."""
+    wanted = axis_names(program)
+
+    def named(text: str, names: dict[str, str]) -> str:
+        text = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), text)
+        return " + ".join(sorted(text.split(" + "))) if re.fullmatch(r"\w+( \+ \w+)+", text) else text
+
+    table: dict[str, str] = {}
+    for value, (_, spec) in zip(model.graph.input, placeholders(program), strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if dim.dim_param and not _fixed(size):
+                table.setdefault(dim.dim_param, named(str(size), wanted))
+    for group in (model.graph.input, model.graph.output, model.graph.value_info):
+        for value in group:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = table.get(dim.dim_param) or named(dim.dim_param, table)
