@@ -228,3 +228,31 @@ assert plan.ok, plan.diagnostics
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ok      expect trainable == 192" in done.stdout
+
+
+def test_the_workflow_and_the_hooks_run(tmp_path: Path) -> None:
+    """Every ``surgery`` command line of the CI files, on a folder with one spec and its lock."""
+    import yaml
+
+    from tests.fixtures import model
+
+    (tmp_path / "specs").mkdir()
+    ref = model("config:bert", tmp_path)
+    spec = tmp_path / "specs/one.surg"
+    body = f'surg 1\n\nmodel "{ref}"\n\nadapt lora(rank = 2) on layers[*].attn.q\n\nexpect trainable <= 1k\n\nemit torch to "build/one"\n'
+    spec.write_text(body, "utf-8")
+    page = Page(ROOT / "README.md", tmp_path, False)
+    assert page.surgery("compile", "specs/one.surg")[0] == 0
+    workflow = yaml.safe_load((ROOT / "docs/ci/github-actions.yml").read_text("utf-8"))
+    steps = [step["run"] for step in workflow["jobs"]["specs"]["steps"] if "surgery " in step.get("run", "")]
+    hooks = [hook["entry"] + " specs/*.surg" for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))]
+    lines = [m[1] for text in steps + hooks for m in re.finditer(r"(surgery (?:check|fmt|plan|compile)[^;]*)", text)]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line.replace('"$spec"', "specs/one.surg").replace("specs/*.surg", "specs/one.surg"))
+        code, shown = page.surgery(*words[1:])
+        assert code == 0, f"{line}\n{shown}"
+    # the same lines must see what is wrong, or they guard nothing
+    spec.write_text(body.replace("rank = 2", "rank = 4").replace("1k", "2k"), "utf-8")
+    code, shown = page.surgery("compile", "--locked", "--format", "github", "specs/one.surg")
+    assert code == 1 and "::error title=S0407" in shown
