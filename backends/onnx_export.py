@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.backends.onnx_ops import prepare, translations
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
 
@@ -98,11 +99,12 @@ def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
     outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
     axes = tuple({i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program))
+    prepare(root)
     with _quiet(), torch.no_grad():
         exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=axes, strict=False)
         made = torch.onnx.export(
             exported, (), dynamo=True, opset_version=opset, input_names=input_names(program), output_names=names,
-            external_data=False, optimize=False, verbose=False,
+            external_data=False, optimize=False, verbose=False, custom_translation_table=translations(),
         )  # fmt: skip
         _simplify(made.model, _tensor_names(root))
         return finish(made.model_proto, program, root)
