@@ -149,6 +149,7 @@ def compile_spec(
     )
     if session.sink.failed:
         raise SurgeryError(*session.sink.items)
+    from surgery.model.atomic import together
     from surgery.model.realise import check_twins
 
     check_twins(session.program.weights)
@@ -160,10 +161,11 @@ def compile_spec(
         session=session, checkpoint=checkpoint, out=Path(out) if out else Path(), force=force, lock=lock, progress=progress,
         locked=_locked_check(target, lock),
     )  # fmt: skip
-    work.run()
-    result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
-    if target is not None and write_lock and not locked:
-        result.lock = _write_lock(target, lock)
+    with together():
+        work.run()
+        result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
+        if target is not None and write_lock and not locked:
+            result.lock = _write_lock(target, lock)
     return result
 
 

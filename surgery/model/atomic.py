@@ -14,6 +14,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -61,6 +63,48 @@ def _storage_error(path: Path, exc: OSError) -> SurgeryError:
     return fail("S0804", f"writing {path} failed: {what}", exit_code=2, help="check the storage, and start again")
 
 
+@dataclass
+class _Group:
+    """Outputs of one run that wait for each other, and what is to be done when they all stand."""
+
+    opened: list[AtomicOutput] = field(default_factory=list)
+    waiting: list[AtomicOutput] = field(default_factory=list)
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+
+
+_group: ContextVar[_Group | None] = ContextVar("surgery_outputs", default=None)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Outputs that are made inside take their places when the block ends, all of them; on any exception none does.
+
+    Everything is complete and flushed by then, so that only renames are left. Each is one step of the kernel; a kill between two of
+    them leaves every single output whole.
+    """
+    group = _Group()
+    token = _group.set(group)
+    try:
+        yield
+        for output in group.waiting:
+            output.commit()
+        for action in group.afterwards:
+            action()
+    finally:
+        _group.reset(token)
+        for output in group.opened:
+            output.close()
+
+
+def afterwards(action: Callable[[], None]) -> None:
+    """Runs ``action`` when the outputs of the enclosing :func:`together` stand; at once where there is none."""
+    group = _group.get()
+    if group is None:
+        action()
+    else:
+        group.afterwards.append(action)
+
+
 class AtomicOutput:
     """Context manager for one output file or folder.
 
@@ -81,6 +125,9 @@ class AtomicOutput:
         self._lock: int | None = None
 
     def __enter__(self) -> Path:
+        group = _group.get()
+        if group is not None:
+            group.opened.append(self)
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -93,20 +140,46 @@ class AtomicOutput:
                     # Created at once, so that an unwritable place is found before the work and not after it.
                     self.temporary.touch()
             except BaseException:
-                self._drop_lock()
+                self.close()  # an interrupt may come between making the temporary and noting it
                 raise
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        group = _group.get()
+        waits = False
         try:
+            if isinstance(exc, OSError) and self._is_own(exc):
+                raise _storage_error(self.path, exc) from exc
             if kind is None:
                 with storage_errors(self.path):
                     _sync_tree(self.temporary)
-                    _replace(self.temporary, self.path)
+                if group is None:
+                    self.commit()
+                else:
+                    group.waiting.append(self)
+                    waits = True
         finally:
-            with suppress(OSError):
-                _remove(self.temporary)
-            self._drop_lock()
+            if not waits:
+                self.close()
+
+    def _is_own(self, exc: OSError) -> bool:
+        """Whether a fault came from filling the temporary; a file elsewhere that cannot be read is another matter."""
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if exc.errno is None or isinstance(exc, BlockingIOError | BrokenPipeError):
+            return False
+        return exc.filename is None or str(exc.filename).startswith(str(self.temporary))
+
+    def commit(self) -> None:
+        """Takes the place of what stands at ``path``."""
+        with storage_errors(self.path):
+            _replace(self.temporary, self.path)
+
+    def close(self) -> None:
+        """Removes what was not committed and lets other writers in."""
+        with suppress(OSError):
+            _remove(self.temporary)
+        self._drop_lock()
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path) or self.force:
