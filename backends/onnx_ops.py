@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     The tracer only lets torch's own operation pass in bfloat16, so an export in any other precision goes through this one.
     """
     bounds = [0, *offsets.tolist()]
-    parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+    parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(itertools.pairwise(bounds))]
     return torch.cat([*parts, x.new_zeros(x.shape[0] - bounds[-1], weight.shape[-1])])
 
 
@@ -45,7 +46,8 @@ def prepare(root: fx.GraphModule) -> None:
 @cache
 def translations() -> dict[Any, Callable[..., Any]]:
     """For ``custom_translation_table``: the ONNX form of each stand-in."""
-    from onnxscript import FLOAT, INT32, opset18 as op
+    from onnxscript import FLOAT, INT32
+    from onnxscript import opset18 as op
 
     def products(x: FLOAT, weight: FLOAT, offsets: INT32) -> FLOAT:
         """One slice and one product for each expert: the work is that of the rows, not of rows times experts."""
