@@ -32,8 +32,6 @@ class Case:
     """Selectors of ``adapt bitfit``."""
     biases: tuple[str, ...] = ()
     """Prefixes of the parameters that those selectors stand for."""
-    onnx: bool = True
-    """Whether the tests also emit and certify an ONNX file."""
 
     @property
     def added(self) -> int:
@@ -196,6 +194,10 @@ CASES: dict[str, Case] = {
     ),
     "audio-spectrogram-transformer": encoder("layers", "layers.", 3, embed=("embed.patch", 16 + 32)),
 }
+
+
+ONNX = ("bert", "deberta-v2", "llama", "mixtral", "bart", "whisper", "vit", "clip", "wav2vec2-conformer", "convnext")
+"""The families for which the tests also emit and run an ONNX file: one of each kind, since an export takes seconds."""
 
 
 def trained_like(entry: Entry, seed: int = 0) -> nn.Module:

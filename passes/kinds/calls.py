@@ -53,9 +53,22 @@ def weight_names(program: Program, site: Site) -> tuple[str, ...]:
 
 
 def ties_outside(program: Program, names: tuple[str, ...]) -> list[str]:
-    """The other names of the weight that ``names`` share."""
+    """The other names of the weight that ``names`` share; none when nothing in the graph uses any of them (the ``shared`` of an
+    encoder-decoder only names the table that both embeddings read)."""
     first = program.aliases.get(names[0], names[0])
-    return [n for n in (first, *(k for k, v in program.aliases.items() if v == first)) if n not in names]
+    others = [n for n in (first, *(k for k, v in program.aliases.items() if v == first)) if n not in names]
+    return others if any(_used(program, n) for n in others) else []
+
+
+def _used(program: Program, name: str) -> bool:
+    if _readers(program, name):
+        return True
+    parts = name.split(".")[:-1]
+    for n in range(len(parts)):
+        module = program.module(".".join(parts[:n]))
+        if isinstance(module, fx.GraphModule) and module.graph.find_nodes(op="call_module", target=".".join(parts[n:])):
+            return True
+    return False
 
 
 def _join(graph: str, name: str) -> str:
