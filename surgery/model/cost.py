@@ -176,6 +176,7 @@ class Sizes:
         self.values: dict[Any, int] = {}
         self.sequence = False
         self._cache: dict[Any, int] = {}
+        self.known: dict[str, int] = {}  # operations of modules by what decides them, see `_same_work`
         traced: Mapping[str, tuple[str, int, int]] = program.signature.symbols
         for node in graph.nodes:
             spec = node.meta.get("spec")
@@ -307,18 +308,29 @@ def _module_flops(node: fx.Node, sizes: Sizes) -> int:
         )
 
     args, kwargs = fx.node.map_arg(node.args, stand_in), fx.node.map_arg(node.kwargs, stand_in)
+    key = _same_work(module, args, kwargs)
+    if key in sizes.known:
+        return sizes.known[key]
     training = module.training
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
             module.eval()(*args, **kwargs)
-        return int(counter.get_total_flops())
+        sizes.known[key] = int(counter.get_total_flops())
+        return sizes.known[key]
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         first = next((sizes.shape(a) for a in node.all_input_nodes if sizes.shape(a)), None)
         tokens = math.prod(first[:-1]) if first else 0
         return 2 * tokens * sum(p.numel() for p in module.parameters() if p.ndim == 2)
     finally:
         module.train(training)
+
+
+def _same_work(module: Any, args: Any, kwargs: Any) -> str:
+    """What decides how much a module computes: its class, its configuration and the sizes that reach it."""
+    config = module.module_config() if hasattr(module, "module_config") else id(module)
+    shapes = fx.node.map_aggregate((args, kwargs), lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v)
+    return f"{type(module).__qualname__} {config} {shapes}"
 
 
 def _weight(node: fx.Node) -> str:

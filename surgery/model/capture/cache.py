@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,23 @@ from surgery.model.program import Signature
 VERSION = 1  # of the capture's own rules; raised whenever the same model would be captured differently
 
 
+@cache
+def code_version() -> str:
+    """Hash of the sources that make, describe and store a capture: a change of them must not meet captures from before."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(here.glob("*.py")), *(here.parent / name for name in ("graphjson.py", "modules.py", "pytree.py", "program.py"))]:
+        with contextlib.suppress(OSError):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def cache_key(config: Any, architecture: str) -> str:
     """Hash of the config, the class, and the versions of torch, transformers and the capture."""
     plain = config.to_dict()
     for name in ("transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype"):
         plain.pop(name, None)
-    parts = [plain, architecture, torch.__version__, transformers.__version__, VERSION, graphjson.SCHEMA]
+    parts = [plain, architecture, torch.__version__, transformers.__version__, VERSION, graphjson.SCHEMA, code_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

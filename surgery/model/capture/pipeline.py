@@ -46,12 +46,13 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
     Raises SurgeryError: S0501-S0503 (cannot be traced), S0504 (unknown family, class or unfit sizes), S0505 (inputs unknown).
     """
     own = build.as_config(config)
-    cls = build.model_class(own, architecture)
     if cache_dir is not None:
         from surgery.model.capture.cache import cached
 
-        return cached(own, cls.__name__, cache_dir, lambda: _capture_hf(own, cls))
-    return _capture_hf(own, cls)
+        # a stored capture needs no model class: importing one costs more than reading the capture
+        name = architecture or next(iter(getattr(own, "architectures", None) or []), "") or build.model_class(own, None).__name__
+        return cached(own, name, cache_dir, lambda: _capture_hf(own, build.model_class(own, architecture)))
+    return _capture_hf(own, build.model_class(own, architecture))
 
 
 def _capture_hf(config: Any, cls: type[Any]) -> Captured:
