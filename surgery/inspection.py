@@ -159,7 +159,8 @@ def parse_selector(text: str) -> ast.Selector:
     if found:
         raise SurgeryError(*found)
     node = tree.statements[-1]
-    if len(tree.statements) != 2 or not isinstance(node, ast.Operation) or len(node.selectors) != 1:
+    alone = isinstance(node, ast.Operation) and not (node.using or node.keep or node.keep_own or node.except_ or node.name)
+    if len(tree.statements) != 2 or not alone or not isinstance(node, ast.Operation) or len(node.selectors) != 1:
         raise fail("S0311", f"`{text}` is not one selector", help="write one selector, for example `layers[*].attn.{q, v}`")
     return node.selectors[0]
 
@@ -200,17 +201,25 @@ def facts_of(ref: str, *, allow_code: bool = False, use_cache: bool = True) -> d
     if path.is_file() and path.suffix == ".json":
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
-            raise fail("S0312", f"{ref} is not a saved plan: {exc}", exit_code=2) from None
+        except (OSError, ValueError, RecursionError) as exc:
+            raise _no_plan(ref, str(exc)) from None
         if not isinstance(data, dict) or data.get("schema") != "surgery.plan/1":
-            raise fail("S0312", f"{ref} is not a saved plan", help="save one with `surgery plan SPEC --out plan.json`", exit_code=2)
-        return plan_facts(data)
+            raise _no_plan(ref)
+        try:
+            return plan_facts(data)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise _no_plan(ref, "it does not have the shape of its schema") from None
     if path.is_file() and path.suffix == ".surg":
         from surgery.driver import plan
 
         return plan_facts(plan(path, allow_code=allow_code, use_cache=use_cache).as_json())
     program, _ = open_program(ref, allow_code=allow_code, use_cache=use_cache)
     return program_facts(program)
+
+
+def _no_plan(ref: str, why: str = "") -> SurgeryError:
+    help = "save one with `surgery plan SPEC --out plan.json`"
+    return fail("S0312", f"{ref} is not a saved plan" + (f": {why}" if why else ""), help=help, exit_code=2)
 
 
 def plan_facts(data: Mapping[str, Any]) -> dict[str, str]:

@@ -364,7 +364,7 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved) ->
         params = (*_hashable(method.params()), *flags, ("site", geometry.pairs()))
         new = Apply(part.shape, part.dtype, f"{method.verb}/{method.name}:fold", tuple(inputs), params)
         _rewrite(program, name, source, new, geometry)
-        program.journal.record(name, op.origin)
+        program.journal.fold(name, a.origin, op.origin)
         attach.detach(program, a)
 
 

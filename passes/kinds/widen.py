@@ -134,7 +134,7 @@ def _widen(
         if name not in weights:
             program.frozen.add(name)
         weights[name] = expr
-        program.journal.record(name, op.origin)
+        program.journal.fold(name, a.origin, op.origin)
     for name in (up.weight, down.weight):
         _replace_linear(program, name.rpartition(".")[0], weights[name].shape)
     attach.detach(program, a)

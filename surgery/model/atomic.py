@@ -123,6 +123,7 @@ class AtomicOutput:
         self.own = own
         self.temporary = self.path.parent / f".{self.path.name}{MARK}{os.getpid()}-{secrets.token_hex(4)}.tmp"
         self._lock: int | None = None
+        self._held = False
 
     def __enter__(self) -> Path:
         group = _group.get()
@@ -130,8 +131,8 @@ class AtomicOutput:
             group.opened.append(self)
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
             try:
+                self._take_lock()
                 recover(self.path)
                 self._check_target()
                 if self.folder:
@@ -201,25 +202,39 @@ class AtomicOutput:
             return
         name = self.path.parent / f".{self.path.name}{MARK}lock"
         while True:
-            handle = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(handle)
+                os.close(self._lock)
+                self._lock = None
                 raise fail("S0805", f"another run is writing {self.path}", exit_code=2, help="wait until it has finished") from None
             # The last holder removes the file: a lock on a removed file protects nothing, so take the one that stands there now.
             with suppress(FileNotFoundError):
-                if os.fstat(handle).st_ino == os.stat(name).st_ino:
-                    self._lock = handle
+                if os.fstat(self._lock).st_ino == os.stat(name).st_ino:
+                    self._held = True
                     return
-            os.close(handle)
-
-    def _drop_lock(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):
-                os.unlink(self.path.parent / f".{self.path.name}{MARK}lock")
             os.close(self._lock)
             self._lock = None
+
+    def _drop_lock(self) -> None:
+        name = self.path.parent / f".{self.path.name}{MARK}lock"
+        if self._lock is not None:
+            if self._held:
+                with suppress(OSError):
+                    os.unlink(name)
+            os.close(self._lock)
+        if not self._held and fcntl is not None:
+            # An interrupt may come between making the file and locking it: remove it if nobody holds it.
+            with suppress(OSError):
+                handle = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.fstat(handle).st_ino == os.stat(name).st_ino:
+                        os.unlink(name)
+                finally:
+                    os.close(handle)
+        self._lock, self._held = None, False
 
 
 def leftovers(path: Path) -> list[Path]:

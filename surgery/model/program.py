@@ -67,6 +67,12 @@ class Journal:
         key = subject if isinstance(subject, str) else f"{subject.graph}::{subject.node}"
         self.entries.setdefault(key, []).append(origin)
 
+    def fold(self, subject: str | NodeRef, *origins: Origin) -> None:
+        """Records origins that are not there yet: what was folded in keeps its history."""
+        for origin in origins:
+            if origin not in self.of(subject):
+                self.record(subject, origin)
+
     def of(self, subject: str | NodeRef) -> tuple[Origin, ...]:
         key = subject if isinstance(subject, str) else f"{subject.graph}::{subject.node}"
         return tuple(self.entries.get(key, ()))
