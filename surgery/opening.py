@@ -53,9 +53,7 @@ def open_program(
 
         assert checkpoint.path is not None
         program = read_artifact(checkpoint.path, resolver=registry.get)
-        # the manifest's digest covers graph and weights (it holds the hash of every file): this model, not the one it was made from
-        manifest = json.loads((checkpoint.path / "surgery.json").read_text(encoding="utf-8"))
-        program.info = replace(program.info, ref=str(ref), hash=str(manifest["digest"]))
+        program.info = replace(program.info, ref=str(ref), hash=_artifact_hash(program, checkpoint.path))
         return program, checkpoint
     if checkpoint.kind == "python":
         program = capture(checkpoint.module, checkpoint.inputs if inputs is None else inputs, dynamic=dynamic)
@@ -75,6 +73,16 @@ def info_of(checkpoint: Any) -> ModelInfo:
         ref=str(checkpoint.ref), family=checkpoint.family, architecture=checkpoint.architecture, config=checkpoint.config,
         dtype=checkpoint.dtype or "float32", hash=checkpoint.hash,
     )  # fmt: skip
+
+
+def _artifact_hash(program: Program, folder: Path) -> str:
+    """What the artifact is, not what it was made from: graph and weights by the hashes in its manifest, what is attached and frozen.
+    Measured numbers and versions, which differ between machines, stay out."""
+    files = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))["files"]
+    content = {n: f["sha256"] for n, f in files.items() if n in ("graph.json", "config.json") or n.endswith(".safetensors")}
+    added = [[a.module, a.method.verb, a.method.name, a.method.params()] for a in program.attachments]
+    parts = [content, added, sorted(program.frozen), program.aliases]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:

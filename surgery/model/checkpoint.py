@@ -103,9 +103,10 @@ def open_checkpoint(ref: str, *, allow_code: bool = False, span: Span | None = N
     if found.kind == "python":
         return _open_python(found, allow_code, span)
     assert found.path is not None
-    config = read_config(found.config_path, span)
-    if found.kind == "artifact":
+    if found.kind == "artifact":  # one of a module without a config has none
+        config = read_config(found.config_path, span) if found.config_path.exists() else {}
         return _open_artifact(found, config, span)
+    config = read_config(found.config_path, span)
     family = check_family(config, found.config_path, span)
     architecture = architecture_of(config, found.config_path, span)
     if found.kind == "config":
