@@ -31,7 +31,7 @@ def test_hit_equals_miss(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pipeline, "_capture_hf", lambda config, cls: first)
     assert capture_config(entry.make_config(), entry.architecture, cache_dir=tmp_path) is first
     monkeypatch.setattr(pipeline, "_capture_hf", _no_trace)
-    hit = capture_config(entry.plain_config, entry.architecture, cache_dir=tmp_path)
+    hit = capture_config(entry.make_config(), entry.architecture, cache_dir=tmp_path)
     _same(hit, first)
     model = entry.make_model()
     inputs = entry.inputs(2, 9)

@@ -13,11 +13,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -42,10 +42,10 @@ def code_version() -> str:
 
 def cache_key(config: Any, architecture: str) -> str:
     """Hash of the config, the class, and the versions of torch, transformers and the capture."""
-    plain = config.to_dict()
+    plain = dict(config) if isinstance(config, dict) else config.to_dict()
     for name in ("transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype"):
         plain.pop(name, None)
-    parts = [plain, architecture, torch.__version__, transformers.__version__, VERSION, graphjson.SCHEMA, code_version()]
+    parts = [plain, architecture, torch.__version__, version("transformers"), VERSION, graphjson.SCHEMA, code_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -45,13 +45,12 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
     ``architecture``: model class name, default the config's own. ``cache_dir``: folder of earlier captures, or None.
     Raises SurgeryError: S0501-S0503 (cannot be traced), S0504 (unknown family, class or unfit sizes), S0505 (inputs unknown).
     """
-    own = build.as_config(config)
     if cache_dir is not None:
         from surgery.model.capture.cache import cached
 
-        # a stored capture needs no model class: importing one costs more than reading the capture
-        name = architecture or next(iter(getattr(own, "architectures", None) or []), "") or build.model_class(own, None).__name__
-        return cached(own, name, cache_dir, lambda: _capture_hf(own, build.model_class(own, architecture)))
+        # a stored capture needs neither config class nor model class: importing them costs more than reading the capture
+        return cached(config, architecture or "", cache_dir, lambda: capture_config(config, architecture))
+    own = build.as_config(config)
     return _capture_hf(own, build.model_class(own, architecture))
 
 
