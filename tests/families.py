@@ -196,7 +196,7 @@ CASES: dict[str, Case] = {
 }
 
 
-ONNX = ("bert", "deberta-v2", "llama", "mixtral", "bart", "whisper", "vit", "clip", "wav2vec2-conformer", "convnext")
+ONNX = ("bert", "deberta-v2", "gpt2", "mixtral", "whisper", "vit", "clip", "resnet", "convnext", "audio-spectrogram-transformer")
 """The families for which the tests also emit and run an ONNX file: one of each kind, since an export takes seconds."""
 
 
