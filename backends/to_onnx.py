@@ -83,10 +83,13 @@ def inexpressible(exc: Exception, span: Span | None) -> SurgeryError:
         text, cause = f"{text}\n{cause}", cause.__cause__
     missing = sorted(set(re.findall(r"No (?:ONNX function|decomposition|translation) found for.*?([\w]+[.:]+[\w.]+)", text)))
     missing += sorted(set(re.findall(r"OpOverload\(op='([\w.]+)'", text)) - set(missing)) if "No ONNX function" in text else []
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")] or [type(exc).__name__]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [
+        line.strip() for line in plain.splitlines() if line.strip() and not line.strip().startswith(("#", "- If ", "Failed to convert"))
+    ]
     what = f"ONNX has no operation for {', '.join(dict.fromkeys(missing))}" if missing else "the exporter cannot express this model in ONNX"
     return fail(
-        "S0841", what, span, "asked for here", notes=tuple(lines[:3]), help="emit torch instead, or try another opset"
+        "S0841", what, span, "asked for here", notes=() if missing else tuple(lines[:3]) or (type(exc).__name__,), help="emit torch instead, or try another opset"
     )  # fmt: skip
 
 
