@@ -75,6 +75,29 @@ def test_what_was_emitted_opens(compiled: dict[str, tuple[Ran, Path]], name: str
 QUICKSTART = """\
 plan of specs/quickstart.surg on minilm (bert, 22,713,216 parameters, 86.6 MiB)
 
+   8  adapt lora(rank = r, alpha = 16, dropout = 5%) on layers[*].attn.{q, v}
+      12 sites: layers[0..5].attn.q, layers[0..5].attn.v (384 x 384)
+      + 73,728 parameters, 73,728 train
+      output at init: unchanged; folds: merge
+
+  13  emit torch to "build/minilm-lora"
+
+  14  emit onnx to "build/minilm-lora.onnx"
+
+  15  emit report to "build/minilm-lora.html"
+
+  ok      expect trainable <= 0.5%
+          73,728 = 36,864 (encoder.layer.*.attention.self.query.lora) + 36,864
+          (encoder.layer.*.attention.self.value.lora)
+          0.3236% of 22,786,944 params, limit 0.5% = 113,934.7
+  later   expect same_output(at = init) within 1e-06
+          measured by compile
+
+                       before       after
+  parameters       22,713,216  22,786,944  +0.325%
+  trainable        22,713,216      73,728  0.324% of the model after
+  bytes              86.6 MiB    86.9 MiB  +0.325%
+  flops per token      22.4 M      22.6 M  +0.658%, at length 128
 """
 
 
