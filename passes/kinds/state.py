@@ -79,11 +79,10 @@ def _set(program: Program, op: Resolved, site: Site | None, names: list[str]) ->
         program.journal.record(name, op.origin)
     own = list(dict.fromkeys([*(parameters_of(site) if site else ()), *names]))
     trainable = sum(_numel(program, n) for n in own if program.aliases.get(n, n) not in program.frozen)
+    note = f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {method.sets}"
     if site is None:
-        return SiteChange("", "", trainable=trainable, note=f"{len(names)} tensors {method.sets}")
-    return SiteChange(
-        site.role, site.path, site.rows, site.shape, site.shape, trainable=trainable, note=f"{len(names)} tensors {method.sets}"
-    )
+        return SiteChange("", "", trainable=trainable, note=note)
+    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, trainable=trainable, note=note)
 
 
 def parameters_of(site: Site) -> list[str]:

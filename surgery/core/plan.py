@@ -252,9 +252,24 @@ def _site_lines(step: PlanStep) -> list[str]:
         parts.append(f"{trainable:,} train")
     if parts:
         out.append(", ".join(parts))
-    notes = dict.fromkeys(s.note for s in step.sites if s.note)
-    out += [f"note: {note}" for note in notes]
+    out += [f"note: {note}" for note in _notes([s.note for s in step.sites if s.note])]
     return out
+
+
+def _notes(notes: list[str]) -> list[str]:
+    """Each note once; notes that count something (``2 tensors frozen``) are summed over the sites."""
+    counts: dict[tuple[str, str], int] = {}
+    out: dict[str | tuple[str, str], None] = {}
+    for note in notes:
+        number, _, what = note.partition(" ")
+        if not number.isdigit():
+            out[note] = None
+            continue
+        noun, _, rest = what.partition(" ")
+        key = noun.removesuffix("s"), rest
+        counts[key] = counts.get(key, 0) + int(number)
+        out[key] = None
+    return [n if isinstance(n, str) else f"{plural(counts[n], n[0])} {n[1]}" for n in out]
 
 
 def _totals(t: Totals, length: int) -> list[str]:

@@ -42,7 +42,7 @@ def tensor_names(program: Program, attached: tuple[str, ...] = ()) -> Names:
         shapes[name], dtypes[name] = tuple(program.weights[name].shape), program.weights[name].dtype
     for name, tensor in program.graph.named_parameters():
         first = program.aliases.get(name, name)
-        if first not in shapes and not first.startswith(attached):
+        if first not in shapes and first not in added and not first.startswith(attached):
             shapes[first], dtypes[first] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             order.append(first)
     return Names(shapes, dtypes, tuple(order), dict(program.aliases))
