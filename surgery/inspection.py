@@ -15,6 +15,7 @@ from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.plan import group_roles, plural, size
 from surgery.core.site import Site
 from surgery.core.source import Source
+from surgery.dimensions import dims_json, dims_text
 from surgery.grammar.parser import parse
 from surgery.model.program import Program
 from surgery.opening import open_program
@@ -37,12 +38,16 @@ class Shown:
     program: Program
     blame: bool = False
     only: str = ""
-    """With ``blame``: a glob, only tensors of these names."""
+    """With ``blame`` or ``dims``: a glob, only tensors of these names."""
+    dims: bool = False
+    """The dimension classes in place of the parts."""
 
     def as_json(self) -> dict[str, Any]:
         from surgery.model import cost
 
         p = self.program
+        if self.dims:
+            return dims_json(p, self.only)
         return {
             "schema": "surgery.show/1",
             "family": p.info.family,
@@ -57,6 +62,8 @@ class Shown:
         from surgery.model import cost
 
         p = self.program
+        if self.dims:
+            return dims_text(p, self.only)
         params = sum(parameter_sizes(p).values())
         lines = [f"{p.info.ref}: {p.info.family or 'module'} ({p.info.architecture}), {params:,} parameters, {size(cost.bytes_of(p))}"]
         stacks = ", ".join(f"{s.name} ({plural(s.layers, 'layer')})" for s in p.anatomy.stacks)
@@ -121,11 +128,11 @@ def _stem(sites: list[Site]) -> str:
     return ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
 
 
-def show(ref: Any, *, blame: bool = False, only: str = "", allow_code: bool = False, use_cache: bool = True) -> Shown:
-    """The anatomy of a model or artifact, from headers alone."""
+def show(ref: Any, *, blame: bool = False, only: str = "", dims: bool = False, allow_code: bool = False, use_cache: bool = True) -> Shown:
+    """The anatomy of a model or artifact, or with ``dims`` its dimension classes, from headers alone."""
     program, _ = open_program(ref, allow_code=allow_code, use_cache=use_cache)
     program.anatomy  # noqa: B018  found here, so that its findings are raised here
-    return Shown(program, blame, only)
+    return Shown(program, blame, only, dims)
 
 
 @dataclass

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import find_anatomy
 from surgery.model.anatomy.graphview import GraphView
-from surgery.model.anatomy.labels import Labels
 from surgery.model.anatomy.layers import Layer, find_stacks
+from surgery.model.anatomy.sources import Sources
 from surgery.model.flat import flatten
 from surgery.model.program import Program, ValueSpec
-from tests.anatomy_support import module_program, sites_of, zoo_program
+from tests.anatomy_support import module_program, program_of, sites_of, zoo_program
 
 
 def test_torch_transformer_encoder() -> None:
@@ -172,7 +172,7 @@ def test_attached_modules_do_not_hide_or_change_roles() -> None:
     assert {r: essence(s) for r, s in after.items()} == {r: essence(s) for r, s in before.items()}
 
 
-# ---------------------------------------------------------------- flat view and labels
+# ---------------------------------------------------------------- flat view and sources
 
 
 def test_flat_view_inlines_everything_with_full_names() -> None:
@@ -235,14 +235,101 @@ def test_analysis_of_a_deep_model_is_fast_and_linear() -> None:
     assert times["gemma3_text"] < 4 * times["llama"]
 
 
-def test_labels_follow_rows_through_views(handmade: Program) -> None:
-    view = GraphView(flatten(handmade.graph, handmade.aliases))
-    labels = Labels(view)
+def llama(layers: int) -> Program:
+    from transformers import LlamaConfig
+
+    from surgery.model.capture import capture_config
+
+    config = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+                         vocab_size=1000)  # fmt: skip
+    return program_of(capture_config(config, "LlamaForCausalLM"), "llama")
+
+
+def test_classes_and_roles_of_thirty_two_layers_take_half_a_second() -> None:
+    """The best of three in processor time: classes with their flat graph, then roles; four times the layers, about four times the time."""
+    times = {}
+    for layers in (8, 32):
+        program = llama(layers)
+        taken = []
+        for _ in range(3):
+            program.touch()
+            start = time.process_time()
+            assert program.anatomy.stacks[0].layers == layers
+            taken.append(time.process_time() - start)
+        times[layers] = min(taken)
+    assert times[32] < 0.5
+    assert times[32] < 8 * times[8]
+
+
+def test_sources_are_the_rows_that_cuts_leave(handmade: Program) -> None:
+    view = GraphView(handmade.dims)
+    sources = Sources(view, handmade.dims)
     softmax = next(n for n in view.nodes if n.target is torch.ops.aten.softmax.int)
-    assert labels.of(softmax) is None
+    assert sources.of(softmax) == []
     mix = next(p for p in view.projections if p.weight == "trunk.0.mix.weight")
-    ((projection, rows),) = labels.sources(mix.node)
-    assert projection is mix and rows.tolist() == list(range(72))
+    (whole,) = sources.of(mix.node)
+    assert whole.projection is mix and whole.rows.tolist() == list(range(72))
+    scores, context = (n for n in view.nodes if n.target is torch.ops.aten.matmul.default and n.meta["origin"].graph == "trunk.0")
+    q, k, v = scores.args[0], scores.args[1], context.args[1]
+    taken = [sources.of(n)[0].rows.tolist() for n in (q, k, v)]
+    # a head has 24 rows: 8 of q, 8 of k, 8 of v
+    assert taken == [[24 * h + 8 * i + j for h in range(3) for j in range(8)] for i in range(3)]
+
+
+class Twins(nn.Module):
+    """Gate and value of one class of units in one projection, read in three cuts one behind the other; weights are turned and sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.randn(12, 40))
+        self.low = nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = F.linear(x, self.wide.t())
+        rest = both[..., 5:]
+        gate, up = rest[..., :15], F.pad(rest[..., 15:30], (0, 0))
+        return x + self.low(F.pad(torch.tanh(gate) * up, (0, 5)))
+
+
+def test_cuts_of_cuts_and_turned_weights() -> None:
+    program = module_program(Twins(), {"x": torch.randn(2, 7, 12)})
+    view = GraphView(program.dims)
+    sources = Sources(view, program.dims)
+    wide = next(p for p in view.projections if p.weight == "wide")
+    assert (wide.out_axis, wide.in_axis, wide.whole) == (1, 0, True)
+    product = next(n for n in view.nodes if n.target is torch.ops.aten.mul.Tensor)
+    gate, up = product.args
+    assert [(p.projection, p.rows.tolist()) for p in sources.of(gate)] == [(wide, list(range(5, 20)))]
+    assert [(p.projection, p.rows.tolist()) for p in sources.of(up)] == [(wide, list(range(20, 35)))]
+
+
+class Packed(nn.Module):
+    """One square parameter used twice, as stored and turned, and the lower half of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(12, 12))
+        self.tall = nn.Parameter(torch.randn(24, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.linear(x, self.square)
+        x = x + F.linear(x, self.square.t())
+        return x + F.linear(x, self.tall[12:])
+
+
+def test_axes_and_rows_of_viewed_weights() -> None:
+    program = module_program(Packed(), {"x": torch.randn(2, 7, 12)})
+    plain, turned, part = GraphView(program.dims).projections
+    assert (plain.out_axis, plain.in_axis) == (0, 1) and (turned.out_axis, turned.in_axis) == (1, 0)
+    assert part.rows.tolist() == list(range(12, 24)) and not part.whole
+
+
+def test_one_analysis_serves_the_program_until_it_changes(handmade: Program) -> None:
+    dims = handmade.dims
+    assert handmade.dims is dims and handmade.copy().dims is dims
+    changed = handmade.copy()
+    changed.touch()
+    assert changed.dims is not dims and handmade.dims is dims
 
 
 def test_layers_of_nested_containers() -> None:

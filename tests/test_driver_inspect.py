@@ -49,6 +49,25 @@ def test_show_text(here: Path) -> None:
     assert "added by surgery" not in text
 
 
+def test_show_dims(here: Path) -> None:
+    """Every stored axis as its expression; what uses a class and why it cannot be cut."""
+    out = surgery("show", model("gpt2"), "--dims", "*.h.0.attn.c_attn.*").out
+    rows = out.split("\n\n")[0].splitlines()
+    assert len(rows) == 2
+    assert rows[0].split("  ", 1) == ["transformer.h.0.attn.c_attn.weight", "[C0, [(H0*d0)+[(H0*d0)+(H0*dv0)]]]"]
+    assert "  H0 " in out and "contract" in out and "norm" in out
+    shown = surgery("show", model("gpt2"), "--dims", "--format", "json").json
+    assert (shown["schema"], list(shown)) == ("surgery.dims/1", ["schema", "parameters", "classes"])
+    axes = {p["name"]: p["axes"] for p in shown["parameters"]}
+    assert [a["size"] for a in axes["transformer.h.0.attn.c_attn.weight"]] == [32, 96]
+    assert axes["transformer.h.0.attn.c_attn.weight"][0]["classes"] == axes["transformer.wte.weight"][1]["classes"]
+    classes = {c["name"]: c for c in shown["classes"]}
+    rows_of_table = classes[axes["transformer.wte.weight"][0]["classes"][0]]
+    assert rows_of_table["fixed"].startswith("its rows are looked up by number") and "indexed" in rows_of_table["flags"]
+    assert classes[axes["transformer.h.0.mlp.c_fc.weight"][1]["classes"][0]]["fixed"] is None
+    assert "no parameter" in surgery("show", model("gpt2"), "--dims", "nothing.*").out
+
+
 def test_every_role_selects_exactly_its_site(here: Path) -> None:
     """What `show` prints as a role is a selector for that site and no other."""
     from surgery import driver

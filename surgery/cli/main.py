@@ -106,7 +106,7 @@ def run(args: list[str], report: Report) -> int:
         what = f"unknown option `{verb}`" if verb.startswith("-") else f"there is no verb `{verb}`"
         raise fail("S0911", f"surgery: {what}", help=help or ["`surgery --help` shows what there is"], notes=notes, exit_code=FAULT)
     this = command(verb)
-    parsed = parser_for(this).parse_args(args[1:])
+    parsed = parser_for(this).parse_intermixed_args(args[1:])
     report.configure(parsed)
     parsed.report = report
     return this.run(parsed)

@@ -17,7 +17,12 @@ def run(args: argparse.Namespace) -> int:
         from surgery import driver
 
         shown = driver.show(
-            args.model, blame=args.blame or bool(args.name), only=args.name or "", allow_code=args.allow_code, use_cache=not args.no_cache
+            args.model,
+            blame=args.blame or (bool(args.name) and not args.dims),
+            only=args.name or "",
+            dims=args.dims,
+            allow_code=args.allow_code,
+            use_cache=not args.no_cache,
         )
     return present(report, shown)
 
@@ -28,10 +33,13 @@ COMMAND = Command(
     run,
     (
         Argument("model", "an artifact, a checkpoint folder, a hub name, config:PATH or minilm"),
-        Argument("name", "only the history of the tensors with this name; * stands for anything", "?", files=False),
+        Argument(
+            "name", "only the history (or with --dims the classes) of the tensors with this name; * stands for anything", "?", files=False
+        ),
     ),
     (
         Option("blame", "for each changed module and tensor: the statement that made it, and the expression of its value"),
+        Option("dims", "for each parameter: the dimension classes of its axes, what uses them and which of them are fixed"),
         NO_CACHE,
         ALLOW_CODE,
     ),
@@ -39,6 +47,7 @@ COMMAND = Command(
         "surgery show minilm",
         "surgery show build/minilm-lora --blame",
         "surgery show build/minilm-lora '*.query.*'",
+        "surgery show minilm --dims '*.layer.0.*'",
         "surgery show ./llama-checkpoint --format json",
     ),
 )

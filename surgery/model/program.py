@@ -13,6 +13,7 @@ from surgery.core.source import NOWHERE, Span
 
 if TYPE_CHECKING:
     from surgery.core.method import Method
+    from surgery.model.dims import Dims
     from surgery.model.weights import Weights
 
 
@@ -127,6 +128,7 @@ class Program:
     frozen: set[str] = field(default_factory=set)
     schedules: list[tuple[Method, tuple[str, ...]]] = field(default_factory=list)
     _anatomy: Anatomy | None = None
+    _dims: Dims | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -137,8 +139,18 @@ class Program:
             self._anatomy = find_anatomy(self)
         return self._anatomy
 
+    @property
+    def dims(self) -> Dims:
+        """Dimension classes of the model without what methods attached, on the flat graph ``dims.graph``; kept like the anatomy."""
+        if self._dims is None:
+            from surgery.model.dims import analyse
+            from surgery.model.flat import flatten
+
+            self._dims = analyse(flatten(self.graph, self.aliases, bare=True), aliases=self.aliases)
+        return self._dims
+
     def touch(self) -> None:
-        self._anatomy = None
+        self._anatomy = self._dims = None
 
     def copy(self) -> Program:
         """An independent program: own graph (meta tensors), same immutable expressions."""

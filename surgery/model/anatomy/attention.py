@@ -1,4 +1,9 @@
-"""Attention blocks, found from fused attentions and from softmaxes between two products."""
+"""Attention blocks, found from fused attentions and from softmaxes between two products.
+
+Rows, heads, groups and widths are queries over the dimension classes. The graph is followed only for what classes do not hold: which
+products stand around a softmax, whether a mask compares positions, which value a block reads and where its output goes, and which
+parameters are added to the scores (a class says that a table has heads, not that it is used before the softmax).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from torch import fx
 
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection
-from surgery.model.anatomy.labels import Labels, distinct
+from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Part, Streams
+from surgery.model.dims import Axis
 
 
 @dataclass(eq=False)
@@ -50,8 +56,8 @@ class Attention:
 class Attentions(Streams):
     """Finds the attention blocks of one graph, in order of execution, as ``found``."""
 
-    def __init__(self, view: GraphView, labels: Labels) -> None:
-        super().__init__(view, labels)
+    def __init__(self, view: GraphView, sources: Sources) -> None:
+        super().__init__(view, sources)
         self._causal: dict[fx.Node, bool] = {}
         self.found = [a for a in map(self._attention, self._cores()) if a is not None]
 
@@ -120,7 +126,7 @@ class Attentions(Streams):
         for node in self.view.backward(softmax, stop):
             if ops.name_of(node) in ops.MATMUL and node not in self.view.by_node:
                 found.append(node)
-        with_sources = [n for n in found if all(self.labels.sources(t) for t in ops.tensors(n)[-2:])]
+        with_sources = [n for n in found if all(self.sources.reach(t) for t in ops.tensors(n)[-2:])]
         return sorted(with_sources, key=self.view.position.__getitem__)
 
     def is_causal(self, mask: fx.Node | None) -> bool:
@@ -156,35 +162,41 @@ class Attentions(Streams):
     def _attention(self, core: Core) -> Attention | None:
         parts: dict[str, Part] = {}
         for role, value in (("q", core.q), ("k", core.k), ("v", core.v)):
-            sources = self.labels.sources(value)
+            sources = self.sources.of(value)
             if sources:
-                parts[role] = Part(*sources[0])
+                parts[role] = sources[0]
         if not parts:
             return None
         sdpa = ops.name_of(core.node) == "scaled_dot_product_attention"
-        head_dim = _int((ops.shape_of(core.q) or (None,))[-1])
-        value_dim = _int((ops.shape_of(core.v) or (None,))[-1])
-        if not sdpa and head_dim is None:
-            head_dim = _int((ops.shape_of(core.k) or (None, None))[-2])
+        width = self.dims.axes(core.q)[-1]
+        if self.dims.symbolic(width):
+            width = self.dims.axes(core.k)[-1 if sdpa else -2]
+        head_dim, value_dim = self._size(width), self._size(self.dims.axes(core.v)[-1])
         between: list[Norm] = []
         out = self._output_projection(core, between)
         if out is not None:
-            parts["o"] = Part(out, distinct(out.rows))
+            parts["o"] = Part(out, out.rows)
         q = parts.get("q")
         first = q or next(iter(parts.values()))
         target = self.view.strip(first.projection.x, gather=True, dropout=False)
         key = parts.get("k") or parts.get("v")
         memory = self.view.strip(key.projection.x, gather=True) if key else None
         cross = memory is not None and q is not None and self._stream(target) is not self._stream(memory)
-        trail = {r: self.labels.visited(v) for r, v in (("q", core.q), ("k", core.k))}
+        trail = {r: self.sources.visited(v) for r, v in (("q", core.q), ("k", core.k))}
         inside: dict[str, list[Norm]] = {}
         for role, nodes in trail.items():
             inside[role] = [n for n in dict.fromkeys(self.view.norm_of[x] for x in nodes if x in self.view.norm_of)]
         return Attention(
             core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
-            _count(q, head_dim), _count(parts.get("k"), head_dim), head_dim, value_dim, inside["q"], inside["k"],
+            self._heads(q, core.q, width), self._heads(parts.get("k"), core.k, width), head_dim, value_dim, inside["q"], inside["k"],
             self._tables(core), between,
         )  # fmt: skip
+
+    def _heads(self, part: Part | None, operand: fx.Node, width: Axis) -> int | None:
+        return None if part is None else self.sources.heads(part, operand, width)
+
+    def _size(self, axis: Axis) -> int | None:
+        return None if self.dims.symbolic(axis) else self.dims.size(axis)
 
     def _output_projection(self, core: Core, between: list[Norm]) -> Projection | None:
         node: fx.Node = core.node
@@ -238,13 +250,3 @@ class Attentions(Streams):
         reached = (n for n in self.view.backward(core.mask, stop) if n.op == "get_attr" and n.meta.get("parameter"))
         found = dict.fromkeys(n for n in reached if n.meta["spec"].dtype.startswith(("float", "bfloat")))
         return list(found)
-
-
-def _int(value: object) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _count(part: Part | None, width: int | None) -> int | None:
-    if part is None or not width or len(part.rows) % width:
-        return None
-    return len(part.rows) // width

@@ -1,4 +1,8 @@
-"""Feed-forward blocks: a product, an activation or a gate, a product that joins the residual stream; experts and routers."""
+"""Feed-forward blocks: a product, an activation or a gate, a product that joins the residual stream; experts and routers.
+
+Rows, widths, experts and routers are queries over the dimension classes. The graph is followed for the operations between the products,
+which classes do not hold: they name the activation and tell the gate from the value, two projections of one class.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from torch import fx
 
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection
-from surgery.model.anatomy.labels import Labels, distinct
-from surgery.model.anatomy.streams import Exit, Part, Streams
+from surgery.model.anatomy.sources import Sources
+from surgery.model.anatomy.streams import Exit, Part, Streams, whole
 
 
 @dataclass(eq=False)
@@ -29,8 +33,8 @@ class FeedForward:
 class FeedForwards(Streams):
     """Finds the feed-forward blocks of one graph, in order of execution, as ``found``; ``taken`` are the projections of other blocks."""
 
-    def __init__(self, view: GraphView, labels: Labels, taken: set[Projection]) -> None:
-        super().__init__(view, labels)
+    def __init__(self, view: GraphView, sources: Sources, taken: set[Projection]) -> None:
+        super().__init__(view, sources)
         self._taken = set(taken)
         self.found = list(self._feed_forwards())
         self._routers()
@@ -50,7 +54,7 @@ class FeedForwards(Streams):
             joined = self.exit(down.node, source)
             if joined is None:
                 continue
-            parts["down"] = Part(down, distinct(down.rows))
+            parts["down"] = Part(down, down.rows)
             self._taken |= {p.projection for p in parts.values()}
             block = FeedForward(parts, source, joined, activation, gated, norms=norms)
             if down.kind == "experts":
@@ -64,7 +68,7 @@ class FeedForwards(Streams):
         for _ in range(40):
             projection = self.view.by_node.get(node)
             if projection is not None:
-                return {"up": Part(projection, distinct(projection.rows))}, activation_of(trail), False, norms
+                return {"up": Part(projection, projection.rows)}, activation_of(trail), False, norms
             norm = self.view.norm_of.get(node)
             if norm is not None:
                 norms.append(norm)
@@ -76,8 +80,8 @@ class FeedForwards(Streams):
             if node.op == "call_module" or name in ops.SHAPE or name in ops.GATHER:
                 node = node.all_input_nodes[0]
                 continue
-            if name in ops.PARTS and (sources := self.labels.sources(node)):
-                return {"up": Part(*sources[0])}, activation_of(trail), False, norms
+            if name in ops.PARTS and (sources := self.sources.of(node)):
+                return {"up": sources[0]}, activation_of(trail), False, norms
             if not ops.is_pointwise(node):
                 return None
             inputs = self.view.activations(node)
@@ -101,42 +105,40 @@ class FeedForwards(Streams):
         return None
 
     def _halves(self, glu: fx.Node, trail: list[fx.Node], norms: list[Norm]) -> tuple[dict[str, Part], str, bool, list[Norm]] | None:
-        sources = self.labels.sources(glu.all_input_nodes[0])
-        if not sources or len(sources[0][1]) % 2:
+        sources = self.sources.of(glu.all_input_nodes[0])
+        if not sources or len(sources[0].rows) % 2:
             return None
-        projection, rows = sources[0]
+        projection, rows = sources[0].projection, sources[0].rows
         half = len(rows) // 2
         return {"up": Part(projection, rows[:half]), "gate": Part(projection, rows[half:])}, "sigmoid", True, norms
 
     def _branch(self, start: fx.Node) -> tuple[Part, list[fx.Node]] | None:
         """The one projection behind an operand of a gate, with the elementwise ops between."""
-        sources = self.labels.sources(start)
+        sources = self.sources.of(start)
         if not sources or len(sources) > 1:
             return None
-        trail = [n for n in self.labels.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
-        return Part(*sources[0]), trail
+        trail = [n for n in self.sources.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
+        return sources[0], trail
 
     def _routers(self) -> None:
-        """Projections whose scores go to a top-k select the experts of the block with the same input."""
-        for node in self.view.nodes:
-            if ops.name_of(node) != "topk":
-                continue
-            value: fx.Node = node.all_input_nodes[0]
-            for _ in range(16):
-                if value in self.view.by_node:
-                    break
-                inputs = [n for n in ops.tensors(value) if not self.view.constant[n]]
-                if not inputs:
-                    break
-                value = inputs[0]
-            projection = self.view.by_node.get(value)
-            if projection is None:
+        """The projection whose scores a top-k picks from selects the experts of the block whose stored experts are that class.
+
+        Where the numbers of the experts escape the classes (see ``dims.domains``) a router has a class of its own: then it is
+        the one with as many units that reads the block's input.
+        """
+        dims = self.dims
+        for projection in self.view.projections:
+            axis = self.sources.out_axis(projection)
+            top_k = dims.picks(axis)
+            if top_k is None or projection in self._taken:
                 continue
             source = self.view.strip(projection.x, gather=True, dropout=False)
             for block in self.found:
-                if block.experts == len(projection.rows) and block.input is source and block.router is None:
-                    block.router = Part(projection, distinct(projection.rows))
-                    block.top_k = _int(node.args[1])
+                if block.experts is None or block.router is not None or block.input is not source:
+                    continue
+                experts = dims.parameter(block.parts["down"].projection.weight)[0]
+                if dims.same(experts, axis) or dims.size(experts) == dims.size(axis):
+                    block.router, block.top_k = whole(projection), top_k
                     self._taken.add(projection)
 
 
@@ -165,7 +167,3 @@ def activation_of(trail: list[fx.Node]) -> str:
 def _pointlike(projection: Projection) -> bool:
     """Acts on features only: no convolution over neighbours."""
     return projection.kind != "conv" or all(n == 1 for n in projection.stored[2:])
-
-
-def _int(value: object) -> int | None:
-    return value if isinstance(value, int) else None

@@ -11,22 +11,21 @@ from surgery.core.site import Anatomy, NodeRef, Site, Stack, Unresolved
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
-from surgery.model.anatomy.labels import Labels
 from surgery.model.anatomy.layers import ConvBlock, Layer, LayerStack, conv_blocks, find_stacks, layer_norms, make_units
 from surgery.model.anatomy.modules import module_sites
 from surgery.model.anatomy.outside import Outside, find_outside
 from surgery.model.anatomy.sites import Builder, Names, post_norm
+from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.trunks import Trunk, find_trunks
-from surgery.model.flat import flatten
 from surgery.model.program import Program
 
 
 def find_anatomy(program: Program) -> Anatomy:
     """Sites, stacks and what has no role, from the dataflow of a program's graph. Linear in the graph; deterministic."""
-    graph = flatten(program.graph, program.aliases, bare=True)
-    names = tensor_names(program, tuple(f"{n.target}." for n in graph.nodes if n.op == "call_module"))
-    view = GraphView(graph)
-    blocks = Blocks(view, Labels(view, {name: size for name, (_, _, size) in program.signature.symbols.items()}))
+    dims = program.dims
+    names = tensor_names(program, tuple(f"{n.target}." for n in dims.graph.nodes if n.op == "call_module"))
+    view = GraphView(dims)
+    blocks = Blocks(view, Sources(view, dims))
     return _Assembly(program, view, blocks, names).anatomy()
 
 

@@ -11,6 +11,8 @@ from torch import fx
 
 from surgery.core.site import NodeRef
 from surgery.model.anatomy import ops
+from surgery.model.dims import Axis, Dims
+from surgery.model.dims.slices import survivors
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -56,9 +58,9 @@ class Norm:
 class GraphView:
     """Indexes of one flat graph, built in one pass."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.nodes: list[fx.Node] = list(graph.nodes)
+    def __init__(self, dims: Dims) -> None:
+        self.dims = dims
+        self.nodes: list[fx.Node] = list(dims.graph.nodes)
         self.position: dict[fx.Node, int] = {n: i for i, n in enumerate(self.nodes)}
         self.constant: dict[fx.Node, bool] = {}
         self.projections: list[Projection] = []
@@ -154,7 +156,7 @@ class GraphView:
             in_axis, out_axis = (len(stored) - 2, len(stored) - 1) if transposed else (len(stored) - 1, len(stored) - 2)
             rows = np.arange(stored[out_axis])
         else:
-            traced = _trace_weight(source, weight, stored, transposed)
+            traced = self._view_of(source, weight, transposed)
             if traced is None:
                 return
             out_axis, in_axis, rows = traced
@@ -163,6 +165,27 @@ class GraphView:
         elif kind in ("conv1d", "matmul"):
             kind = "conv1d" if out_axis == 1 else "linear"
         self._add(Projection(0, node, x, kind, str(source.target), self.parameter_name(bias), out_axis, in_axis, rows, stored))
+
+    def _view_of(self, source: fx.Node, weight: fx.Node, transposed: bool) -> tuple[int, int, IntArray] | None:
+        """Out axis, in axis and rows of a weight that is a turned or sliced view of a stored parameter."""
+        cuts, turns, node = [], 0, weight
+        while node is not source:
+            cut = self.dims.cut_of(node)
+            cuts += [cut] if cut is not None else []
+            turns += ops.name_of(node) in ops.TURNS
+            node = ops.tensors(node)[0]
+        name, axes = str(source.target), self.dims.axes(weight)
+        if not isinstance(axes, tuple) or len(axes) not in (2, 3):
+            return None
+        ends = (axes[-1], axes[-2]) if transposed else (axes[-2], axes[-1])
+        rank = len(self.dims.parameter(name))
+        square = [rank - 1, rank - 2] if transposed != bool(turns % 2) else [rank - 2, rank - 1]
+        out_axis, in_axis = (_stored_axis(self.dims, name, axis, at) for axis, at in zip(ends, square, strict=True))
+        if out_axis is None or in_axis is None or out_axis == in_axis:
+            return None
+        stored = self.dims.parameter(name)[out_axis]
+        rows = np.concatenate([np.arange(a, b) for a, b in survivors(self.dims, stored, cuts)])
+        return (out_axis, in_axis, rows) if len(rows) == self.dims.size(ends[0]) else None
 
     def _conv(self, node: fx.Node, name: str) -> None:
         x, weight = node.args[0], node.args[1]
@@ -332,69 +355,10 @@ def ref_in(node: fx.Node, graph: str, *, last: bool = False) -> NodeRef | None:
     return (found[-1] if last else found[0]) if found else None
 
 
-def _trace_weight(source: fx.Node, weight: fx.Node, stored: tuple[int, ...], transposed: bool) -> tuple[int, int, IntArray] | None:
-    """Out axis, in axis and rows of a weight that is a transposed or sliced view of a stored parameter."""
-    chain = []
-    node = weight
-    while node is not source:
-        chain.append(node)
-        node = ops.tensors(node)[0]
-    coordinates: list[Any] = [
-        np.broadcast_to(np.arange(n).reshape((-1,) + (1,) * (len(stored) - i - 1)), stored) for i, n in enumerate(stored)
-    ]
-    for step in reversed(chain):
-        moved = [_apply(step, c) for c in coordinates]
-        if any(m is None for m in moved):
-            return None
-        coordinates = moved
-    shape = coordinates[0].shape
-    if len(shape) not in (2, 3) or 0 in shape:
-        return None
-    out_at, in_at = (len(shape) - 1, len(shape) - 2) if transposed else (len(shape) - 2, len(shape) - 1)
-
-    def moving(at: int) -> int | None:
-        line = tuple(slice(None) if i == at else 0 for i in range(len(shape)))
-        axes = [i for i, c in enumerate(coordinates) if shape[at] > 1 and (c[line] != c[line][0]).any()]
-        return axes[0] if len(axes) == 1 else None
-
-    out_axis, in_axis = moving(out_at), moving(in_at)
-    if out_axis is None or in_axis is None:
-        return None
-    rows = coordinates[out_axis][tuple(slice(None) if i == out_at else 0 for i in range(len(shape)))]
-    return out_axis, in_axis, np.ascontiguousarray(rows)
-
-
-def _apply(step: fx.Node, value: Any) -> Any:
-    """One shape operation on an array of coordinates; None for anything else."""
-    name, args = ops.name_of(step), step.args
-    if name == "getitem":
-        return value[args[1]] if isinstance(value, list) else None
-    if isinstance(value, list):
-        return None
-    if name in ("transpose", "swapaxes"):
-        return np.swapaxes(value, args[1], args[2])  # type: ignore[arg-type]
-    if name == "permute":
-        return np.transpose(value, args[1])  # type: ignore[arg-type]
-    if name in ("t", "mT", "numpy_T"):
-        return np.swapaxes(value, -1, -2)
-    if name == "select":
-        return np.take(value, args[2], args[1])  # type: ignore[arg-type]
-    if name == "slice":
-        stop = args[3] if len(args) > 3 else None
-        stop = None if stop is None or (isinstance(stop, int) and stop > (1 << 62)) else stop
-        dim = (args[1] if len(args) > 1 else 0) % value.ndim  # type: ignore[operator]
-        return value[(slice(None),) * dim + (slice(args[2] if len(args) > 2 else None, stop, args[4] if len(args) > 4 else 1),)]
-    if name in ("split", "split_with_sizes", "chunk", "unbind"):
-        specs = step.meta["spec"]
-        dim = args[2 if name != "unbind" else 1] if len(args) > (2 if name != "unbind" else 1) else 0
-        if name == "unbind":
-            return [np.take(value, i, dim) for i in range(value.shape[dim])]  # type: ignore[arg-type, index]
-        return np.split(value, np.cumsum([s.shape[dim] for s in specs])[:-1].tolist(), dim)  # type: ignore[index, arg-type]
-    if name in ops.SHAPE:
-        shape = ops.shape_of(step)
-        if shape is None:
-            return None
-        return value if value.shape == shape else (np.broadcast_to(value, shape) if name.startswith("expand") else value.reshape(shape))
-    if name in ("mul", "div", "add", "sub", "neg"):
-        return value
-    return None
+def _stored_axis(dims: Dims, name: str, axis: Axis, turned: int) -> int | None:
+    """The stored axis that an axis of a view of a parameter is or is a part of; ``turned`` when both would do (a square class)."""
+    stored = dims.parameter(name)
+    same = [i for i, s in enumerate(stored) if s is axis]
+    leaves = set(dims.leaves(axis))
+    found = same if len(same) == 1 else [i for i, s in enumerate(stored) if leaves and leaves <= set(dims.leaves(s))]
+    return found[0] if len(found) == 1 else turned if turned in found else None

@@ -42,6 +42,7 @@ SHAPE = frozenset(
 )
 """Ops of one input that move values without mixing them."""
 
+TURNS = frozenset("transpose permute t numpy_T mT mH matrix_H adjoint swapaxes swapdims movedim".split())
 DROPOUT = frozenset("dropout native_dropout feature_dropout feature_alpha_dropout alpha_dropout".split())
 PARTS = frozenset("slice select narrow split split_with_sizes chunk unbind getitem tensor_split unsafe_split unsafe_chunk".split())
 """Ops that take a part of one input."""

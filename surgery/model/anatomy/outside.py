@@ -1,4 +1,8 @@
-"""What stands outside of the layers: embeddings, stems, final norms, poolers, heads, and the joints between stages."""
+"""What stands outside of the layers: embeddings, stems, final norms, poolers, heads, and the joints between stages.
+
+These roles are places in front of, between and behind the stacks and origins of indices. Dimension classes know neither (a table's rows
+are ``indexed`` whether tokens, positions or types are looked up), so the graph is followed.
+"""
 
 from __future__ import annotations
 

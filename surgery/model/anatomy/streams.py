@@ -1,30 +1,18 @@
-"""The residual stream: where sublayers leave it and join it again."""
+"""The residual stream: where sublayers leave it and join it again.
+
+The places are values in the graph. All values of the stream are of one dimension class, so classes cannot tell them apart: these questions
+follow the graph.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import fx
 
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.graphview import GraphView, IntArray, Norm, Projection
-from surgery.model.anatomy.labels import Labels, distinct
-
-
-@dataclass(eq=False)
-class Part:
-    """A projection, or the rows of it, in one role."""
-
-    projection: Projection
-    rows: IntArray
-
-    @property
-    def whole(self) -> bool:
-        return len(self.rows) == self.projection.stored[self.projection.out_axis]
-
-    def same(self, other: Part) -> bool:
-        return self.projection is other.projection and np.array_equal(self.rows, other.rows)
+from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.sources import Part, Sources
 
 
 @dataclass(eq=False)
@@ -42,9 +30,10 @@ class Exit:
 class Streams:
     """Questions about the flow of one graph between sublayers."""
 
-    def __init__(self, view: GraphView, labels: Labels) -> None:
+    def __init__(self, view: GraphView, sources: Sources) -> None:
         self.view = view
-        self.labels = labels
+        self.dims = view.dims
+        self.sources = sources
 
     def from_projection(self, node: fx.Node) -> bool:
         """The value is a projection's output up to scales, views and dropout: a sublayer's contribution, not a stream."""
@@ -142,7 +131,7 @@ class Streams:
 
 def whole(projection: Projection) -> Part:
     """All rows that a projection uses, as one part."""
-    return Part(projection, distinct(projection.rows))
+    return Part(projection, projection.rows)
 
 
 def _same_size(node: fx.Node, other: fx.Node) -> bool:

@@ -95,7 +95,7 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
                 cx.values[node] = _opaque(cx, node, f"{names[target]} has no dimension rule")
             else:
                 cx.values[node] = _checked(cx, node, run, names[target], shapes, strict)
-    return Dims(cx, parameters, unknown)
+    return Dims(cx, parameters, unknown, graph)
 
 
 def _carried(graph: fx.Graph) -> set[fx.Node]:
@@ -160,6 +160,9 @@ def _opaque(cx: Context, node: fx.Node, why: str) -> Any:
         _each(cx, value, lambda axis: cx.freeze(axis, why))
         lose_domain(cx, value, why)
     shapes = cx.specs[node]
+    first = node.all_input_nodes[0] if node.op == "call_module" and node.all_input_nodes else None
+    if first is not None and shapes == cx.specs.get(first):  # an unknown module in the line: frozen, but the axes stay in place
+        return cx.values[first]
     if isinstance(shapes, list):
         return [cx.fresh(why, index=i) for i in range(len(shapes))]
     return cx.fresh(why)

@@ -20,7 +20,8 @@ from surgery.model.dims.masks import Keep, Mask, Ranges, to_ranges
 class Dims:
     """Dimension classes of one graph; see :func:`surgery.model.dims.analyse`."""
 
-    def __init__(self, cx: Context, parameters: dict[str, Axes], unknown: list[tuple[fx.Node, str]]) -> None:
+    def __init__(self, cx: Context, parameters: dict[str, Axes], unknown: list[tuple[fx.Node, str]], graph: fx.Graph) -> None:
+        self.graph = graph
         self._cx = cx
         self._parameters = parameters
         self.unknown = tuple(unknown)
@@ -149,6 +150,18 @@ class Dims:
 
     def symbolic(self, axis: Axis) -> bool:
         return any("dynamic" in (leaf.frozen.text if leaf.frozen else "") for leaf in self._below(axis))
+
+    @cached_property
+    def _picks(self) -> dict[Axis, int]:
+        out: dict[Axis, int] = {}
+        for limited, least, _ in self._cx.limits:
+            for leaf in self._below(limited):
+                out[leaf] = max(least, out.get(leaf, 0))
+        return out
+
+    def picks(self, axis: Axis) -> int | None:
+        """How many positions of an axis a top-k takes (the most of several); None when none does."""
+        return max((self._picks[leaf] for leaf in self._below(axis) if leaf in self._picks), default=None)
 
     # -- slices ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +316,7 @@ class Dims:
         wanted[list(units)] = True
         chosen: dict[Leaf, Iterable[int]] = {}
         covered = np.zeros(expression.size, bool)
-        for leaf, occurrence in self._occurrences(expression):
+        for leaf, occurrence in self.occurrences(expression):
             there = occurrence >= 0
             total, asked, new = (
                 np.bincount(occurrence[there & chosen_positions], minlength=leaf.size)
@@ -322,9 +335,10 @@ class Dims:
             )
         return group
 
-    def _occurrences(self, expression: Axis) -> list[tuple[Leaf, np.ndarray]]:
+    def occurrences(self, expression: Axis) -> list[tuple[Leaf, np.ndarray]]:
         """For each occurrence of a leaf in an expression the unit at every position (-1: another part)."""
         out: list[tuple[Leaf, np.ndarray]] = []
+        expression = find(expression)
         here = np.arange(expression.size)
         stack: list[tuple[Axis, np.ndarray]] = [(expression, here)]
         while stack:
