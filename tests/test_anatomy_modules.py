@@ -222,16 +222,17 @@ def _with_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_analysis_of_a_deep_model_is_fast_and_linear() -> None:
-    """Not a benchmark: guards against something quadratic. 3 and 6 layers differ by less than a factor of 4."""
+    """Not a benchmark: guards against something quadratic. 3 and 6 layers differ by less than a factor of 4 a node, in the best of runs."""
     times = {}
     for family in ("llama", "gemma3_text"):
         program = zoo_program(family)
-        find_anatomy(program)
-        start = time.process_time()
-        for _ in range(3):
+        taken = []
+        for _ in range(5):
+            program.touch()
+            start = time.process_time()
             find_anatomy(program)
-        nodes = len(flatten(program.graph).nodes)
-        times[family] = (time.process_time() - start) / nodes
+            taken.append(time.process_time() - start)
+        times[family] = min(taken) / len(program.dims.graph.nodes)
     assert times["gemma3_text"] < 4 * times["llama"]
 
 
@@ -301,6 +302,30 @@ def test_cuts_of_cuts_and_turned_weights() -> None:
     gate, up = product.args
     assert [(p.projection, p.rows.tolist()) for p in sources.of(gate)] == [(wide, list(range(5, 20)))]
     assert [(p.projection, p.rows.tolist()) for p in sources.of(up)] == [(wide, list(range(20, 35)))]
+
+
+class Strided(nn.Module):
+    """Features taken with a stride: of whole pairs, and one that cuts through units, where a second cut follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.odd = nn.Linear(12, 40), nn.Linear(12, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.wide(x)
+        even = pairs[..., ::2][..., 4:12]
+        other = self.odd(x)[..., 1::3][..., 2:10]
+        return torch.sigmoid(even) * other
+
+
+def test_rows_of_strides_are_exact_or_not_claimed() -> None:
+    program = module_program(Strided(), {"x": torch.randn(2, 7, 12)})
+    view = GraphView(program.dims)
+    sources = Sources(view, program.dims)
+    product = next(n for n in view.nodes if n.target is torch.ops.aten.mul.Tensor)
+    even, other = product.args
+    assert [p.rows.tolist() for p in sources.of(even)] == [list(range(8, 24, 2))]
+    assert sources.of(other) == []  # the classes do not follow what a stride of 3 leaves of 40
 
 
 class Packed(nn.Module):

@@ -17,7 +17,7 @@ from torch import fx
 
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.graphview import GraphView, IntArray, Projection
-from surgery.model.dims import Axis, Cut, Dims
+from surgery.model.dims import Axis, Cut, Dims, Leaf
 from surgery.model.dims.slices import cuts_within, inside, leaves_at, survivors
 
 Reach = dict[Projection, dict[tuple[Cut, ...], None]]
@@ -47,6 +47,7 @@ class Sources:
         self.dims = dims
         self._reach: dict[fx.Node, Reach] = {}
         self._inside: dict[Projection, set[Axis]] = {}
+        self._lost: dict[Leaf, None] = {}
         self._sources: dict[fx.Node, list[Part]] = {}
 
     def of(self, node: fx.Node) -> list[Part]:
@@ -139,7 +140,22 @@ class Sources:
         cut = self.dims.cut_of(node)
         if cut is None:
             return found
-        return {p: {(*c, cut): None for c in chains} if cuts_within(cut, self._parts(p)) else chains for p, chains in found.items()}
+        after: Reach = {}
+        for p, chains in found.items():
+            if cuts_within(cut, self._parts(p)):
+                after[p] = {(*c, cut): None for c in chains}
+                self._note_lost(p, node, needs[0])
+            elif not self._lost.keys() & set(self.dims.leaves(cut.axis)):
+                after[p] = chains
+            # else: a part of what the classes lost sight of; its rows are unknown, and none is better than a wrong one
+        return after
+
+    def _note_lost(self, projection: Projection, node: fx.Node, source: fx.Node) -> None:
+        """Remembers classes that a cut began anew (through the middle of a unit): they stand for features, in an unknown order."""
+        if not isinstance(source_axes := self.dims.axes(source), tuple):
+            return  # a split: its parts are found again
+        known = {leaf for axis in (*source_axes, self.out_axis(projection)) for leaf in self.dims.leaves(axis)}
+        self._lost |= {leaf: None for axis in self.dims.axes(node) for leaf in self.dims.leaves(axis) if leaf not in known}
 
     def _parts(self, projection: Projection) -> set[Axis]:
         known = self._inside.get(projection)
