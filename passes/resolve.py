@@ -58,7 +58,7 @@ def resolve(program: Program, checked: Checked) -> Resolved:
     sites = pick(program, node.selectors, sink)
     away: set[str] = set()
     for selector in node.except_:
-        named = [s.role for s in pick(program, [selector], sink)]
+        named = [s.role for s in pick(program, [selector, *_above(selector)], sink)]
         gone = {s.role for s in sites if any(within(s.role, role) for role in named)}
         if named and sites and not gone:
             sink.error(
@@ -80,6 +80,14 @@ def resolve(program: Program, checked: Checked) -> Resolved:
         verb=node.verb, name=node.name or call.name, place=node.place, sites=tuple(left), methods=methods, origin=origin,
         keep=tuple(kept), keep_own=node.keep_own, seed=int(seed or 0), statement=node,
     )  # fmt: skip
+
+
+def _above(selector: ast.Selector) -> list[ast.Selector]:
+    """What ``x.**`` takes parts from: behind ``except`` it stands for ``x`` whole, so that regions in it are taken away too."""
+    *steps, last = selector.steps or (None,)
+    if not isinstance(last, ast.Step) or last.name != "**" or not (steps or selector.ref):
+        return []
+    return [replace(selector, steps=tuple(s for s in steps if s is not None))]
 
 
 def build(cls: type[Method], call: Bound, sites: list[Site], stacks: Mapping[str, int] | None = None) -> tuple[Method, ...]:

@@ -183,6 +183,16 @@ def call_after(program: Program, graph: str, current: fx.Node, target: str, args
     return node
 
 
+def recompile_later(gm: fx.GraphModule) -> None:
+    """The module's code is made anew when it is first called: most programs are planned and copied, and never run themselves."""
+
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        self.recompile()  # puts the new code in the place of this function
+        return type(self).forward(self, *args, **kwargs)
+
+    type(gm).forward = forward  # type: ignore[method-assign]  # every GraphModule has a class of its own
+
+
 def detach(program: Program, attachment: Attachment) -> None:
     """Take an added module out of graph and weights; its uses get back the value that it edited (its second argument)."""
     for path in prefixes(attachment.module):
@@ -198,7 +208,7 @@ def detach(program: Program, attachment: Attachment) -> None:
                 if arg.op == "get_attr" and not arg.users:
                     gm.graph.erase_node(arg)
         if nodes:
-            gm.recompile()
+            recompile_later(gm)
     parent, _, leaf = attachment.module.rpartition(".")
     delattr(program.module(parent), leaf)
     for name in attachment.tensors:

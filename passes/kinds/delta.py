@@ -167,7 +167,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     touched: dict[str, fx.GraphModule] = {}
     changes = [_attach(program, op, site, method, pool, touched) for site, method in zip(op.sites, op.methods, strict=True)]
     for gm in touched.values():
-        gm.recompile()
+        attach.recompile_later(gm)
     return changes
 
 

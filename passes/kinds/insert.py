@@ -138,7 +138,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     pool: dict[str, str] = {}
     changes = [_insert(program, op, site, method, pool, touched) for site, method in zip(op.sites, op.methods, strict=True)]
     for gm in touched.values():
-        gm.recompile()
+        attach.recompile_later(gm)
     return changes
 
 
