@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.core.plan import group_roles
 from surgery.core.site import Site
 from surgery.model import cost
 from surgery.model.program import Attachment, Program
@@ -95,6 +94,9 @@ def measure(
     """
     if name:
         chosen = [a for a in program.attachments if a.name == name]
+        if sites is not None:  # `on` narrows what `for` names
+            regions = tuple(s.role for s in sites)
+            chosen = [a for a in chosen if any(f"{a.site.role}.{a.name}.".startswith((r + ".", r + "[")) for r in regions)]
         every = parameter_sizes(program)
         sizes = {t: every[t] for a in chosen for t in a.tensors if t in every}
         spots: Sequence[Site] = list({a.site.role: a.site for a in chosen}.values())
@@ -179,7 +181,7 @@ def _sparsity(
 
 
 def _sites(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    return Quantity(len(spots), tuple((role, 1.0) for role in group_roles([s.role for s in spots])[:4]) if len(spots) <= 4 else ())
+    return Quantity(len(spots), tuple((s.role, 1.0) for s in spots) if len(spots) <= 4 else ())
 
 
 QUANTITIES: dict[str, Measure] = {

@@ -66,6 +66,7 @@ class Session:
         if self.keep_base or any(isinstance(c.node, ast.ExpectQuantity) and c.node.of_base for c in self.spec.statements):
             self.base = self.program.copy()
         broken = self.sink.failed
+        lost: set[str] = set()  # names that a failed statement would have made: that they are missing is no finding of its own
         for position, checked in enumerate(self.spec.statements):
             handler = HANDLERS.get(type(checked.node))
             if handler is None:
@@ -75,9 +76,11 @@ class Session:
             try:
                 handler(self, checked, position)
             except SurgeryError as exc:
-                self.sink.extend(exc.diagnostics)
+                self.sink.extend(d for d in exc.diagnostics if not (d.code == "S0306" and any(f"`@{n}`" in d.message for n in lost)))
                 if exc.exit_code == 2:
                     raise
+                if made := getattr(checked.node, "name", ""):
+                    lost.add(made)
             broken |= self.sink.failed and not isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck)
         if not broken:
             sizes = parameter_sizes(self.program)
@@ -193,9 +196,11 @@ def carry(session: Session, checked: Checked, position: int) -> None:
 def expect_quantity(session: Session, checked: Checked, position: int) -> None:
     node = checked.node
     assert isinstance(node, ast.ExpectQuantity)
-    sites = pick(session.program, node.selectors, session.sink) if node.selectors else None
-    if node.selectors and not sites:
-        return
+    sites = None
+    if node.selectors:
+        problems = Sink()
+        sites = pick(session.program, node.selectors, problems)
+        problems.raise_if_failed()  # a selector with `?` may name nothing: that counts 0
     if node.of and not any(a.name == node.of for a in session.program.attachments):
         session.sink.error(
             "S0605", f"nothing in the model is named `{node.of}`", node.span, "no statement above left anything of this name",

@@ -39,6 +39,8 @@ NO_MODEL = {
     "import that is not there": (HEAD + 'import "none.surg" as n\n' + GOOD, 1, "S0205", "none.surg"),
     "unknown quantity": (HEAD + GOOD + "expect parms <= 3\n", 1, "S0215", "params"),
     "unknown backend": (HEAD + GOOD + 'emit tensorflow to "x"\n', 1, "S0213", "torch"),
+    "keep where nothing is cut": (HEAD + "adapt lora(rank = 4) on layers[*].attn.q keep layers[0].**\n", 1, "S0238", "except"),
+    "keep own where nothing is shared": (HEAD + "adapt lora(rank = 4) on layers[*].attn.q keep own norm\n", 1, "S0238", "keep own"),
     "emit twice to one place": (HEAD + GOOD + 'emit torch to "x"\nemit onnx to "x"\n', 1, "S0403", ""),
 }  # fmt: skip
 
@@ -77,6 +79,17 @@ def test_found_with_a_model(here: Path, name: str) -> None:
         ran = check(HEAD + text + 'emit torch to "out"\n', verb, reference)
         assert (ran.code, ran.codes) == (1, [wanted])
         assert words in ran.err
+
+
+def test_a_name_that_a_failed_statement_would_have_made_is_not_reported_again(here: Path) -> None:
+    ran = check(HEAD + "adapt lora(rank = 4) on layers[*].attn.qq as x\nfreeze all on @x as y\nfold all on @x\n", "plan", model("bert"))
+    assert (ran.code, ran.codes) == (1, ["S0301"])
+
+
+def test_except_everything_below_takes_regions_away(here: Path) -> None:
+    text = HEAD + "insert bottleneck(width = 4) after layers[*].{attn, ffn} except layers[-1].**, layers[0].attn.** as a\nexpect sites for a == 3\n"
+    ran = check(text, "plan", model("bert"))
+    assert (ran.code, ran.codes) == (0, [])
 
 
 def test_ambiguous_between_two_stacks(here: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -41,6 +42,7 @@ def command(verb: str) -> Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and gives its exit code. Never raises, but for ``SystemExit`` of a broken output pipe."""
     args = list(sys.argv[1:] if argv is None else argv)
+    gc.set_threshold(200_000, 20, 100)  # graphs are many small objects that live to the end: looking for garbage finds none
     report = _early(args)
     try:
         code = run(args, report)

@@ -17,6 +17,8 @@ from surgery.core.near import near, suggestion
 from surgery.core.source import Span
 from surgery.core.spec import Checked
 
+KEEPERS = frozenset({"prune", "share", "convert", "replace", "factorize", "skip"})
+"""Verbs under which a selected site can be held back as it is."""
 PLACE_MEANING = {"on": "the site itself", "after": "behind it", "before": "in front of it", "beside": "parallel to it"}
 
 
@@ -67,9 +69,23 @@ class Statements:
                 known = list(self.names.scope.known("data"))
                 help = f"write `using {known[0]}`" if known else 'define data, `data text = lines("calib.txt")`, and write `using text`'
                 self.sink.error("S0230", f"`{bound.name}` needs data", place(node), "no `using`", help=help)
+            self._unread(node, bound.info)
         if node.name:
             self._create(node, node.name, node.name_span if node.name_span.end else last_word_span(node.span, node.name))
         return Checked(node, bound, stage=stage) if bound is not None else None
+
+    def _unread(self, node: ast.Operation, info: MethodInfo) -> None:
+        """Reports clauses that the method would not look at."""
+        what = f"`{node.verb} {info.name}`"
+        if node.using and not info.needs_data:
+            span = _within(node.using_span if node.using_span.end else node.span, node.using)
+            self.sink.error("S0238", f"{what} reads no data", span, "nothing looks at this", help="leave `using` out")
+        if node.keep and node.verb not in KEEPERS:
+            help = "to leave parts out of what is selected, write `except` in place of `keep`"
+            self.sink.error("S0238", f"{what} has nothing to keep", node.keep[0].span, "nothing looks at this", help=help)
+        if node.keep_own and node.verb != "share":
+            span = last_word_span(node.span, node.keep_own[0])
+            self.sink.error("S0238", f"{what} has nothing to keep", span, "nothing is shared here", help="leave `keep own` out")
 
     def _create(self, node: ast.Statement, name: str, span: Span) -> None:
         self.names.define(Definition(name, "site", span, None, node))

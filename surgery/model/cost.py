@@ -96,7 +96,8 @@ def count(program: Program, length: int = 128) -> Cost:
     Open axes of floating inputs other than the batch (audio) keep the size of the trace. Modules without a
     flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
     """
-    graph = flatten(program.graph, program.aliases)
+    # while nothing is attached the analysis of classes has the same flat graph already
+    graph = flatten(program.graph, program.aliases) if program.attachments else program.dims.graph
     sizes = Sizes(program, graph, length)
     cost = Cost(length, length if sizes.sequence else 1)
     for node in graph.nodes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -72,7 +73,29 @@ class TorchModule:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         if any(not _plain(v) for v in given.values()):
             raise ValueError(f"{self.cls.__name__} is built from plain values")
-        return self.cls(**given, device="meta", dtype=dtype) if self.typed else self.cls(**given)
+        if not self.typed:
+            return self.cls(**given)
+        return twin(_first_of(self.cls, tuple(sorted(given.items())), dtype))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _first_of(cls: type[nn.Module], given: tuple[tuple[str, Any], ...], dtype: torch.dtype | None) -> nn.Module:
+    """One module of each kind: constructors draw initial values, and deep models have hundreds of equal leaves."""
+    return cls(**dict(given), device="meta", dtype=dtype)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """An independent module like this leaf, with meta tensors of its own."""
+    made = module.__class__.__new__(module.__class__)
+    made.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            made._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            made._buffers[name] = torch.empty_like(buffer)
+    made._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    return made
 
 
 def _plain(value: Any) -> bool:
