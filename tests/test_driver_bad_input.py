@@ -87,7 +87,10 @@ def test_a_name_that_a_failed_statement_would_have_made_is_not_reported_again(he
 
 
 def test_except_everything_below_takes_regions_away(here: Path) -> None:
-    text = HEAD + "insert bottleneck(width = 4) after layers[*].{attn, ffn} except layers[-1].**, layers[0].attn.** as a\nexpect sites for a == 3\n"
+    text = (
+        HEAD
+        + "insert bottleneck(width = 4) after layers[*].{attn, ffn} except layers[-1].**, layers[0].attn.** as a\nexpect sites for a == 3\n"
+    )
     ran = check(text, "plan", model("bert"))
     assert (ran.code, ran.codes) == (0, [])
 
