@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from surgery import __version__
 
-PACKAGES = ("torch", "transformers", "safetensors", "lark", "networkx", "numpy", "onnx", "onnxscript", "onnxruntime", "peft", "accelerate")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "onnx", "onnxscript", "onnxruntime", "peft", "accelerate")
 
 
 def versions() -> str:
