@@ -53,7 +53,7 @@ class Session:
     versions: dict[str, int] = field(default_factory=dict)
     before_fold: Program | None = None
     sink: Sink = field(default_factory=Sink)
-    progress: Callable[[str], None] = lambda text: None
+    progress: Callable[..., None] = lambda *what: None
 
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
@@ -166,7 +166,10 @@ def _facts(op: Resolved, changes: list[SiteChange]) -> tuple[str, ...]:
     cls: type[Method] = type(op.method)
     if op.verb not in ("adapt", "insert") or cls.kind == "state":
         return ()
-    return (f"{IDENTITY[cls.identity].format(bound=cls.identity_bound)}; folds: {cls.fold_class}",)
+    worst = max(op.methods, key=lambda m: list(IDENTITY).index(m.identity))
+    # widening takes the branch into the block that it stands beside; elsewhere there is none
+    folds = "none" if cls.fold_class == "widen" and op.place != "beside" else cls.fold_class
+    return (f"{IDENTITY[worst.identity].format(bound=worst.identity_bound)}; folds: {folds}",)
 
 
 def carry(session: Session, checked: Checked, position: int) -> None:

@@ -242,3 +242,11 @@ def test_locked(here: Path) -> None:
     third = surgery("compile", "a.surg", model("bert"))
     assert (third.code, third.codes) == (1, ["S0602"])
     assert "sites of `0: adapt lora`: no longer layers[0].attn.v" in third.err and "now also layers[0].attn.k" in third.err
+
+
+@pytest.mark.parametrize("choice", ["residual = false", "init = bert"])
+def test_a_branch_that_changes_the_model_by_choice_promises_nothing(here: Path, choice: str) -> None:
+    write("a.surg", f'surg 1\n\ninsert bottleneck(width = 4, {choice}) after layers[*].attn\nemit torch to "out"\n')
+    ran = surgery("compile", "a.surg", model("bert"))
+    assert ran.code == 0
+    assert "changes by design; folds: none" in surgery("plan", "a.surg", model("bert")).out

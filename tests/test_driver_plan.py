@@ -219,8 +219,7 @@ stage first
 
   11  freeze all on embed.**
       4 sites: embed.tokens, embed.types, embed.positions, embed.norm (32 x 99, 32 x 2, 32 x 64 and 1 more)
-      note: 1 tensors frozen
-      note: 2 tensors frozen
+      note: 5 tensors frozen
 
   12  train power(a = 4, b = -0.51, eta_max = 0.02, batch = 256)
 

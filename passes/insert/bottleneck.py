@@ -51,6 +51,10 @@ class Bottleneck(InsertMethod):
     position: Literal["before_norm", "after_norm"] = param("before_norm", "behind a post-norm block: before or after its norm")
     seed: int = param(0, "changes every random initial value of this statement", min=0)
 
+    def __post_init__(self) -> None:
+        if self.init == "bert" or not self.residual:
+            object.__setattr__(self, "identity", "changed")  # of this statement; the class promises what the defaults keep
+
     def tensors(self, site: Stream) -> tuple[TensorSpec, ...]:
         k = self.width
         bound = 1.0 / math.sqrt(site.inp)

@@ -77,8 +77,15 @@ def capture_module(
     return capture_traced(clone, call, {name: v.detach().clone() for name, v in values.items()})
 
 
-def _bind(module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], kind: torch.dtype | None, dynamic: str | dict[str, Axes]) -> Call:
+def _bind(
+    module: nn.Module, inputs: tuple[Any, ...] | dict[str, Any] | None, kind: torch.dtype | None, dynamic: str | dict[str, Axes]
+) -> Call:
     signature = inspect.signature(module.forward)
+    if inputs is None:
+        raise fail(
+            "S0506", f"there are no example inputs for {type(module).__name__}.forward",
+            help=f"give `inputs=`, or let the factory return (module, inputs); its parameters are {signature}",
+        )  # fmt: skip
     try:
         bound = signature.bind(**inputs) if isinstance(inputs, dict) else signature.bind(*inputs)
     except TypeError as error:
