@@ -35,7 +35,7 @@ class EmitRequest:
     force: bool = False
     span: Span | None = None
     files: tuple[Path, ...] = ()
-    progress: Callable[[str], None] = lambda text: None
+    progress: Callable[..., None] = lambda *what: None
 
     @property
     def spec_digest(self) -> str:

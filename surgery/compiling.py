@@ -39,7 +39,7 @@ class Compilation:
     out: Path
     force: bool
     lock: Lock
-    progress: Callable[[str], None]
+    progress: Callable[..., None]
     locked: Callable[[], tuple[list[Any], str]]
     written: list[Path] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)

@@ -25,10 +25,11 @@ from surgery.front import check_source, source_of
 from surgery.opening import open_program
 from surgery.session import Session
 
-Progress = Callable[[str], None]
+Progress = Callable[..., None]
+"""Called with a text, and with ``(text, done, total)`` where the amount of work is known."""
 
 
-def quiet(text: str) -> None:
+def quiet(text: str, done: float = 0, total: float = 0) -> None:
     """No progress."""
 
 

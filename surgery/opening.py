@@ -36,7 +36,7 @@ def open_program(
     use_cache: bool = True,
     span: Span | None = None,
     base: Path | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[..., None] = lambda *what: None,
 ) -> tuple[Program, Any]:
     """The program of a model and its checkpoint (None for a live module).
 
