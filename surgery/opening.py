@@ -105,7 +105,7 @@ def capture(module: nn.Module, inputs: Any, *, dynamic: Any = "batch, sequence")
     weights = Weights()
     total = hashlib.sha256()
     for name in captured.parameters:
-        if name in captured.constants:
+        if name in captured.constants or name in captured.aliases:
             continue
         weights[name] = held(state[name])
         total.update(f"{name}={weights[name].digest};".encode())  # type: ignore[attr-defined]

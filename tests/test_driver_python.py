@@ -185,3 +185,29 @@ def test_capture() -> None:
     program = api.capture(Mlp(), (torch.randn(3, 12),), dynamic="batch")
     assert [n for n in program.weights] == ["first.weight", "first.bias", "second.weight", "second.bias"]
     assert program.info.architecture == "Mlp" and len(program.info.hash) == 64
+
+
+class Tied(nn.Module):
+    """One module under two names and one weight in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.inner = nn.Linear(8, 8)
+        self.again = self.inner
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.again(torch.relu(self.inner(self.table(x))))))  # type: ignore[no-any-return]
+
+
+def test_a_hand_written_module_with_shared_tensors(here: Path) -> None:
+    torch.manual_seed(0)
+    module, ids = Tied(), torch.randint(0, 20, (2, 6))
+    spec = 'surg 1\nadapt lora(rank = 2) on "table", "inner"\nexpect same_output(at = init) within 1e-6\nemit torch to "out"\n'
+    api.compile(spec, module, inputs={"x": ids})
+    loaded = api.load("out")
+    torch.testing.assert_close(loaded(ids), module(ids))
+    assert loaded.out.weight is loaded.table.weight
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 2 * (20 + 8) + 2 * (8 + 8)
