@@ -9,8 +9,11 @@ import argparse
 import gc
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from surgery.cli.command import FAULT, Command, parser_for
 from surgery.cli.report import Report, write
@@ -44,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     gc.set_threshold(200_000, 20, 100)  # graphs are many small objects that live to the end: looking for garbage finds none
     report = _early(args)
+    pressed: list[int] = []
+    before = _watch(pressed)
     try:
         code = run(args, report)
         sys.stdout.flush()
         return code
     except SurgeryError as e:
-        return _last_words(report, e)
+        # a library may turn the interrupt it met into a fault of its own, which then reads like a finding
+        return _interrupted() if pressed else _last_words(report, e)
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -63,7 +69,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("SURGERY_DEBUG") == "1":
             raise
-        return _last_words(report, internal(e))
+        return _interrupted() if pressed else _last_words(report, internal(e))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _watch(pressed: list[int]) -> Callable[..., Any] | None:
+    """Notes Ctrl-C in ``pressed`` and raises KeyboardInterrupt as ever; gives the handler to put back, None where nothing was changed."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return None
+
+    def handler(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handler)
+    return signal.default_int_handler
 
 
 def internal(fault: Exception) -> SurgeryError:
