@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from surgery.core.ast import Operation
 from surgery.core.method import Method
 from surgery.core.site import Site
+from surgery.model.claims import Claim
 from surgery.model.program import Origin
+from surgery.model.study import Study
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,10 @@ class Resolved:
 
     ``name`` labels what the statement creates (the ``as`` name, else the method's name). ``place`` is on, after, before,
     beside or empty. ``seed`` is the base seed of everything random in the statement.
+
+    ``study`` lets a pass read weights and run calibration data; it is None while planning, when no weight is read: a pass then makes a
+    choice of the same size that depends on nothing (and says in its note what compile decides). ``data`` is the opened data of the ``using``
+    clause (None without one). ``claim`` takes what must be measured of this change before anything is emitted.
     """
 
     verb: str
@@ -28,6 +36,9 @@ class Resolved:
     keep_own: tuple[str, ...] = ()
     seed: int = 0
     statement: Operation | None = None
+    study: Study | None = field(default=None, compare=False, repr=False)
+    data: Any = field(default=None, compare=False, repr=False)
+    claim: Callable[[Claim], None] = field(default=lambda claim: None, compare=False, repr=False)
 
     @property
     def method(self) -> Method:

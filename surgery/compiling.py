@@ -17,6 +17,7 @@ from surgery.core.diagnostics import Severity, fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked
+from surgery.model.claims import Claim
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Origin, Program
 from surgery.model.sample import sample_inputs
@@ -47,13 +48,16 @@ class Compilation:
     certificates: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tensors = Tensors(registry.function)
+        study = self.session.study
+        self.tensors = Tensors(registry.function) if study is None else study.tensors
         self._measured: list[tuple[Program, list[list[torch.Tensor]]]] = []
 
     def run(self) -> None:
         """Claims first, then outputs: a claim that fails stops everything before the first byte is written."""
         self.targets_free()
         self.identity()
+        for claim in self.session.claims:
+            self.settle(claim)
         for checked, program, index in self.session.checks:
             self.check(checked, program, index)
         self.session.sink.raise_if_failed()
@@ -86,12 +90,7 @@ class Compilation:
         worst, allowed, share = 0.0, tolerance, 0.0
         for a, b in zip(self.outputs(left), self.outputs(right), strict=True):
             for x, y in zip(a, b, strict=True):
-                error, scale = float("inf"), 1.0
-                if x.shape == y.shape:
-                    error = float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
-                    scale = max(1.0, float(x.abs().max())) if relative and x.numel() else 1.0
-                if math.isnan(error / scale):
-                    error, scale = float("inf"), 1.0
+                error, scale = difference(x, y, relative=relative)
                 if error / scale > share:
                     worst, allowed, share = error, tolerance * scale, error / scale
         ok = worst <= allowed
@@ -102,6 +101,31 @@ class Compilation:
         entry = {"claim": claim, "max_abs_error": worst, "tolerance": allowed, "ok": ok, "samples": [s[0] for s in SAMPLES]}
         self.certificates.append(entry)
         return entry
+
+    def settle(self, claim: Claim) -> None:
+        """Measures what a pass promised of its change; raises S0904 when it does not hold."""
+        self.progress(f"measuring: {claim.text}")
+        worst, allowed, share = 0.0, claim.tolerance, 0.0
+        for _, batch, length, padding in SAMPLES:
+            inputs = sample_inputs(claim.program, batch=batch, length=length, seed=3, padding=padding)
+            left, right = claim.expected(self.tensors, inputs), claim.found(self.tensors, inputs)
+            for x, y in zip(left, right, strict=True):
+                error, scale = difference(x, y)
+                if error / scale > share:
+                    worst, allowed, share = error, claim.tolerance * scale, error / scale
+        entry = {
+            "claim": claim.text,
+            "max_abs_error": worst,
+            "tolerance": allowed,
+            "ok": worst <= allowed,
+            "samples": [s[0] for s in SAMPLES],
+        }
+        self.certificates.append(entry)
+        if not entry["ok"]:
+            raise fail(
+                "S0904", f"{claim.text} does not hold: the outputs differ by {worst:.3g}, allowed {allowed:.3g}", claim.span, "made here",
+                help="nothing was written; please report this with the spec and the model's config", exit_code=2,
+            )  # fmt: skip
 
     def identity(self) -> None:
         """The methods' own promise: what was attached leaves the output as it was, exactly or within the stated bound."""
@@ -212,6 +236,17 @@ class Compilation:
         module = build_module(self.session.program, self.tensors.all(self.session.program))
         module.surgery_schedules = schedule.carried(getattr(module, "_surgery_record", {}))  # type: ignore[assignment]
         return module
+
+
+def difference(x: torch.Tensor, y: torch.Tensor, *, relative: bool = True) -> tuple[float, float]:
+    """Largest absolute difference, and the factor by which a tolerance grows for tensors of this size (see :meth:`Compilation.compare`)."""
+    error, scale = float("inf"), 1.0
+    if x.shape == y.shape:
+        error = float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
+        scale = max(1.0, float(x.abs().max())) if relative and x.numel() else 1.0
+    if math.isnan(error / scale):
+        error, scale = float("inf"), 1.0
+    return error, scale
 
 
 def stir(program: Program) -> Program:

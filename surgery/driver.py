@@ -22,7 +22,10 @@ from surgery.core.plan import Plan
 from surgery.core.source import Span, portable
 from surgery.core.spec import Spec
 from surgery.front import check_source, source_of
+from surgery.model.live import Tensors
+from surgery.model.study import Study
 from surgery.opening import open_program
+from surgery.passes import registry
 from surgery.session import Session
 
 Progress = Callable[..., None]
@@ -101,7 +104,8 @@ def _walk(
         "params": sum(parameter_sizes(program).values()), "bytes": cost.bytes_of(program),
     }  # fmt: skip
     plan = Plan(spec=spec.source.name, edition=spec.edition, model=described)
-    session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=progress)
+    study = Study(Tensors(registry.function), progress) if keep_base else None
+    session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=progress, study=study)
     session.sink.extend(getattr(program.weights, "notes", ()))
     session.run()
     return session, checkpoint

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -18,7 +18,9 @@ from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
 from surgery.core.spec import Checked, Spec
 from surgery.model import cost
+from surgery.model.claims import Claim
 from surgery.model.program import Origin, Program
+from surgery.model.study import Study
 from surgery.passes import registry
 from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
 from surgery.passes.operation import Resolved, SiteChange
@@ -39,7 +41,8 @@ class Emission:
 
 @dataclass
 class Session:
-    """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``."""
+    """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``; ``study`` is there when
+    weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted."""
 
     spec: Spec
     program: Program
@@ -54,6 +57,8 @@ class Session:
     before_fold: Program | None = None
     sink: Sink = field(default_factory=Sink)
     progress: Callable[..., None] = lambda *what: None
+    study: Study | None = None
+    claims: list[Claim] = field(default_factory=list)
 
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
@@ -108,7 +113,7 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     """resolve -> apply -> verify -> record: the passes of one operation."""
     node = checked.node
     assert isinstance(node, ast.Operation) and checked.call is not None
-    op = resolve(session.program, checked)
+    op = replace(resolve(session.program, checked), study=session.study, claim=session.claims.append)
     if node.verb == "fold" and session.before_fold is None and session.keep_base:
         session.before_fold = session.program.copy()
     text = to_text(node)
