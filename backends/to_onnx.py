@@ -21,6 +21,7 @@ from surgery.model.atomic import AtomicOutput, afterwards
 from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.sample import sample_inputs
+from surgery.model.threads import one_thread
 
 INLINE_LIMIT = 1 << 30
 """Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
@@ -104,7 +105,7 @@ def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: flo
         if past and not any(n.startswith("past_key_values.") for n in names):
             continue
         inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=_dtype(root), past=past)
-        with torch.no_grad():
+        with one_thread(), torch.no_grad():
             expected = root(*inputs)
         expected = expected if isinstance(expected, (tuple, list)) else (expected,)
         feeds = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in read}

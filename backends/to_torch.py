@@ -18,6 +18,7 @@ from surgery.model.program import Program
 from surgery.model.realise import Realiser
 from surgery.model.record import Methods
 from surgery.model.sample import sample_inputs
+from surgery.model.threads import one_thread
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
 KEPT_BYTES = 1 << 30
@@ -89,7 +90,7 @@ class TorchBackend:
         if sum(torch.Size(e.shape).numel() for e in program.weights.values()) > CHECKED_PARAMS:
             return []
         inputs = sample_inputs(program, batch=2, length=13, seed=11, padding=True)
-        with torch.no_grad():
+        with one_thread(), torch.no_grad():
             want = live_root(program, request.tensors, dtype=torch.float32).eval()(*inputs)
             module = artifact.load(folder, dtype=torch.float32)
             got = module.run_flat(list(inputs))  # type: ignore[operator]

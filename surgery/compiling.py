@@ -21,6 +21,7 @@ from surgery.model.claims import Claim
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Origin, Program
 from surgery.model.sample import sample_inputs
+from surgery.model.threads import one_thread
 from surgery.model.weights import Init
 from surgery.passes import registry
 from surgery.passes.expect import measure
@@ -74,7 +75,7 @@ class Compilation:
         root = live_root(program, self.tensors, dtype=torch.float32).eval()
         found = []
         for _, batch, length, padding in SAMPLES:
-            with torch.no_grad():
+            with one_thread(), torch.no_grad():
                 got = root(*sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))
             got = got if isinstance(got, tuple | list) else (got,)
             found.append([t for t in got if isinstance(t, torch.Tensor) and t.is_floating_point()])
@@ -108,7 +109,8 @@ class Compilation:
         worst, allowed, share = 0.0, claim.tolerance, 0.0
         for _, batch, length, padding in SAMPLES:
             inputs = sample_inputs(claim.program, batch=batch, length=length, seed=3, padding=padding)
-            left, right = claim.expected(self.tensors, inputs), claim.found(self.tensors, inputs)
+            with one_thread():
+                left, right = claim.expected(self.tensors, inputs), claim.found(self.tensors, inputs)
             for x, y in zip(left, right, strict=True):
                 error, scale = difference(x, y)
                 if error / scale > share:
@@ -301,7 +303,7 @@ def runs(work: Compilation, checked: Checked, program: Program, index: int) -> N
     batch, length = int(checked.call.get("batch")), int(checked.call.get("length"))
     root = live_root(program, work.tensors, dtype=torch.float32).eval()
     try:
-        with torch.no_grad():
+        with one_thread(), torch.no_grad():
             got = root(*sample_inputs(program, batch=batch, length=length, seed=5, padding=True, cut=False))
     except (RuntimeError, IndexError, ValueError) as exc:
         first = (str(exc).strip().splitlines() or [type(exc).__name__])[0]

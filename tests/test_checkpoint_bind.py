@@ -233,7 +233,7 @@ def test_all_misfits_are_reported_together_before_any_weight_is_read(tmp_path: P
     tensors["model.norm.weight"] = torch.ones(31)
     tensors["model.layers.0.input_layernorm.weight"] = torch.ones(32, dtype=torch.int8)
     save_file(tensors, tmp_path / "model.safetensors")
-    monkeypatch.setattr("surgery.model.realise._read_into", lambda *a: pytest.fail("a weight was read"))
+    monkeypatch.setattr("surgery.model.stored._read_into", lambda *a: pytest.fail("a weight was read"))
     found = {d.code: d for d in refused(tmp_path).diagnostics}
     assert {c: d.message for c, d in found.items()} == {
         "S0714": "1 of 21 tensors of LlamaForCausalLM is not in the checkpoint: `model.layers.1.self_attn.o_proj.weight`",

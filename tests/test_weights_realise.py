@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from surgery.core.diagnostics import SurgeryError
-from surgery.model import realise as realise_module
+from surgery.model import stored as stored_module
 from surgery.model.checkpoint_headers import read_header
 from surgery.model.realise import Realiser, held, realise
 from surgery.model.weights import (
@@ -91,13 +91,13 @@ def test_parts_of_stored_tensors(tmp_path_factory: pytest.TempPathFactory, data:
 def test_row_ranges_read_only_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = stored(tmp_path, a=torch.arange(1000.0).reshape(100, 10))
     spans: list[tuple[int, int]] = []
-    inner = realise_module._read_into
+    inner = stored_module._read_into
 
     def spy(expr: Load, offset: int, view: memoryview) -> None:
         spans.append((offset - expr.span[0], len(view)))
         inner(expr, offset, view)
 
-    monkeypatch.setattr(realise_module, "_read_into", spy)
+    monkeypatch.setattr(stored_module, "_read_into", spy)
     realise(Select((5, 10), "float32", w["a"], 0, ((10, 12), (50, 53))))
     assert spans == [(400, 80), (2000, 120)]
 

@@ -7,18 +7,16 @@ thread, everything else is elementwise.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from typing import Any
 
 import torch
 
 from surgery.core.diagnostics import fail
+from surgery.model.stored import initial_value, read, read_part, torch_dtype
+from surgery.model.threads import one_thread
 from surgery.model.weights import (
     Add,
     Apply,
@@ -42,13 +40,6 @@ Resolver = Callable[[str], Callable[..., Any]]
 """Finds a method's function by its name ``verb/name:function``. It is called with the argument tensors and the params as keywords."""
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a short name such as ``bfloat16``."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype), name
-    return dtype
-
-
 def held(tensor: torch.Tensor) -> Held:
     """An expression for a tensor in memory. The tensor is copied, so later changes of the module do not reach it."""
     copy = tensor.detach().to("cpu").clone().contiguous()
@@ -56,20 +47,6 @@ def held(tensor: torch.Tensor) -> Held:
     if copy.numel():
         digest.update(memoryview(copy.reshape(-1).view(torch.uint8).numpy()))
     return Held(tuple(copy.shape), str(copy.dtype).removeprefix("torch."), digest.hexdigest(), copy)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: sums of products are then added in one order, whatever the machine."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def no_functions(name: str) -> Callable[..., Any]:
@@ -307,96 +284,6 @@ def _take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -
     if len(pieces) == 1:
         return pieces[0].clone(memory_format=torch.contiguous_format)
     return torch.cat(pieces, axis) if pieces else value.narrow(axis, 0, 0).clone()
-
-
-# ---------------------------------------------------------------- leaves
-
-
-def initial_value(expr: Init) -> torch.Tensor:
-    """A start value. Random ones are drawn in float32 by one generator per tensor, seeded by the expression."""
-    dtype = torch_dtype(expr.dtype)
-    match expr.kind:
-        case "zeros":
-            return torch.zeros(expr.shape, dtype=dtype)
-        case "ones":
-            return torch.ones(expr.shape, dtype=dtype)
-        case "constant":
-            return torch.full(expr.shape, expr.args[0]).to(dtype)
-        case "arange":
-            return torch.arange(expr.shape[-1]).to(dtype).expand(expr.shape).contiguous()
-        case "normal" | "uniform":
-            generator = torch.Generator().manual_seed(expr.seed)
-            value = torch.empty(expr.shape, dtype=torch.float32)
-            draw = value.normal_ if expr.kind == "normal" else value.uniform_
-            return draw(*expr.args, generator=generator).to(dtype)
-    raise ValueError(f"no initial value of kind {expr.kind!r}")
-
-
-def read(expr: Load) -> torch.Tensor:
-    """All bytes of a stored tensor. S0721 when the file is gone or shorter than when it was opened."""
-    out = torch.empty(expr.shape, dtype=torch_dtype(expr.dtype))
-    if out.numel():
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
-        _read_into(expr, expr.span[0], view)
-    return out
-
-
-def _read_into(expr: Load, offset: int, view: memoryview) -> None:
-    done = 0
-    try:
-        with open(expr.file, "rb", buffering=0) as file:
-            while done < len(view):
-                count = os.preadv(file.fileno(), [view[done:]], offset + done)
-                if count == 0:
-                    break
-                done += count
-    except OSError as exc:
-        raise _gone(expr, exc.strerror or str(exc)) from None
-    if done < len(view):
-        raise _gone(expr, "the file is shorter than when it was opened")
-
-
-def _gone(expr: Load, why: str) -> Exception:
-    return fail(
-        "S0721", f"cannot read `{expr.key}` from {expr.file}: {why}", exit_code=2,
-        help="leave the checkpoint alone while surgery runs, and start again",
-    )  # fmt: skip
-
-
-def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """Index ranges of a stored tensor. Ranges of the first axis are read byte-exactly; those of others are copied out of a
-    mapping of the tensor, so that only the pages they touch are read, and nothing stays mapped."""
-    size = sum(stop - start for start, stop in ranges)
-    out = torch.empty((*expr.shape[:axis], size, *expr.shape[axis + 1 :]), dtype=torch_dtype(expr.dtype))
-    if out.numel() == 0:
-        return out
-    if axis == 0:
-        row = expr.nbytes // expr.shape[0]
-        view, at = memoryview(out.reshape(-1).view(torch.uint8).numpy()), 0
-        for start, stop in ranges:
-            _read_into(expr, expr.span[0] + start * row, view[at : at + (stop - start) * row])
-            at += (stop - start) * row
-        return out
-    begin = expr.span[0] - expr.span[0] % ALLOCATIONGRANULARITY
-    try:
-        with open(expr.file, "rb") as file:
-            if os.fstat(file.fileno()).st_size < expr.span[1]:
-                raise _gone(expr, "the file is shorter than when it was opened")
-            mapping = mmap(file.fileno(), expr.span[1] - begin, access=ACCESS_COPY, offset=begin)
-    except OSError as exc:
-        raise _gone(expr, exc.strerror or str(exc)) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=expr.span[0] - begin)
-    if raw.data_ptr() % out.element_size():
-        raw = raw.clone()
-    stored = raw.view(out.dtype).view(expr.shape)
-    at = 0
-    for start, stop in ranges:
-        out.narrow(axis, at, stop - start).copy_(stored.narrow(axis, start, stop - start))
-        at += stop - start
-    del stored, raw
-    return out
 
 
 def check_twins(weights: Weights) -> None:
