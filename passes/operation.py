@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.core.ast import Operation
+from surgery.core.diagnostics import Diagnostic
 from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model.claims import Claim
@@ -23,7 +24,8 @@ class Resolved:
 
     ``study`` lets a pass read weights and run calibration data; it is None while planning, when no weight is read: a pass then makes a
     choice of the same size that depends on nothing (and says in its note what compile decides). ``data`` is the opened data of the ``using``
-    clause (None without one). ``claim`` takes what must be measured of this change before anything is emitted.
+    clause (None without one). ``claim`` takes what must be measured of this change before anything is emitted, ``warn`` a finding
+    that does not stop the walk. ``base`` holds the params, bytes and flops per token of the model before the first statement.
     """
 
     verb: str
@@ -39,6 +41,8 @@ class Resolved:
     study: Study | None = field(default=None, compare=False, repr=False)
     data: Any = field(default=None, compare=False, repr=False)
     claim: Callable[[Claim], None] = field(default=lambda claim: None, compare=False, repr=False)
+    warn: Callable[[Diagnostic], None] = field(default=lambda finding: None, compare=False, repr=False)
+    base: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def method(self) -> Method:

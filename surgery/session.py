@@ -42,7 +42,8 @@ class Emission:
 @dataclass
 class Session:
     """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``; ``study`` is there when
-    weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted."""
+    weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted;
+    ``totals`` are the params, bytes and flops per token before the first statement."""
 
     spec: Spec
     program: Program
@@ -59,6 +60,7 @@ class Session:
     progress: Callable[..., None] = lambda *what: None
     study: Study | None = None
     claims: list[Claim] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
@@ -68,6 +70,7 @@ class Session:
         trainable_before = sum(n for name, n in sizes.items() if name not in self.program.frozen)
         bytes_before = cost.bytes_of(self.program)
         flops_before = cost.flops_per_token(self.program)
+        self.totals = {"params": params_before, "bytes": bytes_before, "flops": flops_before}
         if self.keep_base or any(isinstance(c.node, ast.ExpectQuantity) and c.node.of_base for c in self.spec.statements):
             self.base = self.program.copy()
         broken = self.sink.failed
@@ -113,7 +116,8 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     """resolve -> apply -> verify -> record: the passes of one operation."""
     node = checked.node
     assert isinstance(node, ast.Operation) and checked.call is not None
-    op = replace(resolve(session.program, checked), study=session.study, claim=session.claims.append)
+    found = resolve(session.program, checked)
+    op = replace(found, study=session.study, claim=session.claims.append, warn=session.sink.add, base=session.totals)
     if node.verb == "fold" and session.before_fold is None and session.keep_base:
         session.before_fold = session.program.copy()
     text = to_text(node)

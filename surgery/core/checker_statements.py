@@ -77,7 +77,7 @@ class Statements:
     def _unread(self, node: ast.Operation, info: MethodInfo) -> None:
         """Reports clauses that the method would not look at."""
         what = f"`{node.verb} {info.name}`"
-        if node.using and not info.needs_data:
+        if node.using and not (info.needs_data or info.takes_data):
             span = _within(node.using_span if node.using_span.end else node.span, node.using)
             self.sink.error("S0238", f"{what} reads no data", span, "nothing looks at this", help="leave `using` out")
         if node.keep and node.verb not in KEEPERS:

@@ -61,6 +61,7 @@ class MethodInfo:
     params: tuple[ParamInfo, ...]
     summary: str
     doc: str
+    takes_data: bool = False
 
     def param(self, name: str) -> ParamInfo | None:
         return next((p for p in self.params if p.name == name), None)
@@ -89,7 +90,8 @@ class Method:
 
     ``identity`` says whether the model's output is unchanged right after the surgery: ``exact``, ``near`` (then
     ``identity_bound`` holds the stated relative bound) or ``changed``. ``kind`` names the module ``passes/kinds/<kind>.py``
-    that owns the graph machinery; the method file holds mathematics only.
+    that owns the graph machinery; the method file holds mathematics only. ``needs_data`` methods cannot do without a ``using``
+    clause, ``takes_data`` methods read one for some values of their parameters.
     """
 
     verb: ClassVar[str] = ""
@@ -102,6 +104,7 @@ class Method:
     places: ClassVar[tuple[str, ...]] = ("on",)
     needs_sites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
+    takes_data: ClassVar[bool] = False
 
     @classmethod
     def info(cls) -> MethodInfo:
@@ -110,7 +113,7 @@ class Method:
             verb=cls.verb, name=cls.name, kind=cls.kind, fold=cls.fold_class, identity=cls.identity,
             version=cls.version, places=cls.places, needs_sites=cls.needs_sites, needs_data=cls.needs_data,
             params=tuple(_param_info(cls, f) for f in dataclasses.fields(cls) if "surgery" in f.metadata),
-            summary=doc.split("\n", 1)[0], doc=doc,
+            summary=doc.split("\n", 1)[0], doc=doc, takes_data=cls.takes_data or cls.needs_data,
         )  # fmt: skip
 
     def params(self) -> dict[str, Any]:
