@@ -26,6 +26,7 @@ from surgery.model.weights import (
     Held,
     Init,
     Load,
+    Masked,
     MatMul,
     Reshape,
     Scale,
@@ -158,6 +159,10 @@ class Realiser(Mapping[str, torch.Tensor]):
                 return self._shared(expr)
             case Update():
                 return self._update(expr)
+            case Masked():
+                value = self._value(expr.source)
+                value = value if _is_fresh(expr.source) else value.clone(memory_format=torch.contiguous_format)
+                return value.masked_fill_(self._value(expr.keep).logical_not(), 0)
         raise TypeError(f"no rule for {type(expr).__name__}")
 
     def _assemble(self, expr: Concat | Stack) -> torch.Tensor:
@@ -268,7 +273,7 @@ def _pick(expr: MatMul | Apply, results: tuple[torch.Tensor, ...]) -> torch.Tens
 
 def _is_fresh(expr: Expr) -> bool:
     """Whether the value of ``expr`` is memory of its own, that nothing else holds and that may be changed in place."""
-    return isinstance(expr, Load | Init | Select | Concat | Stack | Scale | Add | Update)
+    return isinstance(expr, Load | Init | Select | Concat | Stack | Scale | Add | Update | Masked)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

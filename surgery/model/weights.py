@@ -186,6 +186,18 @@ class Update(Expr):
 
 
 @dataclass(frozen=True)
+class Masked(Expr):
+    """``source`` with zero wherever ``keep`` (bool, of the same shape) is false, whatever stood there."""
+
+    source: Expr
+    keep: Expr
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.source, self.keep)
+
+
+@dataclass(frozen=True)
 class Apply(Expr):
     """A method's own function of its inputs: ``function`` is ``verb/name:function`` (for example ``adapt/dora:fold``),
     ``params`` JSON-able pairs. A function with several results is applied once and ``output`` picks one of them."""
@@ -241,7 +253,7 @@ def _fingerprint(root: Expr, slot: str, leaf: Callable[[Expr], list[Any] | None]
     return str(root.__dict__[slot])
 
 
-_STRUCTURE = frozenset({"shape", "dtype", "source", "part", "parts", "left", "right"})
+_STRUCTURE = frozenset({"shape", "dtype", "source", "part", "parts", "left", "right", "keep"})
 
 
 def _plain(value: Any) -> Any:
