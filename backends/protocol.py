@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,9 @@ from surgery.core.lock import Lock
 from surgery.core.plan import Plan
 from surgery.core.source import Source, Span
 from surgery.model.program import Program
+
+EXPORT_RECORD = "surgery-export.json"
+"""What a folder that is no artifact carries beside its own files: the owner's mark, the spec, what was measured."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,13 @@ def owner_mark(spec: str) -> str:
 
 
 def owns(path: Path, digest: str) -> bool:
-    """Whether what stands at ``path`` was made by the spec of this digest: outputs carry it (a folder in its ``surgery.json``)."""
+    """Whether what stands at ``path`` was made by the spec of this digest: outputs carry it (a folder in its ``surgery.json`` or
+    ``surgery-export.json``)."""
     if not digest or path.is_symlink():
         return False
-    file = path / "surgery.json" if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / ("surgery.json" if (path / "surgery.json").exists() else EXPORT_RECORD)
     needle, kept = digest.encode(), b""
     try:
         with file.open("rb") as stream:
@@ -96,3 +103,29 @@ def check_target(path: Path, backend: str, force: bool, digest: str, span: Span 
         "S0803", f"{path} exists and is not this spec's own output", span, f"emit {backend} would replace it", exit_code=2,
         help="choose another path, or replace it with `--force`",
     )  # fmt: skip
+
+
+def check_apart(targets: Sequence[tuple[Path, Span]]) -> None:
+    """Before any work: S0403 when two outputs are one place and S0845 when one lies inside another, links followed.
+
+    The checker sees this in what the spec says; here absolute paths, links and ``--out`` are known too.
+    """
+    real = [(Path(os.path.realpath(path)), path, span) for path, span in targets]
+    for i, (place, path, span) in enumerate(real):
+        for other, written, first in real[:i]:
+            also = [(first, "the other is written here")]
+            if place == other:
+                raise fail(
+                    "S0403",
+                    f"{path} and {written} are one place",
+                    span,
+                    "written again here",
+                    also=also,
+                    help="give each output a path of its own",
+                )
+            if place in other.parents or other in place.parents:
+                inner, outer = (path, written) if other in place.parents else (written, path)
+                raise fail(
+                    "S0845", f"{inner} is inside {outer}, which is an output of its own", span, "one output in another", also=also,
+                    help="give each output a path beside the others",
+                )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.compiling import Compilation
+from surgery.compiling import Compilation, targets_free
 from surgery.core import ast
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.lock import Lock, drift, lock_path, read_lock
@@ -102,6 +102,7 @@ def _walk(
     described = {
         "ref": info.ref, "family": info.family, "hash": info.hash,
         "params": sum(parameter_sizes(program).values()), "bytes": cost.bytes_of(program),
+        **({"notes": list(info.notes)} if info.notes else {}),
     }  # fmt: skip
     plan = Plan(spec=spec.source.name, edition=spec.edition, model=described)
     study = Study(Tensors(registry.function), progress) if keep_base else None
@@ -149,6 +150,7 @@ def compile_spec(
     statement, an expectation, a certificate or a lock fails; nothing that stood before is touched then.
     """
     checked = load_spec(spec, set)
+    targets_free(checked, Path(out) if out else Path(), force, _lock_name(checked))
     session, checkpoint = _walk(
         checked, model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, keep_base=True, progress=progress
     )

@@ -43,7 +43,8 @@ class Emission:
 class Session:
     """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``; ``study`` is there when
     weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted;
-    ``totals`` are the params, bytes and flops per token before the first statement."""
+    ``totals`` are the params, bytes and flops per token before the first statement; ``folds`` the position of every ``fold`` with
+    the program right before it and right after it (when ``keep_base``)."""
 
     spec: Spec
     program: Program
@@ -55,7 +56,7 @@ class Session:
     resolved: dict[str, list[str]] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
-    before_fold: Program | None = None
+    folds: list[tuple[int, Program, Program]] = field(default_factory=list)
     sink: Sink = field(default_factory=Sink)
     progress: Callable[..., None] = lambda *what: None
     study: Study | None = None
@@ -117,13 +118,17 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     node = checked.node
     assert isinstance(node, ast.Operation) and checked.call is not None
     found = resolve(session.program, checked)
-    op = replace(found, study=session.study, claim=session.claims.append, warn=session.sink.add, base=session.totals)
-    if node.verb == "fold" and session.before_fold is None and session.keep_base:
-        session.before_fold = session.program.copy()
+    told: list[str] = []
+    op = replace(
+        found, study=session.study, claim=session.claims.append, warn=session.sink.add, tell=told.append, base=session.totals,
+    )  # fmt: skip
+    before = session.program.copy() if node.verb == "fold" and session.keep_base else None
     text = to_text(node)
     session.progress(f"{node.verb} {op.name}")
     changes = apply(session.program, op)
     verify(session.program, f"`{node.verb} {checked.call.name}`", node.span)
+    if before is not None:
+        session.folds.append((position, before, session.snapshot(position)))
     key = f"{position}: {node.verb} {checked.call.name}"
     session.resolved[key] = [c.role + _rows(c) for c in changes]
     session.seeds[key] = op.seed
@@ -131,7 +136,8 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb=node.verb, method=checked.call.name, params=_params(op),
-            sites=tuple(_plan_site(c) for c in changes), text=text, doc=node.doc, stage=checked.stage, facts=_facts(op, changes),
+            sites=tuple(_plan_site(c) for c in changes), text=text, doc=node.doc, stage=checked.stage,
+            facts=(*_facts(op, changes), *told),
         )
     )  # fmt: skip
 

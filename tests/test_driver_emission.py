@@ -171,6 +171,32 @@ def test_a_target_that_cannot_be(here: Path) -> None:
     assert tree(here) == before
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("p", "p/x.onnx"), ("p/q/page.html", "p"), (".", "p"), ("a/../p", "p/q"), ("/tmp/p", "/tmp/p/q")]
+)
+def test_an_output_inside_another_is_refused(here: Path, first: str, second: str) -> None:
+    kind = {".html": "report", ".onnx": "onnx"}
+    lines = "".join(f'emit {kind.get(Path(t).suffix, "torch")} to "{t}"\n' for t in (first, second))
+    write("a.surg", LORA + lines)
+    before = tree(here)
+    ran = surgery("compile", "a.surg", model("bert"))
+    assert (ran.code, ran.codes) == (1, ["S0845"])
+    assert {n: b for n, b in tree(here).items() if n != "bert.json"} == before
+    write("a.surg", LORA + 'emit torch to "p"\nemit report to "pp/x.html"\nemit report to "p.html"\n')
+    assert surgery("check", "a.surg").code == 0
+
+
+@pytest.mark.parametrize(("to", "code"), [("link/page.html", "S0845"), ("link", "S0403")])
+def test_links_and_absolute_paths_do_not_hide_it(here: Path, to: str, code: str) -> None:
+    """What the text alone does not show is refused before any work."""
+    (here / "link").symlink_to("p")
+    write("a.surg", LORA + f'emit torch to "{here}/p"\nemit {"report" if "html" in to else "torch"} to "{to}"\n')
+    reference = model("bert")
+    ran = surgery("compile", "a.surg", reference)
+    assert (ran.code, ran.codes) == (1, [code]), ran.err
+    assert sorted(p.name for p in here.iterdir()) == ["a.surg", "bert.json", "link"]
+
+
 def test_a_full_disk(here: Path) -> None:
     """A real one of 100 KiB, where the system lets us make it."""
     import subprocess

@@ -221,6 +221,36 @@ def test_same_output_is_measured(here: Path, lines: str, claim: str) -> None:
     assert "largest difference" in ran.err and "allowed 1e-12" in ran.err
 
 
+CHAIN = """surg 1
+adapt pissa(rank = 4) on layers[*].attn.q
+fold all on layers[*].attn.q
+insert bottleneck(width = 4, init = bert) after layers[*].ffn
+adapt pissa(rank = 4) on layers[*].attn.v
+fold all on layers[*].attn.v
+"""
+
+
+def test_each_fold_is_compared_with_what_stood_right_before_it(here: Path) -> None:
+    """A change by design between two folds and one behind them are not the folds' doing; a fold that is off still fails."""
+    write("a.surg", CHAIN + "expect same_output(at = fold) within 1e-5\ninsert bottleneck(width = 4, init = bert) after layers[*].attn\n")
+    ran = surgery("compile", "a.surg", model("bert"), "--format", "json")
+    assert ran.code == 0, ran.out
+    found = [c for c in ran.json["certificates"] if c["claim"] == "folded = unfolded"]
+    assert len(found) == 2 and all(0 < c["max_abs_error"] <= 1e-5 for c in found)
+    expected = ran.json["plan"]["expect"][0]
+    assert expected["value"] == max(c["max_abs_error"] for c in found)
+    write("a.surg", CHAIN + "expect same_output(at = init) within 1e-5\n")
+    assert surgery("compile", "a.surg", model("bert")).codes == ["S0602"], "from the base to the end a change by design shows"
+    write("a.surg", CHAIN + "expect same_output(at = fold) within 1e-12\n")
+    ran = surgery("compile", "a.surg", model("bert"))
+    assert ran.codes == ["S0602"] and "the worst of 2 folds" in ran.err
+
+
+def test_a_fold_that_is_not_there_is_no_claim(here: Path) -> None:
+    write("a.surg", LORA + "expect same_output(at = fold)\nfold all\n")
+    assert surgery("check", "a.surg").codes == ["S0240"]
+
+
 def test_runs_says_where_it_stops(here: Path) -> None:
     """The tiny model has 64 positions."""
     write("a.surg", LORA + "expect runs(batch = 3, length = 64)\n")
