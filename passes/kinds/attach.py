@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
+from surgery.model.cut_graph import recompile_later as recompile_later
 from surgery.model.program import Attachment, Program, ValueSpec
 from surgery.model.weights import Apply, Expr, Init
 from surgery.passes.operation import Resolved
@@ -181,16 +182,6 @@ def call_after(program: Program, graph: str, current: fx.Node, target: str, args
     for user in users:
         user.replace_input_with(current, node)
     return node
-
-
-def recompile_later(gm: fx.GraphModule) -> None:
-    """The module's code is made anew when it is first called: most programs are planned and copied, and never run themselves."""
-
-    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        self.recompile()  # puts the new code in the place of this function
-        return type(self).forward(self, *args, **kwargs)
-
-    type(gm).forward = forward  # type: ignore[method-assign]  # every GraphModule has a class of its own
 
 
 def detach(program: Program, attachment: Attachment) -> None:

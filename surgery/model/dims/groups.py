@@ -73,6 +73,8 @@ class Group:
     flags: frozenset[str]
     refusal: str
     keep: Keep = field(repr=False)
+    dims: Any = field(repr=False, compare=False)
+    """The analysis that made the group: what it says of nodes and axes holds for the program that was analysed."""
 
     def __str__(self) -> str:
         head = ", ".join(f"{leaf.name}[{_units(units)}] of {leaf.size}" for leaf, units in self.root)

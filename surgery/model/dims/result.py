@@ -42,6 +42,11 @@ class Dims:
     def parameters(self) -> Mapping[str, Axes]:
         return self._parameters
 
+    @property
+    def values(self) -> Mapping[fx.Node, Any]:
+        """Axes of every analysed node, as :meth:`axes` gives them."""
+        return self._cx.values
+
     def text(self, axis: Axis, *, unique: bool = False) -> str:
         """The printed expression: ``(H*d)``, ``[F+F]``; with ``unique`` leaves print as their unique names."""
         return names.text(axis, self._names if unique else self._letters, self._names)
@@ -303,7 +308,7 @@ class Dims:
             if keep.size(limited) < min(least, find(limited).size):
                 refusals.append(f"{node.name} picks {least} of {self.text(limited)} and only {keep.size(limited)} would be left")
         flags = frozenset(f for leaf in touched for f in self._public[leaf].flags)
-        return Group(root, tuple(members), tuple(changes), flags, "; ".join(refusals), keep)
+        return Group(root, tuple(members), tuple(changes), flags, "; ".join(refusals), keep, self)
 
     def coupled(self, parameter: str, axis: int, units: Iterable[int]) -> Group:
         """What must go when the positions ``units`` of a stored axis go.
@@ -331,7 +336,7 @@ class Dims:
             loose = to_ranges(wanted & ~covered)
             why = f"positions {spans(loose)} of {parameter} axis {axis} = {self.text(expression)} are no whole units"
             group = Group(
-                group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep
+                group.root, group.members, group.constants, group.flags, "; ".join(filter(None, (group.refusal, why))), group.keep, self
             )
         return group
 

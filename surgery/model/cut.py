@@ -1,0 +1,125 @@
+"""The cut: units of dimension classes taken out of a whole Program, in weights, modules, graphs and what is attached.
+
+``program.dims.remove(...)`` says what goes together (:class:`~surgery.model.dims.Group`); :func:`cut` does it. Everything that could
+refuse is found before the first change, so a refused cut leaves the program as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgery.core.diagnostics import fail
+from surgery.core.source import Span
+from surgery.model.cut_graph import GraphCut
+from surgery.model.cut_leaves import apply_changes, refit
+from surgery.model.cut_sizes import NewSizes
+from surgery.model.dims import Group, Member
+from surgery.model.dims.masks import from_ranges
+from surgery.model.program import Origin, Program
+from surgery.model.weights import select
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """What a cut removed: for each tensor the number of its elements that went, and the ranges that went of its axes.
+
+    ``members`` are those of the group and the tensors of attached modules that followed them.
+    """
+
+    removed: dict[str, int]
+    members: tuple[Member, ...]
+
+
+def cut(program: Program, group: Group, origin: Origin) -> CutResult:
+    """Take a group's units out of ``program``, in place.
+
+    Weights become selections of their expressions; tied tensors stay tied. Leaf modules, constants of the graphs and specs of values
+    follow, and so do tensors of attached modules. The group must be of ``program.dims`` as it is now.
+
+    Raises S0430 for a group that carries a refusal, S0431 where an attached module cannot follow, S0432 for a size that is computed in a way
+    that cannot be followed and S0433 where a part that is used in several places would have to differ between them.
+    """
+    if group.refusal:
+        raise fail("S0430", f"these units cannot be removed: {group.refusal}", origin.span, "removed here")
+    if program._dims is not None and group.dims is not program._dims:
+        raise ValueError("the group belongs to another analysis than the program's present one")
+    sizes = NewSizes(group.dims, group.keep)
+    graphs = GraphCut(program, sizes, group.constants, origin.span)
+    members = list(group.members)
+    for path, changes in graphs.leaves.items():
+        _check_leaf(program, path, changes, origin.span)
+    removed = _tensors(program, members, origin)
+    for path, changes in graphs.leaves.items():
+        apply_changes(program.module(path), changes)
+    for ref in graphs.write():
+        program.journal.record(ref, origin)
+    _refit(program, group, sizes)
+    program.touch()
+    return CutResult(removed, tuple(members))
+
+
+def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
+    if not apply_changes(copy.copy(program.module(path)), changes):
+        raise fail(
+            "S0432", f"`{path}` has a size that surgery does not know how to write", span, "cut here",
+            help="cut other units, or report this with the model's config",
+        )  # fmt: skip
+
+
+def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[str, int]:
+    """Selects weights and replaces the meta tensors wherever they are held; returns the elements that each lost."""
+    before = {m.parameter: math.prod(program.weights[m.parameter].shape) for m in members}
+    for m in members:
+        program.weights[m.parameter] = select(program.weights[m.parameter], m.axis, m.kept)
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    names = set(before)
+    for path, module in program.graph.named_modules(remove_duplicate=False):
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in list(store.items()):
+                if tensor is None:
+                    continue
+                name = f"{path}.{leaf}" if path else leaf
+                first = program.aliases.get(name, name)
+                if first in names and id(tensor) not in made:
+                    empty = torch.empty(program.weights[first].shape, dtype=tensor.dtype, device=tensor.device)
+                    new = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    made[id(tensor)] = (tensor, new)
+    for module in program.graph.modules():
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in list(store.items()):
+                if tensor is not None and id(tensor) in made and made[id(tensor)][0] is tensor:
+                    store[leaf] = made[id(tensor)][1]  # type: ignore[assignment]
+    removed = {}
+    for name, size in before.items():
+        removed[name] = size - math.prod(program.weights[name].shape)
+        program.journal.record(name, origin)
+    return removed
+
+
+def _refit(program: Program, group: Group, sizes: NewSizes) -> None:
+    """Attributes of leaf modules that follow from their tensors or inputs."""
+    for node in group.dims.graph.nodes:
+        path = node.meta.get("path")
+        if path is None or node.op != "call_function":
+            continue
+        module = program.module(path)
+        channels = None
+        spec = node.meta.get("spec")
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and len(getattr(spec, "shape", ())) > 1:
+            factors = sizes.factors(node)
+            channels = int(spec.shape[1] * factors[1])
+        refit(module, channels)
+    for m in group.members:
+        owner, _, leaf = m.parameter.rpartition(".")
+        module = program.module(owner)
+        if isinstance(module, nn.Embedding) and leaf == "weight" and m.axis == 0 and module.padding_idx is not None:
+            kept = from_ranges(m.kept, m.kept[-1][1] if m.kept else 0)
+            at = module.padding_idx
+            module.padding_idx = int(np.count_nonzero(kept[:at])) if at < len(kept) and kept[at] else None
