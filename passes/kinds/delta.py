@@ -4,12 +4,13 @@ A method of this kind subclasses :class:`DeltaMethod` (or :class:`~surgery.passe
 ``s B K A``) and states tensors, change and count; this module owns everything else: nodes, names, seeds, slices, folding.
 
 Meaning with several adapters on one site: each one's change is computed from the stored weight ``W`` alone and the changes
-add up, ``W' = W + sum_i dW_i(W)``. So their order does not matter, DoRA's included.
+add up, ``W' = W + sum_i dW_i(W)``. So their order does not matter, DoRA's included. On a masked weight (see
+:mod:`surgery.model.masked`) the changes stay off the zeros, ``W' = M * (W + sum_i dW_i(W))``, live and folded alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,13 +21,15 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import Site
+from surgery.model import masked
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
-from surgery.model.weights import Apply, Expr, Select, Update
+from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
-from surgery.passes.kinds.calls import call_config, calls_of, operand, ties_outside, weight_names, weight_of
+from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
 from surgery.passes.kinds.geometry import Geometry, geometry_of, take
+from surgery.passes.kinds.parts import part_of, rewrite, size_of, untie
 from surgery.passes.operation import Resolved, SiteChange
 
 Tensors = Mapping[str, Tensor]
@@ -78,12 +81,20 @@ class DeltaMethod(Method):
 
     def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
         """The site's output ``out`` with this method's change, from the site's input ``x``; methods give a faster one."""
+        return self.through_weight(site, t, x, out, extra, training)
+
+    def through_weight(
+        self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool, keep: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` by way of the change itself, which is zero where ``keep`` (canonical, None: nowhere) is false."""
         weight = extra.get("weight")
         dropout = getattr(self, "dropout", 0.0)
         if dropout and training and site.op != "embedding":
             x = F.dropout(x, dropout)
-        change = site.apply(x, self.delta(site, t, None if weight is None else weight.to(out.dtype)))  # type: ignore[arg-type]
-        return out + site.spread(change, axis=1 if site.op == "conv" else -1)
+        delta = self.delta(site, t, None if weight is None else weight.to(out.dtype))  # type: ignore[arg-type]
+        if keep is not None:
+            delta = torch.where(keep, delta, delta.new_zeros(())).to(out.dtype)
+        return out + site.spread(site.apply(x, delta), axis=1 if site.op == "conv" else -1)
 
     def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
         """The stored expert tensor with this method's change (of the canonical ``weight`` of the site's rows)."""
@@ -97,17 +108,17 @@ class DeltaMethod(Method):
 
 
 class DeltaModule(nn.Module):
-    """What stands in the graph: ``(x, out, *reads) -> out'``, or for expert tensors ``(stored, base) -> stored'``."""
+    """What stands in the graph: ``(x, out, *reads) -> out'``, or for expert tensors ``(stored, base) -> stored'``.
+
+    On a masked weight the mask is one more argument.
+    """
 
     edits: int
     """Which argument is the value that passes through when the module is taken out."""
 
-    def __init__(self, method: DeltaMethod, site: Geometry) -> None:
+    def __init__(self, method: DeltaMethod, site: Geometry, masked: bool = False) -> None:
         super().__init__()
-        self.method = method
-        self.site = site
-        self.edits = 0 if site.op == "experts" else 1
-        self.active = True
+        self._setup(method, site, masked)
         for spec in method.tensors(site):
             empty = torch.empty(spec.shape, dtype=attach.torch_dtype(spec.dtype or "float32"))
             if spec.buffer:
@@ -115,15 +126,32 @@ class DeltaModule(nn.Module):
             else:
                 self.register_parameter(spec.name, nn.Parameter(empty, requires_grad=spec.trainable))
 
+    def _setup(self, method: DeltaMethod, site: Geometry, masked: bool) -> None:
+        self.method = method
+        self.site = site
+        self.edits = 0 if site.op == "experts" else 1
+        self.active = True
+        self.masked = masked
+
+    @classmethod
+    def bare(cls, method: DeltaMethod, site: Geometry, masked: bool) -> DeltaModule:
+        """Without tensors: the attaching pass adds them with their expressions."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._setup(method, site, masked)
+        return module
+
     def tensors(self) -> dict[str, Tensor]:
         return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor, out: Tensor, *extra: Tensor) -> Tensor:
         site, method = self.site, self.method
+        *extra, keep = extra if self.masked else (*extra, None)  # type: ignore[assignment]
         if site.op == "experts":
             if not self.active:
                 return x
-            return method.on_weight(site, self.tensors(), x, site.to_canonical(site.select(out)))
+            changed = method.on_weight(site, self.tensors(), x, site.to_canonical(site.select(out)))
+            return changed if keep is None else torch.where(keep, changed, x)
         if not self.active:
             return out
         more = dict(zip(method.reads, extra, strict=True))
@@ -131,6 +159,9 @@ class DeltaModule(nn.Module):
             more["weight"] = site.to_canonical(site.select(more["weight"]))
         if site.rows and more.get("bias") is not None:
             more["bias"] = take(more["bias"], site.rows, 0)
+        if keep is not None:
+            keep = site.to_canonical(site.select(keep))
+            return method.through_weight(site, self.tensors(), x, out, more, self.training, keep)
         return method.forward(site, self.tensors(), x, out, more, self.training)
 
     def surgery_events(self) -> tuple[Method, nn.Module]:
@@ -138,7 +169,8 @@ class DeltaModule(nn.Module):
         return self.method, self
 
     def module_config(self) -> dict[str, Any]:
-        return {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": self.site.as_json()}
+        config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": self.site.as_json()}
+        return config | ({"masked": True} if self.masked else {})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeltaModule:
@@ -148,7 +180,7 @@ class DeltaModule(nn.Module):
         method = registry.get(verb, name)
         if not issubclass(method, DeltaMethod):
             raise ValueError(f"{config['method']} is not a method of kind delta")
-        return cls(method(**config["params"]), Geometry.of(config["site"]))
+        return cls(method(**config["params"]), Geometry.of(config["site"]), bool(config.get("masked", False)))
 
     def extra_repr(self) -> str:
         return f"{self.method.verb} {self.method.name}, {self.site.op} {self.site.inp} -> {self.site.out}"
@@ -194,10 +226,7 @@ def _attach(
             weight_name, copied = own_names[0], torch.Size(source.shape).numel()
             note = "; ".join(filter(None, (note, f"{own_names[0]} is no longer tied, {copied:,} parameters more")))
 
-    module = DeltaModule.__new__(DeltaModule)
-    nn.Module.__init__(module)
-    module.method, module.site, module.active = method, geometry, True
-    module.edits = 0 if geometry.op == "experts" else 1
+    module = DeltaModule.bare(method, geometry, masked.key_of(program, weight_name) is not None)
     parent, leaf = own_names[0].rpartition(".")[::2]
     if attach.relative(parent, graph) is None:
         parent = graph
@@ -207,7 +236,7 @@ def _attach(
     program.graph.add_submodule(path, module)
 
     params = (*_hashable(method.params()), ("site", geometry.pairs()))
-    part = _part(source, site, geometry)
+    part = part_of(source, site, geometry)
     names, added, trainable = attach.add_tensors(
         program, module, path, method.tensors(geometry), op,
         dtype=attach.adapter_dtype(source.dtype), source=part, params=params, pool=pool,
@@ -215,18 +244,19 @@ def _attach(
     if rebase:
         function, output = rebase
         new = Apply(part.shape, source.dtype, f"{op.verb}/{op.method.name}:{function}", (part,), _seeded(params, op, path), output)
-        _rewrite(program, weight_name, source, new, geometry)
+        rewrite(program, weight_name, source, new, geometry)
+        masked.keep_mask(program, weight_name)
         program.journal.record(weight_name, op.origin)
     first = None
     for graph, node in calls:
-        made = _insert(program, graph, node, site, geometry, method, path, op)
+        made = _insert(program, graph, node, site, module, path, op)
         touched[graph] = program.module(graph)
         first = first or attach.node_ref(graph, made)
     assert first is not None
     program.journal.record(path, op.origin)
     program.attachments.append(Attachment(op.name, method, site, path, first, tuple(names), op.origin))
     own = 0 if weight_name in program.frozen else torch.Size(geometry.canonical).numel()
-    own += 0 if not site.bias or site.bias in program.frozen else _size(program, site.bias)
+    own += 0 if not site.bias or site.bias in program.frozen else size_of(program, site.bias)
     shape = geometry.canonical
     return SiteChange(site.role, site.path, site.rows, shape, shape, added + copied, 0, trainable + own, note)
 
@@ -234,25 +264,6 @@ def _attach(
 def _seeded(params: tuple[tuple[str, Any], ...], op: Resolved, path: str) -> tuple[tuple[str, Any], ...]:
     kept = tuple(p for p in params if p[0] != "seed")
     return (*kept, ("seed", attach.seed_of(op.seed, op.name, path)))
-
-
-def _size(program: Program, name: str) -> int:
-    expr = program.weights.get(program.aliases.get(name, name))
-    return 0 if expr is None else int(torch.Size(expr.shape).numel())
-
-
-def _part(source: Expr, site: Site, geometry: Geometry) -> Expr:
-    """The stored weight, restricted to the site's rows."""
-    if not geometry.rows:
-        return source
-    shape = list(source.shape)
-    shape[geometry.out_axis] = geometry.out
-    return Select(tuple(shape), source.dtype, source, geometry.out_axis, geometry.rows)
-
-
-def _rewrite(program: Program, name: str, source: Expr, part: Expr, geometry: Geometry) -> None:
-    whole = Update(source.shape, source.dtype, source, part, geometry.out_axis, geometry.rows) if geometry.rows else part
-    program.weights[name] = whole
 
 
 def _refuse_rebase(program: Program, op: Resolved, site: Site, names: tuple[str, ...]) -> None:
@@ -268,15 +279,13 @@ def _wants(a: Attachment) -> bool:
     return isinstance(a.method, DeltaMethod) and a.method.wants_weight()
 
 
-def _insert(
-    program: Program, graph: str, base: fx.Node, site: Site, geometry: Geometry, method: DeltaMethod, path: str, op: Resolved
-) -> fx.Node:
+def _insert(program: Program, graph: str, base: fx.Node, site: Site, module: DeltaModule, path: str, op: Resolved) -> fx.Node:
     gm = program.module(graph)
     target = attach.relative(path, graph)
     if target is None:
         raise fail("S0571", f"{site.role} is used from {graph or 'the root'}, where {path} cannot be reached", op.origin.span)
-    current = end_of_chain(gm, base)
-    x = None if geometry.op == "experts" else operand(base)
+    current = end_ofchain(gm, base)
+    x = None if module.site.op == "experts" else operand(base)
 
     def read(name: str) -> fx.Node:
         local = attach.relative(name, graph)
@@ -285,28 +294,35 @@ def _insert(
         return attach.get_attr(gm, local, base)
 
     def args() -> tuple[Any, ...]:
-        if geometry.op == "experts":
-            return (current, base)
-        sources = {"weight": lambda: read(weight_of(graph, base)), "bias": lambda: read(site.bias), "base": lambda: base}
-        return (x, current, *(None if r == "bias" and not site.bias else sources[r]() for r in method.reads))
+        name = weight_of(graph, base)
+        mask = (read(masked.mask_name(name)),) if module.masked else ()
+        if module.site.op == "experts":
+            return (current, base, *mask)
+        sources = {"weight": lambda: read(name), "bias": lambda: read(site.bias), "base": lambda: base}
+        return (x, current, *(None if r == "bias" and not site.bias else sources[r]() for r in module.method.reads), *mask)
 
     node = attach.call_after(program, graph, current, target, args)
     program.journal.record(attach.node_ref(graph, node), op.origin)
     return node
 
 
-def end_of_chain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
+def end_ofchain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
     """The value that the rest of the graph reads as the site's output: behind all adapters that are already there."""
+    return [base, *chain(gm, base)][-1]
+
+
+def chain(gm: fx.GraphModule, base: fx.Node) -> Iterator[fx.Node]:
+    """The calls of adapters on a value, in order."""
     current = base
     while True:
         for user in current.users:
             if user.op == "call_module":
                 module = gm.get_submodule(str(user.target))
                 if isinstance(module, DeltaModule) and user.args[module.edits] is current:
-                    current = user
+                    yield (current := user)
                     break
         else:
-            return current
+            return
 
 
 def _hashable(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -354,49 +370,21 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved) ->
         assert isinstance(module, DeltaModule)
         geometry, method = module.site, module.method
         source = program.weights[name]
-        part = _part(source, a.site, geometry)
+        part = part_of(source, a.site, geometry)
         inputs: list[Expr] = [part]
         flags: tuple[tuple[str, Any], ...] = ()
         if method.wants_weight() and source is not before:
-            inputs.append(_part(before, a.site, geometry))
+            inputs.append(part_of(before, a.site, geometry))
             flags = (("base", True),)
         inputs += [program.weights[program.aliases.get(n, n)] for n in a.tensors]
         params = (*_hashable(method.params()), *flags, ("site", geometry.pairs()))
         new = Apply(part.shape, part.dtype, f"{method.verb}/{method.name}:fold", tuple(inputs), params)
-        _rewrite(program, name, source, new, geometry)
+        rewrite(program, name, source, new, geometry)
         program.journal.fold(name, a.origin, op.origin)
         attach.detach(program, a)
+    masked.keep_mask(program, name)
 
 
 def _overlap(a: Attachment, group: list[Attachment]) -> bool:
     mine = a.site.rows
     return any(not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows) for b in group)
-
-
-def untie(program: Program, names: tuple[str, ...]) -> bool:
-    """Make the weight that ``names`` share one of their own if it has other names, too, so that a change stays with them.
-
-    Returns whether it was tied to others.
-    """
-    first = program.aliases.get(names[0], names[0])
-    others = ties_outside(program, names)
-    if not others:
-        return False
-    expr, frozen = program.weights[first], first in program.frozen
-    for members in (others, list(names)):
-        for member in members:
-            program.aliases.pop(member, None)
-        for member in members[1:]:
-            program.aliases[member] = members[0]
-        program.weights[members[0]] = expr
-        if frozen:
-            program.frozen.add(members[0])
-    if first in names and first != names[0]:
-        del program.weights[first]
-        program.frozen.discard(first)
-    old: Any = program.graph.get_parameter(first)
-    made = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad)
-    for member in names:
-        owner, _, leaf = member.rpartition(".")
-        setattr(program.module(owner), leaf, made)
-    return True
