@@ -1,30 +1,15 @@
-"""Operations that torch's exporter cannot take: a stand-in that can be traced, and what it is in ONNX."""
+"""Operations that torch's exporter cannot take as they are: what stands in for them, and what that is in ONNX."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-
-@torch.library.custom_op("surgery::grouped_mm", mutates_args=())
-def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows ``offsets[e - 1] : offsets[e]`` of ``x [rows, in]`` times ``weight[e] [in, out]``: ``[rows, out]``.
-
-    The tracer only lets torch's own operation pass in bfloat16, so an export in any other precision goes through this one.
-    """
-    bounds = [0, *offsets.tolist()]
-    parts = [x[a:b] @ weight[e] for e, (a, b) in enumerate(itertools.pairwise(bounds))]
-    return torch.cat([*parts, x.new_zeros(x.shape[0] - bounds[-1], weight.shape[-1])])
-
-
-@grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[-1])
+from surgery.model import grouped  # noqa: F401  (registers the product of sorted rows)
 
 
 def prepare(root: fx.GraphModule) -> None:

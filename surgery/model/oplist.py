@@ -67,7 +67,9 @@ PURE = frozenset(
     zeros_like.default
     """.split()
 )
-ATEN = PURE | IN_PLACE
+OURS = frozenset({"surgery.grouped_mm.default"})
+"""Operations of this package (``surgery.model.grouped``)."""
+ATEN = PURE | IN_PLACE | OURS
 
 PYTHON: dict[str, Callable[..., Any]] = {
     **{
@@ -96,8 +98,10 @@ def target_name(target: Any) -> str | None:
 
 def overload(name: str) -> torch._ops.OpOverload:
     """The torch operation of a name on the list; AttributeError when this torch lacks it."""
-    packet, overload_name = name.removeprefix("aten.").split(".")
-    return getattr(getattr(torch.ops.aten, packet), overload_name)
+    space, packet, overload_name = name.split(".")
+    if name in OURS:
+        from surgery.model import grouped  # noqa: F401  (registers it)
+    return getattr(getattr(getattr(torch.ops, space), packet), overload_name)
 
 
 def schema(target: torch._ops.OpOverload) -> str:

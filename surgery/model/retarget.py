@@ -1,7 +1,8 @@
 """Another dtype or device for a captured graph.
 
 A capture writes the model's own dtype as bfloat16, because only then every cast is recorded; so the dtype of a graph is the
-one its bfloat16 constants are replaced by. A device is recorded wherever a tensor is made, and is replaced likewise.
+one its bfloat16 constants are replaced by. A device is recorded wherever a tensor is made, and is replaced likewise. Torch's product of
+sorted rows is restricted to some dtypes and sizes; to be run it becomes our own, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from surgery.model import grouped  # noqa: F401  (registers surgery.grouped_mm)
 from surgery.model.program import ValueSpec
 
 
@@ -47,6 +49,8 @@ def retarget_graph(
     change = _changer(source, dtype, device)
     changed = False
     for node in graph.nodes:
+        if node.target is torch.ops.aten._grouped_mm.default:
+            changed |= _any_size(node)
         if node.op in ("call_function", "call_module"):
             args, kwargs = _map(node.args, change), _map(node.kwargs, change)
             if not _same(args, node.args) or not _same(kwargs, node.kwargs):
@@ -55,6 +59,15 @@ def retarget_graph(
         if dtype is not None and "spec" in node.meta:
             node.meta["spec"] = _respec(node.meta["spec"], _name(source), _name(dtype))
     return changed
+
+
+def _any_size(node: fx.Node) -> bool:
+    """Torch's product of sorted rows as ours; one of batches, or with a bias, stays."""
+    x, weight, *rest = (*node.args, *(v for k, v in node.kwargs.items() if k == "offs"))
+    if len(rest) != 1 or rest[0] is None or set(node.kwargs) - {"offs"}:
+        return False
+    node.target, node.args, node.kwargs = torch.ops.surgery.grouped_mm.default, (x, weight, rest[0]), {}
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -106,7 +106,7 @@ def grouped(cx: Context, node: fx.Node) -> Axes:
     return (x[0], w[-1])
 
 
-rule("aten._grouped_mm", "transformers.grouped_mm_fallback", "transformers.grouped_mm")(grouped)
+rule("aten._grouped_mm", "surgery.grouped_mm", "transformers.grouped_mm_fallback", "transformers.grouped_mm")(grouped)
 
 
 @rule("aten.outer", "aten.ger")
