@@ -119,6 +119,16 @@ def enforce(root: nn.Module) -> None:
         module.enforce()
 
 
+def zeroed(root: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` by name with those of masked parameters of ``root`` set to zero where their masks (among the tensors, too) say so."""
+    out = dict(tensors)
+    for path, _, _ in mask_modules(root):
+        weight, keep = path.removesuffix(SUFFIX), out.get(f"{path}.keep")
+        if weight in out and keep is not None:
+            out[weight] = out[weight].masked_fill(keep.logical_not(), 0)
+    return out
+
+
 # ---------------------------------------------------------------- masks of a program
 
 

@@ -16,7 +16,7 @@ from torch.fx.graph_module import _forward_from_src
 from torch.utils.checkpoint import checkpoint
 
 from surgery.core.diagnostics import fail
-from surgery.model import graphjson
+from surgery.model import graphjson, masked
 from surgery.model.peephole import tune
 from surgery.model.program import Program
 from surgery.model.runtime_call import Call
@@ -135,6 +135,10 @@ class GraphRoot(nn.Module):
         first = next(iter([*self.parameters(), *self.buffers()]), None)
         return MODEL_DTYPE if first is None else torch.float32, torch.device("cpu") if first is None else first.device
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        masked.bind(self)  # a copy's parameters have no hooks yet
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.retarget()
@@ -201,6 +205,7 @@ def build_module(
         root = type(record["info"].get("architecture") or "Captured", (CapturedModule,), {"__module__": __name__})()
     root.adopt(block, call, anchor, record)
     root.train(False)
+    masked.bind(root)
     return root
 
 
