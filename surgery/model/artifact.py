@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from surgery.core.diagnostics import SurgeryError, fail
-from surgery.model import graphjson
+from surgery.model import graphjson, masked
 from surgery.model.artifact_open import (
     CONSTANTS,
     FORMAT,
@@ -296,7 +296,7 @@ def _save_into(folder: Path, module: nn.Module, record: dict[str, Any], state_di
     for alias, first in aliases.items():
         if first not in tensors and alias in given:
             tensors[first] = given[alias]
-    whole = {n: _whole(t) for n, t in tensors.items()}
+    whole = masked.zeroed(module, {n: _whole(t) for n, t in tensors.items()})
     dtypes = {n: graphjson.dtype_name(t.dtype) for n, t in whole.items()}
     shapes = {n: tuple(t.shape) for n, t in whole.items()}
     main = [n for n in whole if n not in constants]

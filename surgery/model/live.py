@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from surgery.model import masked
 from surgery.model.program import Program
 from surgery.model.realise import realise
 from surgery.model.retarget import retarget
@@ -69,6 +70,7 @@ def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None =
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = _cast(tensors.of(program, prefix + leaf), wanted).to(device)
+    masked.bind(root)
     return root
 
 
