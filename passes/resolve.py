@@ -17,15 +17,17 @@ from surgery.core.spec import Bound, Checked
 from surgery.core.spread import expand_per_layer
 from surgery.model.program import Origin, Program
 from surgery.passes import registry
+from surgery.passes.gone import explain
 from surgery.passes.operation import Resolved
 
 
 def created(program: Program) -> Mapping[str, list[Site]]:
-    """What ``@name`` names: for each label of an attachment the sites of what it added.
+    """What ``@name`` names: for each label of an attachment the sites of what it added, and the model's own parts that were made under it.
 
-    Such a site has op ``attachment``: its role is the site's role with the label behind it, its path the added module.
+    The site of an attachment has op ``attachment``: its role is the site's role with the label behind it, its path the added module.
     """
-    out: dict[str, list[Site]] = {}
+    there = {s.role: s for s in program.anatomy.sites} if program.named else {}
+    out = {label: found for label, roles in program.named.items() if (found := [there[r] for r in roles if r in there])}
     for a in program.attachments:
         site = replace(a.site, role=f"{a.site.role}.{a.name}", op="attachment", path=a.module, weight="", bias="", parameters=a.tensors)
         out.setdefault(a.name, []).append(site)
@@ -41,7 +43,7 @@ def pick(program: Program, selectors: Iterable[ast.Selector], sink: Sink) -> lis
             for site in select(program.anatomy, selector, names):
                 chosen.setdefault(site.role, site)
         except SurgeryError as exc:
-            sink.extend(exc.diagnostics)
+            sink.extend((explain(program, selector, names, exc) if program.gone else exc).diagnostics)
     return list(chosen.values())
 
 

@@ -97,9 +97,21 @@ class Attachment:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """A part of the model that a statement took away or replaced: what it was, by which statement, and ``how`` a message says it
+    (``replaced by experts``, ``dropped``). ``heir`` is the label whose ``@name`` selects what stands there now, if something does."""
+
+    site: Site
+    origin: Origin
+    how: str
+    heir: str = ""
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Where the model came from. ``family`` is the config's ``model_type`` ("" for a plain module), ``architecture`` the
-    model class name, ``config`` the config as plain data, ``hash`` the identity of config and tensor headers."""
+    model class name, ``config`` the config as plain data, ``hash`` the identity of config and tensor headers, ``notes`` what the
+    live model does in training and the captured one does not."""
 
     ref: str
     family: str = ""
@@ -107,6 +119,7 @@ class ModelInfo:
     config: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     hash: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -116,6 +129,8 @@ class Program:
     ``graph`` is a tree of GraphModules on meta tensors: the root, one per repeated layer, parametric leaves as nn modules at
     the original paths; aten operations between them. ``aliases`` maps every further name of a tied tensor to its
     first name. ``frozen`` holds the names of parameters that do not train. ``schedules`` are the training methods to carry.
+    ``named`` are parts of the model itself that a statement made: the label that ``@name`` selects and the roles. ``gone`` are
+    parts that no longer exist, by the role that they had; a role that exists again is not gone.
     """
 
     graph: fx.GraphModule
@@ -127,6 +142,8 @@ class Program:
     attachments: list[Attachment] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
     schedules: list[tuple[Method, tuple[str, ...]]] = field(default_factory=list)
+    named: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gone: dict[str, Gone] = field(default_factory=dict)
     _anatomy: Anatomy | None = None
     _dims: Dims | None = None
 
@@ -157,6 +174,7 @@ class Program:
         out = replace(
             self, graph=deepcopy(self.graph), weights=type(self.weights)(self.weights), aliases=dict(self.aliases),
             journal=Journal(), attachments=list(self.attachments), frozen=set(self.frozen), schedules=list(self.schedules),
+            named=dict(self.named), gone=dict(self.gone),
         )  # fmt: skip
         out.journal.entries = {k: list(v) for k, v in self.journal.entries.items()}
         return out

@@ -18,7 +18,7 @@ from surgery.core.method import Method
 from surgery.core.site import NodeRef, Site
 from surgery.core.source import NOWHERE, Source, Span, portable
 from surgery.model import graphjson, pytree
-from surgery.model.program import Attachment, Journal, ModelInfo, Origin, Program, Signature
+from surgery.model.program import Attachment, Gone, Journal, ModelInfo, Origin, Program, Signature
 from surgery.model.weights import Weights
 
 Methods = Callable[[str, str], "type[Method]"]
@@ -48,6 +48,8 @@ def record_of(program: Program, *, dtype: str = "") -> dict[str, Any]:
         "frozen": sorted(program.frozen),
         "attachments": [_attachment(a, sources) for a in program.attachments],
         "schedules": [{"method": _method(m), "targets": list(targets)} for m, targets in program.schedules],
+        "named": {label: list(roles) for label, roles in program.named.items()},
+        "gone": [_gone(g, sources) for g in program.gone.values()],
         "journal": {key: [_origin(o, sources) for o in origins] for key, origins in program.journal.entries.items()},
         "sources": sources,
         "graph": graphjson.dump(program.graph),
@@ -74,9 +76,11 @@ def program_of(record: Mapping[str, Any], weights: Weights, methods: Methods, *,
         journal.entries[key] = [_read_origin(o, sources) for o in origins]
     return Program(
         graph=graphjson.load(record["graph"], modules=resolver), signature=signature_of(record), weights=weights,
-        info=ModelInfo(**{k: v for k, v in info.items() if k in known}), aliases=dict(record["aliases"]), journal=journal,
+        info=ModelInfo(**{k: _tuples(v) if k == "notes" else v for k, v in info.items() if k in known}), aliases=dict(record["aliases"]), journal=journal,
         attachments=[_read_attachment(a, sources, methods) for a in record["attachments"]], frozen=set(record["frozen"]),
         schedules=[(read_method(s["method"], methods), tuple(s["targets"])) for s in record["schedules"]],
+        named={label: tuple(roles) for label, roles in record.get("named", {}).items()},
+        gone={g.site.role: g for g in (_read_gone(data, sources) for data in record.get("gone", ()))},
     )  # fmt: skip
 
 
@@ -123,6 +127,17 @@ def _read_attachment(data: Mapping[str, Any], sources: Mapping[str, Source], met
         name=data["name"], method=read_method(data["method"], methods), site=_read_site(data["site"]), module=data["module"],
         node=NodeRef(*data["node"]), tensors=tuple(data["tensors"]), origin=_read_origin(data["origin"], sources),
     )  # fmt: skip
+
+
+def _gone(gone: Gone, sources: dict[str, str]) -> dict[str, Any]:
+    """Of the part only what a message and a selector need: graph and weights have nothing of it."""
+    site = {k: v for k in ("role", "op", "stack", "layer", "facts") if (v := _plain(getattr(gone.site, k))) not in ("", None, {})}
+    return {"site": site, "origin": _origin(gone.origin, sources), "how": gone.how, "heir": gone.heir}
+
+
+def _read_gone(data: Mapping[str, Any], sources: Mapping[str, Source]) -> Gone:
+    site = Site(**{"path": "", **{k: v for k, v in data["site"].items() if k in ("role", "op", "stack", "layer", "facts")}})
+    return Gone(site, _read_origin(data["origin"], sources), str(data["how"]), str(data["heir"]))
 
 
 def _site(site: Site) -> dict[str, Any]:

@@ -63,10 +63,10 @@ def retarget_graph(
 
 def _any_size(node: fx.Node) -> bool:
     """Torch's product of sorted rows as ours; one of batches, or with a bias, stays."""
-    x, weight, *rest = (*node.args, *(v for k, v in node.kwargs.items() if k == "offs"))
-    if len(rest) != 1 or rest[0] is None or set(node.kwargs) - {"offs"}:
+    offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    if offsets is None or len(node.args) > 3 or set(node.kwargs) - {"offs"}:
         return False
-    node.target, node.args, node.kwargs = torch.ops.surgery.grouped_mm.default, (x, weight, rest[0]), {}
+    node.target, node.args, node.kwargs = torch.ops.surgery.grouped_mm.default, (*node.args[:2], offsets), {}
     return True
 
 
