@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from surgery.core.diagnostics import fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Plan
+from surgery.core.progress import Bytes
 from surgery.core.source import Source, Span
 from surgery.model.program import Program
 
@@ -45,6 +46,17 @@ class EmitRequest:
     def spec_digest(self) -> str:
         """What outputs carry so that the same spec may replace them later."""
         return owner_mark(self.lock.spec) if self.lock is not None else ""
+
+    def counting(self, total: int) -> Callable[[str, int], None]:
+        """For ``write_safetensors``: reports the bytes of weights computed and written so far, of ``total``."""
+        done = 0
+
+        def step(name: str, size: int) -> None:
+            nonlocal done
+            done += size
+            self.progress("writing weights", done, Bytes(total))
+
+        return step
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def write_artifact(
     if files_of[CONSTANTS]:
         held = files_of[CONSTANTS]
         written += write_safetensors(folder / CONSTANTS, makers, {n: shapes[n] for n in held}, {n: final(n) for n in held}).files
-    extra = _copy_files(folder, files)
+    extra = copy_files(folder, files)
     record["generation"] = _generation(folder)
     body = {
         "spec_digest": spec_digest, "plan": plan.as_json() if hasattr(plan, "as_json") else plan, "certificates": [dict(c) for c in certificates],
@@ -114,7 +114,7 @@ def _meta_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(root.named_buffers(remove_duplicate=False)), **dict(root.named_parameters(remove_duplicate=False))}
 
 
-def _copy_files(folder: Path, files: Iterable[Path]) -> list[Path]:
+def copy_files(folder: Path, files: Iterable[Path]) -> list[Path]:
     """Copies beside the model; a pooling config keeps its own sub-folder."""
     made = []
     for source in files:
@@ -335,4 +335,4 @@ def _carried(folder: Path, home: str | None) -> tuple[dict[str, str], list[Path]
         for n in source.manifest["files"]
         if n not in (GRAPH, "config.json", SPEC, LOCK) and not re.search(r"\.safetensors(\.index\.json)?$", n)
     ]
-    return texts, _copy_files(folder, [source.folder / n for n in names])
+    return texts, copy_files(folder, [source.folder / n for n in names])

@@ -1,0 +1,279 @@
+"""The transformers backend: a plain checkpoint that ``from_pretrained`` loads, where the family's config can say what the model is now."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
+from surgery.backends.transformers_config import Derived, derive, original
+from surgery.backends.transformers_moe import as_mixtral
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.source import Span
+from surgery.model import pytree
+from surgery.model.artifact import copy_files
+from surgery.model.atomic import AtomicOutput, storage_errors
+from surgery.model.live import live_root
+from surgery.model.program import Program
+from surgery.model.sample import sample_inputs
+from surgery.model.shards import write_safetensors
+from surgery.model.weights import is_float
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
+CHECKED_PARAMS = 500_000_000
+"""Above this size the written checkpoint is not loaded and run; names and shapes are compared at any size."""
+CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
+
+
+class TransformersBackend:
+    """Folds, derives the config, compares the tensors, writes, loads what was written and compares the outputs."""
+
+    name = "transformers"
+    folds = True
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted:
+        """``params``: ``dtype``. Raises S0860 (no transformers model), S0861 (something stays in the graph), S0862 (the config cannot say it),
+        S0863 (what loads from the checkpoint computes something else), S0801 to S0805 (storage, target)."""
+        span = request.span
+        config = original(program)
+        if config is None or not _known(program.info.architecture):
+            raise fail(
+                "S0860", f"{program.info.ref} is no transformers model, so there is no config that could describe it", span, "asked for here",
+                help="`emit torch` writes any model",
+            )  # fmt: skip
+        for a in program.attachments:
+            raise fail(
+                "S0861", f"{a.name} on {a.site.role} stays in the graph, and no class of transformers has it", span, "asked for here",
+                also=[(a.origin.span, "added here")], help="`emit torch` keeps everything; or leave this statement out",
+            )  # fmt: skip
+        converted = as_mixtral(program, config)
+        architecture, names = program.info.architecture, _names(program)
+        if converted is not None:
+            config, architecture, renamed = converted
+            names = {name: renamed.get(name, target) for name, target in names.items()}
+        derived = derive(program, config)
+        _agree(program, derived, architecture, names, span)
+        dtype = DTYPES[str(request.params.get("dtype") or "")]
+        with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
+            _write(program, derived, architecture, names, dtype, folder, request)
+            found = [] if dtype else _certify(program, architecture, folder, request)
+            record = {
+                "schema": "surgery.export/1", "owner": request.spec_digest, "spec": request.spec.text if request.spec else "",
+                "changes": {k: list(v) for k, v in derived.changes.items()}, "certificates": [*request.certificates, *found],
+            }  # fmt: skip
+            with storage_errors(folder):
+                (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+            written = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        return Emitted((request.target, *(request.target / n for n in written)), tuple(found))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own bars and remarks: what matters of them is in the diagnostics."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _known(architecture: str) -> bool:
+    import transformers
+
+    return bool(architecture) and hasattr(transformers, architecture)
+
+
+def _names(program: Program) -> dict[str, str]:
+    """Every stored tensor's name in the checkpoint: dropped layers leave no gap in the numbers of those behind them."""
+    moves: dict[str, str] = {}
+    for stack in program.anatomy.stacks:
+        if not stack.path:
+            continue
+        for site in program.anatomy.sites:
+            if site.op == "region" and site.path and re.fullmatch(re.escape(stack.name) + r"\[\d+\]", site.role):
+                target = f"{stack.path}.{site.layer}"
+                if site.path != target and re.fullmatch(re.escape(stack.path) + r"\.\d+", site.path):
+                    moves[site.path] = target
+    out = {}
+    for name in program.weights:
+        at = next((p for p in moves if name.startswith(p + ".")), None)
+        out[name] = name if at is None else moves[at] + name[len(at) :]
+    return out
+
+
+def _empty(derived: Derived, architecture: str) -> torch.nn.Module:
+    import transformers
+
+    with torch.device("meta"), torch.no_grad(), _quiet():
+        model: torch.nn.Module = getattr(transformers, architecture)(derived.config)
+    return model
+
+
+def _agree(program: Program, derived: Derived, architecture: str, names: Mapping[str, str], span: Span | None) -> None:
+    """The class that the config describes has exactly the program's tensors; raises S0862 with the statement that prevents it."""
+    try:
+        model = _empty(derived, architecture)
+    except Exception as exc:
+        raise _unsayable(program, derived, "", f"transformers refuses it: {' '.join(str(exc).split())[:200]}", span) from exc
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    aliases = {names.get(n, n) for n in program.aliases}
+    given = {names[n]: n for n in program.weights}
+    buffers = {n for n, _ in model.named_buffers()}
+    for name, source in given.items():
+        shape = program.weights[source].shape
+        if name in wanted and wanted[name] != shape:
+            what = f"{name} is {list(shape)}, and with this config it would be {list(wanted[name])}"
+            raise _unsayable(program, derived, source, what, span)
+        if name not in wanted and name not in buffers and is_float(program.weights[source].dtype) and not _computed(program, source):
+            raise _unsayable(program, derived, source, f"{name} has no place in {architecture}", span)
+    for name in wanted:
+        if name not in given and name not in aliases and name not in tied:
+            raise _unsayable(program, derived, "", f"{architecture} has {name}, and the model has not", span)
+    shared = {n: t for n, t in program.aliases.items() if n not in tied and n in wanted}
+    originally = {n for n, _ in _pairs_tied(model)}
+    for alias, first in shared.items():
+        if names.get(alias, alias) not in originally:
+            raise _unsayable(
+                program, derived, first, f"{alias} and {first} are one tensor, and a checkpoint of {architecture} keeps two", span
+            )
+
+
+def _pairs_tied(model: torch.nn.Module) -> list[tuple[str, str]]:
+    """Names beyond the first of tensors that the class itself shares."""
+    with torch.no_grad():
+        tie: Callable[..., Any] | None = getattr(model, "tie_weights", None)
+        if tie is not None:
+            tie()
+    first: dict[int, str] = {}
+    out = []
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        before = first.setdefault(id(tensor), name)
+        if before != name:
+            out += [(name, before), (before, name)]
+    return out
+
+
+def _computed(program: Program, name: str) -> bool:
+    """Whether a tensor is a buffer that the class computes at construction, not one that a checkpoint holds."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = program.module(owner)
+    except AttributeError:
+        return False
+    return leaf in module._buffers
+
+
+def _unsayable(program: Program, derived: Derived, tensor: str, what: str, span: Span | None) -> SurgeryError:
+    """S0862: names the statement that made the tensor what it is, where one did."""
+    origins = [o for o in program.journal.of(tensor) if o.span.end] if tensor else []
+    if not origins:
+        changed = (
+            o for entries in program.journal.entries.values() for o in entries if o.span.end and o.verb not in ("freeze", "unfreeze")
+        )
+        origins = list(dict.fromkeys(changed))[-1:]
+    also = [(origins[-1].span, "this statement made it so")] if origins else []
+    return fail(
+        "S0862", f"a config of {program.info.family} cannot describe this model", span, "asked for here", also=also,
+        notes=(what, *derived.problems[:4]),
+        help="`emit torch` writes any model; a plain checkpoint needs sizes that the family's config has a word for, mostly one for all layers",
+    )  # fmt: skip
+
+
+def _write(
+    program: Program, derived: Derived, architecture: str, names: Mapping[str, str], dtype: str, folder: Path, request: EmitRequest
+) -> None:
+    config = derived.config
+    config.architectures = [architecture]
+    config.dtype = dtype or program.info.dtype
+    model = _empty(derived, architecture)
+    kept = set(model.state_dict())
+    order = {name: i for i, name in enumerate(kept_order(model))}
+    stored = sorted((names[n], n) for n in program.weights if names[n] in kept)
+    stored.sort(key=lambda pair: order.get(pair[0], len(order)))
+    shapes = {name: program.weights[source].shape for name, source in stored}
+    dtypes = {name: _dtype(program.weights[source].dtype, dtype) for name, source in stored}
+
+    def make(source: str, wanted: str) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            value: torch.Tensor = request.tensors.of(program, source)
+            return value.to(getattr(torch, wanted))
+
+        return run
+
+    total = sum(math.prod(shapes[n]) for n in shapes)
+    done = 0
+
+    def step(name: str, size: int) -> None:
+        nonlocal done
+        done += math.prod(shapes[name])
+        request.progress("writing weights", done, total)
+
+    write_safetensors(folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=step)
+    with storage_errors(folder):
+        (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        copy_files(folder, request.files)
+
+
+def kept_order(model: torch.nn.Module) -> list[str]:
+    """The state dict's order, which is the order of the file."""
+    return list(model.state_dict())
+
+
+def _dtype(own: str, wanted: str) -> str:
+    return wanted if wanted and is_float(own) else own
+
+
+def _certify(program: Program, architecture: str, folder: Path, request: EmitRequest) -> list[dict[str, Any]]:
+    """``from_pretrained`` on the written folder against the program, in fp32, on random and padded inputs."""
+    import transformers
+
+    if sum(math.prod(e.shape) for e in program.weights.values()) > CHECKED_PARAMS:
+        return []
+    root = live_root(program, request.tensors, dtype=torch.float32).eval()
+    cls = getattr(transformers, architecture)
+    with _quiet():
+        model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    signature = program.signature
+    worst, scale = 0.0, 1.0
+    for _, batch, length, padding in CASES:
+        inputs = sample_inputs(program, batch=batch, length=length, seed=11, padding=padding)
+        with torch.no_grad():
+            want = root(*inputs)
+            given = pytree.unflatten(list(inputs), signature.in_spec)
+            given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
+            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+            got = pytree.flatten(out, signature.out_spec)
+        for x, y in zip(want, got, strict=True):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
+                error = float((x.double() - y.double()).abs().max()) if x.shape == y.shape else math.inf
+                worst = max(worst, math.inf if math.isnan(error) else error)
+                scale = max(scale, float(x.abs().max()))
+    allowed = 1e-5 * scale
+    entry = {
+        "claim": "from_pretrained = program", "max_abs_error": worst, "tolerance": allowed, "ok": worst <= allowed,
+        "samples": [case[0] for case in CASES],
+    }  # fmt: skip
+    if not entry["ok"]:
+        raise fail(
+            "S0863", f"what {architecture} loads from the checkpoint computes something else (difference {worst:.3g})", request.span,
+            "asked for here", notes=("names and shapes agree, so a change that no config can say is in the graph",),
+            help="nothing was written; `emit torch` writes any model",
+        )  # fmt: skip
+    return [entry]
+
+
+BACKEND = TransformersBackend()

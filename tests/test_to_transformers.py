@@ -1,0 +1,116 @@
+"""The transformers backend: what it writes loads with ``from_pretrained`` and computes the same, or the statement that prevents it is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+import surgery as api
+from surgery.backends.protocol import EmitRequest
+from surgery.backends.to_transformers import BACKEND
+from surgery.core.diagnostics import SurgeryError
+from surgery.model.live import Tensors
+from surgery.passes import registry
+from tests.captured_programs import live_model, zoo_program
+from tests.driver_support import checkpoint, debris, surgery, tree, write
+from tests.zoo import ZOO
+
+FAMILIES = [family for family, entry in ZOO.items() if entry.capturable]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back_as_its_own_class(family: str, tmp_path: Path) -> None:
+    program, _ = zoo_program(family)
+    found = BACKEND.emit(program, EmitRequest(target=tmp_path / "out", params={}, tensors=Tensors(registry.function)))
+    assert found.certificates[0]["ok"] and found.certificates[0]["max_abs_error"] == 0.0
+    loaded = getattr(transformers, ZOO[family].architecture).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    inputs = ZOO[family].inputs(2, 9)
+    with torch.no_grad():
+        want, got = live_model(family)(**ZOO[family].inputs(2, 9)), loaded(**inputs)
+    want, got = want[0], got[0]
+    assert torch.equal(want, got)
+
+
+SPEC = """surg 1
+adapt lora(rank = 4) on {where}
+emit transformers{params} to "out"
+"""
+
+
+def compiled(family: str, text: str) -> api.driver.Result:
+    return api.compile(write("a.surg", text), checkpoint(family), force=True)
+
+
+def test_adapters_are_folded_into_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = compiled("llama", SPEC.format(where="layers[*].attn.{q, v}", params=""))
+    assert {c["claim"] for c in result.certificates} >= {"folded = unfolded", "from_pretrained = program"}
+    trained = result.module
+    with torch.no_grad():
+        for name, p in trained.named_parameters():
+            if "lora" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    api.save(trained, "trained")
+    write("b.surg", 'surg 1\nfold all on layers[*].**\nemit transformers to "plain"\n')
+    api.compile("b.surg", "trained")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = transformers.LlamaForCausalLM.from_pretrained("plain", dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = (trained.eval()(ids).logits - plain(ids).logits).abs().max()
+        unchanged = transformers.LlamaForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
+        assert (unchanged(ids).logits - plain(ids).logits).abs().max() > 1e-2
+    assert float(difference) <= 1e-5
+
+
+def test_the_type_of_the_weights_is_a_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compiled("bert", SPEC.format(where="layers[*].attn.q", params="(dtype = bf16)"))
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open("out/model.safetensors", "pt") as file:
+        assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.bfloat16}
+
+
+def test_tied_names_are_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compiled("gpt2", SPEC.format(where="layers[*].attn.q", params=""))
+    with safe_open("out/model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys() and "transformer.wte.weight" in file.keys()
+
+
+def test_what_stays_in_the_graph_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint("bert")
+    write("a.surg", 'surg 1\ninsert bottleneck(width = 4) after layers[0].attn\nemit transformers to "out"\n')
+    with pytest.raises(SurgeryError) as caught:
+        api.compile("a.surg", checkpoint("bert"))
+    assert [d.code for d in caught.value.diagnostics] == ["S0861"]
+    assert not Path("out").exists() and not debris(".")
+
+
+def test_a_module_without_a_config_has_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgeryError) as caught:
+        api.compile(
+            'surg 1\nfreeze all on "0"\nemit transformers to "out"\n',
+            torch.nn.Sequential(torch.nn.Linear(4, 4)),
+            inputs=(torch.randn(2, 4),),
+        )
+    assert [d.code for d in caught.value.diagnostics] == ["S0860"]
+
+
+def test_the_same_spec_replaces_its_own_output_and_no_other_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ref = checkpoint("bert")
+    write("a.surg", SPEC.format(where="layers[*].attn.q", params=""))
+    assert surgery("compile", "a.surg", ref).code == 0
+    first = tree("out")
+    assert surgery("compile", "a.surg", ref).code == 0
+    assert tree("out") == first
+    write("b.surg", SPEC.format(where="layers[*].attn.k", params=""))
+    ran = surgery("compile", "b.surg", ref)
+    assert ran.code == 2 and ran.codes == ["S0803"] and tree("out") == first
