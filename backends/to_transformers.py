@@ -24,7 +24,7 @@ from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.sample import sample_inputs
 from surgery.model.shards import write_safetensors
-from surgery.model.weights import is_float
+from surgery.model.weights import DTYPE_BYTES, is_float
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
 CHECKED_PARAMS = 500_000_000
@@ -214,15 +214,10 @@ def _write(
 
         return run
 
-    total = sum(math.prod(shapes[n]) for n in shapes)
-    done = 0
-
-    def step(name: str, size: int) -> None:
-        nonlocal done
-        done += math.prod(shapes[name])
-        request.progress("writing weights", done, total)
-
-    write_safetensors(folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=step)
+    total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
+    write_safetensors(
+        folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=request.counting(total)
+    )
     with storage_errors(folder):
         (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
         copy_files(folder, request.files)
