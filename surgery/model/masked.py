@@ -275,3 +275,21 @@ def zeros(program: Program, read: Callable[[str], Tensor]) -> dict[str, tuple[in
         gone = read(mask).logical_not()
         found[weight] = int(gone.sum()), int((read(weight)[gone] != 0).sum())
     return found
+
+
+def certificate(before: Program, after: Program, read: Callable[[Program, str], Tensor]) -> dict[str, Any] | None:
+    """That a fold kept the zeros of every masked weight, counted entry by entry; None for a program without masks.
+
+    The error is the number of entries that are not zero as they should be, of weights that lost their mask the number of its zeros.
+    """
+    old = zeros(before, lambda name: read(before, name))
+    if not old:
+        return None
+    new = zeros(after, lambda name: read(after, name))
+    held, wrong = sum(n for n, _ in old.values()), sum(bad for _, bad in new.values())
+    found = sum(n for n, _ in new.values()) - wrong
+    wrong += sum(n for name, (n, _) in old.items() if name not in new)
+    return {
+        "claim": f"masks kept: {held:,} zeros before the fold, {found:,} after", "max_abs_error": float(wrong), "tolerance": 0.0,
+        "ok": not wrong and found == held, "samples": [], "zeros_before": held, "zeros_after": found,
+    }  # fmt: skip
