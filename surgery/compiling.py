@@ -17,6 +17,7 @@ from surgery.core.diagnostics import Severity, fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked, Spec
+from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Origin, Program
@@ -58,6 +59,8 @@ class Compilation:
         self.identity()
         for claim in self.session.claims:
             self.settle(claim)
+        for _, before, after in self.session.folds:
+            self.zeros_kept(before, after)
         for checked, program, index in self.session.checks:
             self.check(checked, program, index)
         self.session.sink.raise_if_failed()
@@ -126,6 +129,18 @@ class Compilation:
             raise fail(
                 "S0904", f"{claim.text} does not hold: the outputs differ by {worst:.3g}, allowed {allowed:.3g}", claim.span, "made here",
                 help="nothing was written; please report this with the spec and the model's config", exit_code=2,
+            )  # fmt: skip
+
+    def zeros_kept(self, before: Program, after: Program) -> None:
+        """A fold leaves every zero of masked weights at zero; raises S0904 when it does not."""
+        entry = masked.certificate(before, after, self.tensors.of)
+        if entry is None:
+            return
+        self.certificates.append(entry)
+        if not entry["ok"]:
+            raise fail(
+                "S0904", f"{entry['claim']}, and {entry['max_abs_error']:,.0f} of them do not hold", help="nothing was written; please report this",
+                exit_code=2,
             )  # fmt: skip
 
     def identity(self) -> None:
@@ -218,6 +233,7 @@ class Compilation:
                 "S0844", f"folding changed the output by {entry['max_abs_error']:.3g}, allowed {entry['tolerance']:.3g}", node.span,
                 "folds everything that can fold", help="nothing was written; `emit onnx(live = true)` keeps what was added as it is",
             )  # fmt: skip
+        self.zeros_kept(stirred, settled)
         return copy
 
     def module(self) -> nn.Module:
