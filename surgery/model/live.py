@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from surgery.core.progress import Bytes, report
 from surgery.model import masked
 from surgery.model.program import Program
 from surgery.model.realise import realise
@@ -44,6 +45,12 @@ class Tensors:
             self._bytes -= old.numel() * old.element_size()
         return value
 
+    def fresh(self, program: Program, name: str, memo: dict[str, Any]) -> torch.Tensor:
+        """One tensor that is not kept here once its holder drops it; ``memo`` shares results of functions between calls."""
+        expr = program.weights[program.aliases.get(name, name)]
+        kept = self._kept.get(expr.identity)
+        return kept if kept is not None else realise(expr, memo, functions=self.functions)
+
     def all(self, program: Program) -> dict[str, torch.Tensor]:
         return {name: self.of(program, name) for name in program.weights}
 
@@ -57,6 +64,7 @@ def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None =
     root = deepcopy(program.graph)
     retarget(root, dtype=wanted, device=torch.device(device))
     made: dict[str, nn.Parameter] = {}
+    done, total = 0, Bytes(sum(e.nbytes for e in program.weights.values()))
     for path, module in root.named_modules():
         prefix = path + "." if path else ""
         for leaf, parameter in module._parameters.items():
@@ -65,6 +73,8 @@ def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None =
             name = program.aliases.get(prefix + leaf, prefix + leaf)
             if name not in made:
                 value = _cast(tensors.of(program, name), wanted).to(device)
+                done += program.weights[name].nbytes
+                report("computing weights", done, total)
                 made[name] = nn.Parameter(value, requires_grad=value.is_floating_point() and name not in program.frozen)
             module._parameters[leaf] = made[name]
         for leaf, buffer in module._buffers.items():

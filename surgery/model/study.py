@@ -1,14 +1,40 @@
-"""What passes may learn from weights and calibration data while ``compile`` walks a spec."""
+"""What passes may learn from weights and calibration data while ``compile`` walks a spec.
+
+The model runs part by part (a layer, or a module outside the layers): all samples go through a part before the next part's
+weights are read. So the memory is that of one part's weights and of the values between the parts, whatever the model's size.
+Everything runs on one thread and in a fixed order, so that the same data gives the same bits on any machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
+from surgery.core.diagnostics import fail
+from surgery.core.site import NodeRef
+from surgery.model.data import Batch, Samples
 from surgery.model.live import Tensors
 from surgery.model.program import Program
+from surgery.model.realise import one_thread
+from surgery.model.study_run import (
+    CallHook,
+    Hook,
+    Part,
+    Rows,
+    Runner,
+    Watch,
+    fit,
+    needed,
+    root_graph,
+    serve,
+)
+
+Settle = Callable[[tuple[str, ...]], bool]
+"""``settle(names)``: every use of these parameters was seen; True when their expressions were replaced."""
 
 
 @dataclass
@@ -21,3 +47,173 @@ class Study:
     def tensor(self, program: Program, name: str) -> Tensor:
         """One realised tensor by its name or a tied name, in its stored dtype. Do not change it in place."""
         return self.tensors.of(program, name)
+
+    def observe(
+        self,
+        program: Program,
+        samples: Samples,
+        inputs: Mapping[NodeRef, Hook] | None = None,
+        outputs: Mapping[NodeRef, Hook] | None = None,
+        *,
+        calls: Mapping[NodeRef, CallHook] | None = None,
+        settle: Settle | None = None,
+        dtype: torch.dtype = torch.float32,
+        text: str = "reading calibration data",
+    ) -> None:
+        """One forward pass of all samples in evaluation mode, streamed part by part.
+
+        ``inputs`` and ``outputs`` map a node to ``hook(value, keep)``: the node's first argument, or its result (of several the
+        first), once per batch in the order of the samples; ``keep`` is a bool tensor of the value's shape without its last
+        axis, True for real tokens, or None where the value has no axis of tokens (then every entry counts). ``calls`` map a node
+        to ``hook(arguments, result, keep)``. Do not change values in place. What nothing depends on is not run.
+
+        ``settle`` makes the pass sequential: after a part saw all samples it is called with the names of the parameters
+        whose last use this was. It may replace their expressions in ``program.weights`` (True says that it did); the part then
+        runs again with the new weights, and the parts behind see what it gives now. Hooks see each batch once.
+
+        Raises S0752 and S0753 for weights and values that are not finite.
+        """
+        with one_thread(), torch.no_grad():
+            Pass(self, program, samples, Watch(inputs, outputs, calls), dtype, text).run(settle)
+
+    def outputs(self, program: Program, samples: Samples, *, dtype: torch.dtype = torch.float32) -> list[tuple[Any, ...]]:
+        """The flat outputs of every batch of a streamed forward pass."""
+        with one_thread(), torch.no_grad():
+            return Pass(self, program, samples, Watch(), dtype, "running the model").run(None, results=True)
+
+
+class Pass:
+    """One streamed forward pass."""
+
+    def __init__(self, study: Study, program: Program, samples: Samples, watch: Watch, dtype: torch.dtype, text: str) -> None:
+        self.study, self.program, self.watch, self.dtype, self.text = study, program, watch, dtype, text
+        self.batches: list[Batch] = list(samples.batches(program, dtype=dtype))
+        self.graph, table = root_graph(program, dtype)
+        self.original = {copy: node for node, copy in table.items()}
+        self.memo: dict[str, Any] = {}
+
+    def run(self, settle: Settle | None, *, results: bool = False) -> list[tuple[Any, ...]]:
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        wanted = [output] if results else [n for n in self.graph.nodes if self._looked_at(n)]
+        live = needed(self.graph, wanted)
+        order = [n for n in self.graph.nodes if n in live]
+        dead = self._dead(order)
+        last = self._last_uses_of_parameters(order) if settle else {}
+        values: list[dict[fx.Node, Any]] = [{} for _ in self.batches]
+        parts = sum(n.op == "call_module" for n in order)
+        done = 0
+        for node in order:
+            if node.op == "output":
+                return [fx.node.map_arg(node.args[0], v.__getitem__) for v in values]  # type: ignore[misc]
+            self._step(node, values, settle, last.get(node, ()))
+            for row in values:
+                for gone in dead[node]:
+                    row.pop(gone, None)
+            if node.op == "call_module":
+                done += 1
+                self.study.progress(self.text, done, parts)
+        return []
+
+    def _looked_at(self, node: fx.Node) -> bool:
+        name = self.original[node].name
+        own = any(r == NodeRef("", name) for r in self.watch.refs)
+        return own or (node.op == "call_module" and self.watch.inside(str(node.target)))
+
+    def _dead(self, order: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """Like ``last_uses`` for the nodes that run."""
+        seen: set[fx.Node] = set()
+        out: dict[fx.Node, list[fx.Node]] = {}
+        for node in reversed(order):
+            gone = [n for n in dict.fromkeys(node.all_input_nodes) if n not in seen]
+            seen.update(gone)
+            out[node] = gone if node in seen else [*gone, node]
+        return out
+
+    def _step(self, node: fx.Node, values: list[dict[fx.Node, Any]], settle: Settle | None, names: tuple[str, ...]) -> None:
+        """One root node over all batches."""
+        if node.op == "placeholder":
+            index = [n for n in self.graph.nodes if n.op == "placeholder"].index(node)
+            for row, batch in zip(values, self.batches, strict=True):
+                row[node] = batch.inputs[index]
+        elif node.op == "get_attr":
+            tensor = self._attribute(str(node.target))
+            for row in values:
+                row[node] = tensor
+        else:
+            self._over(node, values, watch=True)
+            if settle and names and settle(names):
+                self.memo.clear()
+                if node.op == "call_module":
+                    self._over(node, values, watch=False)
+            return
+        for row, batch in zip(values, self.batches, strict=True):
+            self._serve(node, (), row[node], batch)
+
+    def _over(self, node: fx.Node, values: list[dict[fx.Node, Any]], *, watch: bool) -> None:
+        path = str(node.target) if node.op == "call_module" else ""
+        part = Part(self.program, self.study.tensors, path, self.dtype) if path else None
+        runner = Runner(self.watch if watch else Watch())
+        for row, batch in zip(values, self.batches, strict=True):
+            args = fx.node.map_arg(node.args, row.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, row.__getitem__)
+            if part is not None:
+                result = runner.part(part.module, path, args, kwargs, batch)  # type: ignore[arg-type]
+                self._check(node, result, batch)
+            else:
+                result = node.target(*args, **kwargs)  # type: ignore[operator,misc]
+            row[node] = result
+            if watch:
+                self._serve(node, args, result, batch)
+
+    def _serve(self, node: fx.Node, args: Any, value: Any, batch: Batch) -> None:
+        ref = NodeRef("", self.original[node].name)
+        if ref in self.watch.inputs or ref in self.watch.outputs or ref in self.watch.calls:
+            serve(self.watch, ref, node, args, value, Rows(batch))
+
+    def _check(self, node: fx.Node, result: Any, batch: Batch) -> None:
+        first = result[0] if isinstance(result, tuple | list) else result
+        spec = node.meta.get("spec")
+        check_values(str(node.target), first, batch, spec[0] if isinstance(spec, tuple) else spec)
+
+    def _attribute(self, target: str) -> Tensor:
+        name = self.program.aliases.get(target, target)
+        holder, _, leaf = target.rpartition(".")
+        recorded = getattr(self.program.graph.get_submodule(holder), leaf)
+        return fit(self.study.tensors.fresh(self.program, name, self.memo), recorded.dtype, self.dtype)
+
+    def _last_uses_of_parameters(self, order: list[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
+        found: dict[str, fx.Node] = {}
+        for node in order:
+            for name in names_in(self.program, node):
+                found[name] = node
+        out: dict[fx.Node, list[str]] = {}
+        for name, node in found.items():
+            out.setdefault(node, []).append(name)
+        return {node: tuple(names) for node, names in out.items()}
+
+
+def names_in(program: Program, node: fx.Node) -> Iterable[str]:
+    """First names of the parameters that a root node reads."""
+    path = str(node.target)
+    if node.op == "get_attr":
+        return (program.aliases.get(path, path),)
+    if node.op != "call_module":
+        return ()
+    names = (f"{path}.{name}" for name, _ in program.graph.get_submodule(path).named_parameters(remove_duplicate=False))
+    return tuple(dict.fromkeys(program.aliases.get(n, n) for n in names))
+
+
+def check_values(where: str, value: Any, batch: Batch, spec: Any) -> None:
+    """Raises S0753 when a value of real tokens is not finite."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        return
+    keep = batch.mask_for(spec, value)
+    real = value if keep is None else value[keep]
+    if bool(torch.isfinite(real).all()):
+        return
+    last = batch.first + batch.rows - 1
+    raise fail(
+        "S0753", f"the values that leave `{where}` are not finite", exit_code=1,
+        notes=(f"seen for samples {batch.first}..{last} of the data",),
+        help="look at these samples and at the weights of this part; computing in another dtype does not help, this is float32",
+    )  # fmt: skip
