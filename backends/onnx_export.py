@@ -14,8 +14,12 @@ import torch
 from torch import fx
 
 from surgery.backends.onnx_ops import prepare, translations
+from surgery.core.progress import report
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
+
+STEPS = 6
+"""Of one emission: tracing, translating, simplifying, checking, measuring, writing."""
 
 _CACHE = re.compile(r"(?P<cache>\w+?)_(?P<what>key|value)_(?P<layer>\d+)")
 
@@ -100,12 +104,15 @@ def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
     axes = tuple({i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program))
     prepare(root)
+    report("emitting onnx: tracing", 0, STEPS)
     with _quiet(), torch.no_grad():
         exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=axes, strict=False)
+        report("emitting onnx: translating", 1, STEPS)
         made = torch.onnx.export(
             exported, (), dynamo=True, opset_version=opset, input_names=input_names(program), output_names=names,
             external_data=False, optimize=False, verbose=False, custom_translation_table=translations(),
         )  # fmt: skip
+        report("emitting onnx: simplifying", 2, STEPS)
         _simplify(made.model, _tensor_names(root))
         return finish(made.model_proto, program, root)
 

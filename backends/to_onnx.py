@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from surgery.backends.onnx_export import export, input_names
+from surgery.backends.onnx_export import STEPS, export, input_names
 from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import SurgeryError, error, fail
+from surgery.core.progress import report
 from surgery.core.source import Span
 from surgery.model.atomic import AtomicOutput, afterwards
 from surgery.model.live import live_root
@@ -139,11 +140,13 @@ class OnnxBackend:
         root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
         try:
             model = export(program, root, opset=int(request.params.get("opset") or 20))
+            report("emitting onnx: checking the graph", 3, STEPS)
             run = checked_session(model)
         except SurgeryError:
             raise
         except Exception as exc:
             raise inexpressible(exc, request.span) from exc
+        report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
         certificates = certify(program, root, run, tolerance=TOLERANCE[precision])
         bad = [c for c in certificates if not c["ok"]]
         if bad:
@@ -160,6 +163,7 @@ class OnnxBackend:
         ):
             entry = model.metadata_props.add()
             entry.key, entry.value = key, value
+        report("emitting onnx: writing", 5, STEPS)
         return Emitted(tuple(write(model, request)), tuple(certificates))
 
 

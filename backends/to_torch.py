@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,6 @@ class _Weights(Mapping[str, torch.Tensor]):
         return len(self.program.weights)
 
 
-def _counting(program: Program, request: EmitRequest) -> Callable[[str, int], None]:
-    """Reports the bytes written so far, and of how many."""
-    total = sum(e.nbytes for e in program.weights.values())
-    done = 0
-
-    def step(name: str, size: int) -> None:
-        nonlocal done
-        done += size
-        request.progress("writing weights", done, total)
-
-    return step
-
-
 class TorchBackend:
     """Writes the artifact and proves that what loads from it computes what the program computes."""
 
@@ -69,7 +56,7 @@ class TorchBackend:
             written = artifact.write_artifact(
                 folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,
                 spec=request.spec.text if request.spec else "", lock=request.lock.to_text() if request.lock else "",
-                spec_digest=request.spec_digest, progress=_counting(program, request),
+                spec_digest=request.spec_digest, progress=request.counting(sum(e.nbytes for e in program.weights.values())),
             )  # fmt: skip
             found = self._certify(program, folder, request, dtype) if not dtype else []
             if found:

@@ -76,7 +76,8 @@ class Compilation:
                 return found
         root = live_root(program, self.tensors, dtype=torch.float32).eval()
         found = []
-        for _, batch, length, padding in SAMPLES:
+        for i, (_, batch, length, padding) in enumerate(SAMPLES):
+            self.progress("running the model on sample inputs", i, len(SAMPLES))
             with one_thread(), torch.no_grad():
                 got = root(*sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))
             got = got if isinstance(got, tuple | list) else (got,)
@@ -107,9 +108,9 @@ class Compilation:
 
     def settle(self, claim: Claim) -> None:
         """Measures what a pass promised of its change; raises S0904 when it does not hold."""
-        self.progress(f"measuring: {claim.text}")
         worst, allowed, share = 0.0, claim.tolerance, 0.0
-        for _, batch, length, padding in SAMPLES:
+        for i, (_, batch, length, padding) in enumerate(SAMPLES):
+            self.progress(f"measuring: {claim.text}", i, len(SAMPLES))
             inputs = sample_inputs(claim.program, batch=batch, length=length, seed=3, padding=padding)
             with one_thread():
                 left, right = claim.expected(self.tensors, inputs), claim.found(self.tensors, inputs)

@@ -19,21 +19,16 @@ from surgery.core import ast
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.lock import Lock, drift, lock_path, read_lock
 from surgery.core.plan import Plan
+from surgery.core.progress import Progress, listening, report
 from surgery.core.source import Span, portable
 from surgery.core.spec import Spec
 from surgery.front import check_source, source_of
 from surgery.model.live import Tensors
+from surgery.model.program import Program
 from surgery.model.study import Study
 from surgery.opening import open_program
 from surgery.passes import registry
 from surgery.session import Session
-
-Progress = Callable[..., None]
-"""Called with a text, and with ``(text, done, total)`` where the amount of work is known."""
-
-
-def quiet(text: str, done: float = 0, total: float = 0) -> None:
-    """No progress."""
 
 
 @dataclass
@@ -87,13 +82,12 @@ def _walk(
     allow_code: bool = False,
     use_cache: bool = True,
     keep_base: bool = False,
-    progress: Progress = quiet,
 ) -> tuple[Session, Any]:
     ref, span = model_ref(spec, model)
     base = Path(spec.source.name).parent if spec.source.name not in ("<text>", "<stdin>") else Path()
-    progress("opening the model")
+    report("opening the model")
     program, checkpoint = open_program(
-        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base, progress=progress
+        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base
     )
     from surgery.model import cost
     from surgery.passes.expect import parameter_sizes
@@ -105,8 +99,12 @@ def _walk(
         **({"notes": list(info.notes)} if info.notes else {}),
     }  # fmt: skip
     plan = Plan(spec=spec.source.name, edition=spec.edition, model=described)
-    study = Study(Tensors(registry.function), progress) if keep_base else None
-    session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=progress, study=study)
+    study = Study(Tensors(registry.function), report) if keep_base else None
+
+    def other(ref: str, at: Span) -> Program:
+        return open_program(ref, allow_code=allow_code, use_cache=use_cache, span=at, base=base)[0]
+
+    session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=report, study=study, open=other)
     session.sink.extend(getattr(program.weights, "notes", ()))
     session.run()
     return session, checkpoint
@@ -120,13 +118,14 @@ def plan(
     inputs: Any = None,
     allow_code: bool = False,
     use_cache: bool = True,
-    progress: Progress = quiet,
+    progress: Progress | None = None,
 ) -> Plan:
     """Everything the spec would do, from config and tensor headers alone.
 
     A plan with findings is returned, not raised, once the model could be opened: see ``Plan.ok`` and ``Plan.diagnostics``.
     """
-    session, _ = _walk(load_spec(spec, set), model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, progress=progress)
+    with listening(progress):
+        session, _ = _walk(load_spec(spec, set), model, inputs=inputs, allow_code=allow_code, use_cache=use_cache)
     return session.plan
 
 
@@ -142,38 +141,38 @@ def compile_spec(
     allow_code: bool = False,
     use_cache: bool = True,
     write_lock: bool = True,
-    progress: Progress = quiet,
+    progress: Progress | None = None,
 ) -> Result:
     """Does what :func:`plan` shows: walks, measures every claim, then emits each output whole or not at all.
 
     ``out`` is the folder that relative ``to`` paths are relative to (default: the working directory). Raises SurgeryError when a
-    statement, an expectation, a certificate or a lock fails; nothing that stood before is touched then.
+    statement, an expectation, a certificate or a lock fails; nothing that stood before is touched then. ``progress`` is called with a
+    text, and with ``(text, done, total)`` where the amount of work is known.
     """
-    checked = load_spec(spec, set)
-    targets_free(checked, Path(out) if out else Path(), force, _lock_name(checked))
-    session, checkpoint = _walk(
-        checked, model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, keep_base=True, progress=progress
-    )
-    if session.sink.failed:
-        raise SurgeryError(*session.sink.items)
-    from surgery.model.atomic import together
-    from surgery.model.realise import check_twins
+    with listening(progress):
+        checked = load_spec(spec, set)
+        targets_free(checked, Path(out) if out else Path(), force, _lock_name(checked))
+        session, checkpoint = _walk(checked, model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, keep_base=True)
+        if session.sink.failed:
+            raise SurgeryError(*session.sink.items)
+        from surgery.model.atomic import together
+        from surgery.model.realise import check_twins
 
-    check_twins(session.program.weights)
-    lock = make_lock(checked, session, checkpoint)
-    target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
-    if locked:
-        _compare_lock(target, lock)
-    work = Compilation(
-        session=session, checkpoint=checkpoint, out=Path(out) if out else Path(), force=force, lock=lock, progress=progress,
-        locked=_locked_check(target, lock),
-    )  # fmt: skip
-    with together():
-        work.run()
-        result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
-        if target is not None and write_lock and not locked:
-            result.lock = _write_lock(target, lock)
-    return result
+        check_twins(session.program.weights)
+        lock = make_lock(checked, session, checkpoint)
+        target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
+        if locked:
+            _compare_lock(target, lock)
+        work = Compilation(
+            session=session, checkpoint=checkpoint, out=Path(out) if out else Path(), force=force, lock=lock, progress=report,
+            locked=_locked_check(target, lock),
+        )  # fmt: skip
+        with together():
+            work.run()
+            result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
+            if target is not None and write_lock and not locked:
+                result.lock = _write_lock(target, lock)
+        return result
 
 
 def make_lock(spec: Spec, session: Session, checkpoint: Any = None) -> Lock:

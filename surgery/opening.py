@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from surgery.core.progress import report
 from surgery.core.source import Span
 from surgery.model.program import ModelInfo, Program
 from surgery.model.realise import held
@@ -36,7 +36,6 @@ def open_program(
     use_cache: bool = True,
     span: Span | None = None,
     base: Path | None = None,
-    progress: Callable[..., None] = lambda *what: None,
 ) -> tuple[Program, Any]:
     """The program of a model and its checkpoint (None for a live module).
 
@@ -62,7 +61,7 @@ def open_program(
     from surgery.model.capture import capture_config
     from surgery.model.checkpoint_bind import bind
 
-    progress("capturing the model")
+    report("capturing the model")
     captured = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=cache_folder() if use_cache else None)
     weights = bind(checkpoint, captured.parameters, captured.aliases, own_dtype="bfloat16", span=span)
     return assemble(captured, weights, info_of(checkpoint)), checkpoint
@@ -89,6 +88,7 @@ def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:
     """Graph, weights and constants as one program, expressions in state-dict order, constants held by content."""
     for name, tensor in captured.constants.items():
         weights.setdefault(name, held(tensor))
+    info = replace(info, notes=captured.notes)
     return Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
 
 

@@ -90,7 +90,8 @@ def write_artifact(
     written = list(write_safetensors(folder, makers, {n: shapes[n] for n in main}, {n: final(n) for n in main}, progress=progress).files)
     if files_of[CONSTANTS]:
         held = files_of[CONSTANTS]
-        written += write_safetensors(folder / CONSTANTS, makers, {n: shapes[n] for n in held}, {n: final(n) for n in held}).files
+        sizes, kinds = {n: shapes[n] for n in held}, {n: final(n) for n in held}
+        written += write_safetensors(folder / CONSTANTS, makers, sizes, kinds, progress=progress).files
     extra = copy_files(folder, files)
     record["generation"] = _generation(folder)
     body = {

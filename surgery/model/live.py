@@ -79,6 +79,8 @@ def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None =
             module._parameters[leaf] = made[name]
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
+                done += program.weights[prefix + leaf].nbytes if prefix + leaf in program.weights else 0
+                report("computing weights", min(done, total), total)
                 module._buffers[leaf] = _cast(tensors.of(program, prefix + leaf), wanted).to(device)
     masked.bind(root)
     return root

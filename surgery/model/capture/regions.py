@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgery.core.progress import report
 from surgery.model.capture import markers
 from surgery.model.capture.stacks import Signatures, find_stacks, is_drop_path
 
@@ -58,10 +59,13 @@ class Regions:
         self._signatures = Signatures()
         self._inside = False
         self._patched: list[nn.Module] = []
+        self._layers = 0
 
     def __enter__(self) -> Regions:
         markers.stub_outputs.clear()
+        report("capturing the model")
         for path in find_stacks(self.model):
+            self._layers += 1
             module = self.model.get_submodule(path)
             self._signatures.of(module)
             self._patch(module, self._layer(path, module, module.forward))
@@ -119,6 +123,7 @@ class Regions:
         twin = next((c for c in self._calls if self._same(c, call)), None) if self.stubs else None
         region = Region(call.region, path, names, call.region if twin is None else twin.region)
         self.regions.append(region)
+        report("capturing the model: layers", min(len(self.regions), self._layers), self._layers)
         if twin is not None:
             markers.stub_outputs[region.index] = twin.outputs
             results = markers.stub(tensors, region.index)
