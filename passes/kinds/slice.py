@@ -1,0 +1,179 @@
+"""Kind ``slice``: whole units of the model's structure go; what is left is a smaller model of the same form.
+
+A method of this kind says what its units are; how many go, which, what goes with them and what the plan says of it stand here. All
+units of a statement go in one cut (:func:`surgery.model.cut.cut`), which compile proves equal to the model with the units masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from surgery.core.method import Method, param
+from surgery.core.site import Site
+from surgery.model.cut import CutResult, cut
+from surgery.model.oracle import masked_claim
+from surgery.model.program import Program
+from surgery.passes.kinds import slice_faults as faults
+from surgery.passes.kinds import slice_report as report
+from surgery.passes.kinds.slice_budget import Budget
+from surgery.passes.kinds.slice_choice import Counts, Ranked, by_layer, chosen, group_of, over_all, to_budget
+from surgery.passes.kinds.slice_scores import DATA, unit_scores
+from surgery.passes.kinds.slice_targets import Target, Units, collect, outside, regions, same_everywhere
+from surgery.passes.operation import Resolved, SiteChange
+
+
+@dataclass(frozen=True)
+class SliceMethod(Method):
+    """Base of the methods that remove units. A subclass names the unit and finds the units of a block."""
+
+    kind: ClassVar[str] = "slice"
+    fold_class: ClassVar[str] = "slice"
+    identity: ClassVar[str] = "changed"
+    takes_data: ClassVar[bool] = True
+    noun: ClassVar[str] = "unit"
+    """What one unit is called."""
+    block: ClassVar[str] = "block"
+    """What holds the units, for messages."""
+    columns: ClassVar[bool] = True
+    """Units are rows or columns of matrices, so that kernels favour multiples of 8."""
+    together: ClassVar[bool] = True
+    """Blocks that share their units must be selected together."""
+
+    ratio: float | None = param(None, "share of the units of each site that goes", min=0, max=1, unit="%", per_layer=True)
+    keep: int | None = param(None, "number of units that each site keeps", min=1, max=10**9, per_layer=True)
+    to: float | None = param(
+        None, "share of the model before the spec that may be left: the smallest cut that reaches it", min=0, max=1, unit="%"
+    )
+    of: Literal["params", "bytes", "flops"] = param("params", "what `to` is a share of; flops are per token")
+    scope: Literal["layer", "global"] = param("layer", "each site loses its own share, or the lowest scores of all sites go")
+    normalize: Literal["mean", "max", "none"] = param("mean", "what a site's scores are divided by before sites compete (scope = global)")
+    round_to: int = param(1, "the units that stay are rounded up to a multiple of this", min=1, max=65536)
+    score: Literal["magnitude", "l2", "random", "taylor", "fisher", "wanda", "activation", "file"] = param(
+        "magnitude", "what a unit is worth; the lowest go"
+    )
+    scores: str | None = param(None, "file with a list of scores for each site (score = file)")
+    seed: int = param(0, "seed of the random choice (score = random)", min=0, max=2**63 - 1)
+
+    def fits(self, site: Site) -> bool:
+        """Whether a region is a block that may have such units."""
+        raise NotImplementedError
+
+    def units(self, program: Program, site: Site) -> Units | None:
+        """The units of a block; None when it has none."""
+        raise NotImplementedError
+
+    def find(self, program: Program, op: Resolved) -> list[tuple[int, Site, Units]]:
+        """(number of the selected site, block, units) of everything selected. Raises S0440 for a site without such units."""
+        found = []
+        for at, site in regions(program, op, self.fits, self.noun, self.block):
+            units = self.units(program, site)
+            if units is None:
+                raise faults.nothing_there(op, self.noun, self.block, [site.role], [], True)
+            found.append((at, site, units))
+        return found
+
+
+def apply(program: Program, op: Resolved) -> list[SiteChange]:
+    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0454 for what is selected; nothing has changed then."""
+    method = op.method
+    assert isinstance(method, SliceMethod)
+    _parameters(op, method)
+    targets = _targets(program, op, method)
+    scores = unit_scores(program, op, targets)
+    ranked = [Ranked.of(t, None if scores is None else scores[i]) for i, t in enumerate(targets)]
+    counts = _counts(program, op, method, targets, ranked, scores is not None)
+    _report_small(op, method, targets, counts)
+    if not any(counts):
+        return report.unchanged(program, op, targets)
+    group = group_of(program.dims, targets, ranked, counts)
+    if group.refusal:
+        raise faults.refused(op, group.refusal)
+    report.warn_widths(program, op, method, targets, counts)
+    before = report.Costs.of(program)
+    sizes = report.sizes_before(program, targets)
+    earlier = program.copy() if op.study is not None else None
+    result = cut(program, group, op.origin)
+    if earlier is not None:
+        op.claim(masked_claim(earlier, group, program.copy(), op.origin.span))
+    picked = [chosen(t, r, c) for t, r, c in zip(targets, ranked, counts, strict=True)] if scores is not None else None
+    report.tell(program, op, method, targets, counts, picked, before)
+    return _changes(program, op, targets, counts, result, sizes)
+
+
+def _parameters(op: Resolved, method: SliceMethod) -> None:
+    """The rules between the parameters, which the checker cannot know."""
+    given = [n for n in ("ratio", "keep", "to") if any(m.params()[n] is not None for m in op.methods)]
+    if len(given) > 1:
+        raise faults.several_amounts(op, given)
+    if not given:
+        raise faults.no_amount(op, method.noun)
+    using = bool(op.data is not None or (op.statement is not None and op.statement.using))
+    if method.score in DATA and not using:
+        raise faults.needs_data(op, method.score)
+    if method.score not in DATA and using:
+        raise faults.unread_data(op, method.score)
+    if (method.score == "file") != (method.scores is not None):
+        raise faults.file_parameter(op, method.scores is None)
+
+
+def _targets(program: Program, op: Resolved, method: SliceMethod) -> list[Target]:
+    """The decisions of the statement, those that `keep` holds back left out."""
+    found = method.find(program, op)
+    held = {s.role for s in op.keep}
+    kept = [(at, s, u) for at, s, u in found if any(outside(s.role, role) for role in held)]
+    if op.keep:
+        idle = [role for role in held if not any(outside(s.role, role) for _, s, _ in found)]
+        if idle:
+            raise faults.keeps_nothing_back(op, sorted(idle))
+        if len(kept) == len(found):
+            raise faults.all_kept(op)
+    back = {s.role for _, s, _ in kept}
+    targets = collect(program, op, [f for f in found if f[1].role not in back], method.noun)
+    for target in targets:
+        for leaf in target.units.leaves:
+            if not leaf.free:
+                raise faults.fixed(op, method.noun, target, leaf.reason)
+    if method.together:
+        same_everywhere(program, op, targets, method.fits, method.units, back, method.noun)
+    return targets
+
+
+def _counts(
+    program: Program, op: Resolved, method: SliceMethod, targets: Sequence[Target], ranked: Sequence[Ranked], scored: bool
+) -> Counts:
+    if method.to is not None:
+        budget = Budget(program, op, targets, ranked, method.of)
+        counts = to_budget(op, targets, ranked if scored else None, budget.left, budget.limit(method.to))
+        if counts is None:
+            raise faults.unreachable(op, method.of, budget.least(), budget.limit(method.to), budget.whole, 100 * method.to)
+        op.tell(budget.text(counts, method.to))
+        return counts
+    if method.scope == "global":
+        return over_all(program, op, targets, ranked if scored else None, method.noun)
+    return by_layer(program, op, targets, method.noun)
+
+
+def _report_small(op: Resolved, method: SliceMethod, targets: Sequence[Target], counts: Counts) -> None:
+    parameter = next(n for n in ("ratio", "keep", "to") if method.params()[n] is not None)
+    idle = [t for t, c in zip(targets, counts, strict=True) if not c]
+    if idle and (method.scope == "layer" or len(idle) == len(targets)):
+        op.warn(faults.no_change(op, method.noun, idle, parameter))
+
+
+def _changes(
+    program: Program, op: Resolved, targets: Sequence[Target], counts: Counts, result: CutResult, sizes: dict[str, int]
+) -> list[SiteChange]:
+    """One entry a site; what a decision removed stands at the first of the sites that share it."""
+    removed = report.removed_by(program, targets, result, sizes)
+    changes = []
+    for target, count, gone in zip(targets, counts, removed, strict=True):
+        after = target.size - count * target.units.step
+        if not target.sites:
+            changes.append(SiteChange("", "", (), (target.size,), (after,), removed=gone))
+        for i, site in enumerate(target.sites):
+            trainable = sum(math.prod(program.weights[n].shape) for n in report.own(program, site) if n not in program.frozen)
+            changes.append(SiteChange(site.role, site.path, (), (target.size,), (after,), removed=0 if i else gone, trainable=trainable))
+    return changes

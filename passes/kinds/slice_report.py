@@ -1,0 +1,145 @@
+"""What a cut says of itself: lines of the plan, warnings, parameters removed by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.core.plan import flops, group_roles, plural, size
+from surgery.core.site import Site
+from surgery.model import cost
+from surgery.model.cut import CutResult
+from surgery.model.program import Program
+from surgery.passes.kinds import slice_faults as faults
+from surgery.passes.kinds.slice_choice import Counts
+from surgery.passes.kinds.slice_scores import positions
+from surgery.passes.kinds.slice_targets import Target, tensors
+from surgery.passes.operation import Resolved, SiteChange
+
+MULTIPLE = 8
+"""Matrix kernels compute columns in blocks of at least this many, on processors and accelerators alike."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes and operations per token of a program as it is."""
+
+    bytes: int
+    flops: int
+
+    @staticmethod
+    def of(program: Program) -> Costs:
+        return Costs(cost.bytes_of(program), cost.flops_per_token(program))
+
+
+def tell(
+    program: Program, op: Resolved, method: Any, targets: Sequence[Target], counts: Counts, picked: list[list[int]] | None, before: Costs
+) -> None:
+    """The lines of the plan: sizes, what is one decision, which units and who decides, costs before and after."""
+    noun = method.noun
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for target, count in zip(targets, counts, strict=True):
+        sizes.setdefault((target.size, target.size - count * target.units.step), []).extend(s.role for s in target.sites)
+    for (old, new), roles in list(sizes.items())[:6]:
+        where = f" in {', '.join(group_roles(roles)[:4])}" if roles else ""
+        op.tell(f"{old} -> {plural(new, noun)}{where}" if old != new else f"{plural(old, noun)}{where}, unchanged")
+    if len(sizes) > 6:
+        op.tell(f"and {len(sizes) - 6} more sizes")
+    grouped = {t.units.step for t in targets if t.units.outer is not None}
+    if grouped:
+        op.tell(f"the same number in each of the {' or '.join(map(str, sorted(grouped)))} key-value groups")
+    for target in [t for t in targets if len(t.sites) > 1][:4]:
+        op.tell(f"{', '.join(group_roles([s.role for s in target.sites])[:4])} have the same {noun}s: one decision, their scores add up")
+    if picked is None:
+        op.tell(f"compile chooses which, by {method.score}; here the last ones stand for them")
+        if method.scope == "global":
+            op.tell("compile shares them out over the sites by score; here each site loses an even share")
+    elif sum(map(len, picked)) <= 24:
+        op.tell("removed: " + "; ".join(_units(t, gone) for t, gone in zip(targets, picked, strict=True) if gone))
+    after = Costs.of(program)
+    op.tell(
+        f"bytes {size(before.bytes)} -> {size(after.bytes)} ({_change(before.bytes, after.bytes)}), "
+        f"flops per token {flops(before.flops)} -> {flops(after.flops)} ({_change(before.flops, after.flops)})"
+    )
+
+
+def _units(target: Target, gone: Sequence[int]) -> str:
+    return f"{', '.join(map(str, gone))} of {target.name}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{100 * (after - before) / before:+.3g}%" if before else "0%"
+
+
+def unchanged(program: Program, op: Resolved, targets: Sequence[Target]) -> list[SiteChange]:
+    """Nothing goes: the sites as they are."""
+    return [
+        SiteChange(s.role, s.path, (), (t.size,), (t.size,), trainable=_trains(program, s))
+        for t in targets for s in t.sites
+    ]  # fmt: skip
+
+
+def _trains(program: Program, site: Site) -> int:
+    return sum(math.prod(program.weights[n].shape) for n in own(program, site) if n not in program.frozen)
+
+
+def own(program: Program, site: Site) -> list[str]:
+    """The parameters of a site by their first names."""
+    names = site.parameters if site.is_region else [n for n in (site.weight, site.bias) if n]
+    return [n for n in dict.fromkeys(program.aliases.get(n, n) for n in names) if n in program.weights]
+
+
+def sizes_before(program: Program, targets: Sequence[Target]) -> dict[str, int]:
+    """For each tensor that the cut may shrink the number of the target that it counts for: the first that holds it."""
+    found: dict[str, int] = {}
+    for number, target in enumerate(targets):
+        for name in tensors(program.dims, target):
+            found.setdefault(name, number)
+    for a in program.attachments:
+        if a.site.weight in found:
+            for name in a.tensors:
+                found.setdefault(name, found[a.site.weight])
+    return found
+
+
+def removed_by(program: Program, targets: Sequence[Target], result: CutResult, owner: dict[str, int]) -> list[int]:
+    """Parameters that each target lost; every lost parameter counts once."""
+    parameters = set(cost.parameter_names(program))
+    totals = [0] * len(targets)
+    for name, lost in result.removed.items():
+        if program.aliases.get(name, name) in parameters:
+            totals[owner.get(name, 0)] += lost
+    return totals
+
+
+def warn_widths(program: Program, op: Resolved, method: Any, targets: Sequence[Target], counts: Counts) -> None:
+    """Warnings for matrices that were whole blocks of 8 columns and no longer are, and for outputs that shrink."""
+    if not method.columns:
+        return
+    found: dict[tuple[int, int], list[str]] = {}
+    for target, count in zip(targets, counts, strict=True):
+        if not count:
+            continue
+        after = target.size - count * target.units.step
+        each = _width(program, target)
+        if (target.size * each) % MULTIPLE == 0 and (after * each) % MULTIPLE:
+            found.setdefault((target.size * each, after * each), []).extend(s.role for s in target.sites)
+        if any("output" in leaf.flags for leaf in target.units.leaves):
+            op.warn(faults.interface(op, method.noun, target.size, after))
+    for (old, new), roles in found.items():
+        blocks = -(-new // MULTIPLE) == -(-old // MULTIPLE)
+        op.warn(faults.no_faster(op, method.noun, roles or ["the model"], old, new, MULTIPLE, blocks))
+
+
+def _width(program: Program, target: Target) -> int:
+    """How many columns of one matrix a unit has: the dimension of a head, 1 for a hidden unit of a fused pair of projections."""
+    dims = program.dims
+    widest = 1
+    for name in tensors(dims, target):
+        for expression in dims.parameter(name):
+            times = sum(leaf == target.units.inner for leaf, _ in dims.occurrences(expression))
+            if times:
+                widest = max(widest, int((positions(dims, expression, target.units) == 0).sum()) // times)
+    return widest

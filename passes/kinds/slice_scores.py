@@ -1,0 +1,233 @@
+"""Scores of units: element scores of every stored tensor summed over all positions that belong to a unit.
+
+A unit's score is the sum over the members of its group, that is over every stored parameter and every axis of it on which the unit
+has positions: for a head its rows of the query, key and value weights and biases and its columns of the output weight. Sums are in
+double precision and in one fixed order, so that they do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from surgery.model import cost
+from surgery.model.dims import Dims
+from surgery.model.program import Program
+from surgery.passes.kinds import slice_faults as faults
+from surgery.passes.kinds.slice_targets import Target, Units, tensors
+from surgery.passes.operation import Resolved
+
+FREE = ("magnitude", "l2")
+"""Scores of the weights alone. ``random`` and ``file`` read no weights either; all others read data."""
+
+DATA = ("taylor", "fisher", "wanda", "activation")
+
+Vector: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Index: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+
+CHUNK = 1 << 21
+"""Elements that are summed at a time: bounds the memory beside the tensor itself."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Positions of one axis of a stored tensor that belong to units of a target: ``index`` holds the unit at each, -1 for none."""
+
+    target: int
+    axis: int
+    index: Index
+
+
+def uses(program: Program, targets: Sequence[Target]) -> dict[str, list[Use]]:
+    """Where the units of the targets stand in the parameters, by parameter in graph order. Buffers have no say."""
+    dims = program.dims
+    parameters = set(cost.parameter_names(program))
+    found: dict[str, list[Use]] = {}
+    for number, target in enumerate(targets):
+        for name in tensors(dims, target):
+            if name not in parameters or not program.weights[name].dtype.startswith(("float", "bfloat")):
+                continue
+            for axis, expression in enumerate(dims.parameter(name)):
+                index = positions(dims, expression, target.units)
+                if (index >= 0).any():
+                    found.setdefault(name, []).append(Use(number, axis, index))
+    order = {name: i for i, name in enumerate(dims.parameters)}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def positions(dims: Dims, expression: Any, units: Units) -> Index:
+    """The unit at every position of a stored axis, -1 where there is none; unit ``g R + r`` for the pair of two leaves."""
+    inner: Index | None = None
+    outer: Index | None = None
+    for leaf, index in dims.occurrences(expression):
+        if leaf == units.inner:
+            inner = index if inner is None else np.maximum(inner, index)
+        elif leaf == units.outer:
+            outer = index if outer is None else np.maximum(outer, index)
+    size = dims.size(expression)
+    if inner is None or (units.outer is not None and outer is None):
+        return np.full(size, -1, np.int64)
+    if units.outer is None:
+        return inner
+    assert outer is not None
+    return np.where((inner >= 0) & (outer >= 0), outer * units.inner.size + inner, -1)
+
+
+def unit_scores(program: Program, op: Resolved, targets: Sequence[Target]) -> list[Vector] | None:
+    """A score for every unit of every target; None while planning where the score reads weights or data.
+
+    Raises S0451 for scores that are not finite, S0277 and S0278 for a file of scores.
+    """
+    params = op.method.params()
+    score = params["score"]
+    if score == "random":
+        return [_random(target, op.seed) for target in targets]
+    if score == "file":
+        return _from_file(op, targets)
+    if op.study is None:
+        return None
+    where = uses(program, targets)
+    totals = [np.zeros(target.size) for target in targets]
+    done = 0
+    for name, marginals in _marginals(program, op, score, where):
+        done += 1
+        op.study.progress(f"scoring by {score}", done, len(where))
+        for use in where[name]:
+            along = marginals.get(use.axis)
+            if along is None:
+                continue
+            if not np.isfinite(along).all():
+                raise faults.not_finite(op, name, "values" if score in FREE else f"{score} scores")
+            there = use.index >= 0
+            totals[use.target] += np.bincount(use.index[there], weights=along[there], minlength=len(totals[use.target]))
+    return totals
+
+
+def _marginals(program: Program, op: Resolved, score: str, where: dict[str, list[Use]]) -> Iterator[tuple[str, dict[int, Vector]]]:
+    """For each parameter its element scores summed along each axis that is used: ``(name, {axis: sums})``."""
+    assert op.study is not None
+    if score in FREE:
+        for name, used in where.items():
+            value = op.study.tensor(program, name)
+            yield name, {axis: marginal(value, axis, squared=score == "l2") for axis in {u.axis: None for u in used}}
+        return
+    from surgery.model.scores import element_scores
+
+    for name, value, axes in element_scores(op.study, program, op.data, score, list(where)):
+        wanted = {u.axis: None for u in where[name]}
+        yield name, {axis: marginal(value, axes.index(axis), squared=False, plain=True) for axis in wanted if axis in axes}
+
+
+def marginal(tensor: torch.Tensor, axis: int, *, squared: bool, plain: bool = False) -> Vector:
+    """Absolute values (or squares, or the values themselves if ``plain``) summed over every axis but one, in float64.
+
+    NumPy sums on one thread in a fixed order, which is what makes the result the same everywhere.
+    """
+    t = tensor.detach()
+    shape = tuple(t.shape)
+    before, size = int(np.prod(shape[:axis], dtype=np.int64)), shape[axis]
+    after = int(np.prod(shape[axis + 1 :], dtype=np.int64))
+    view = t.reshape(before, size, after)
+    total = np.zeros(size)
+    many = max(1, CHUNK // max(1, size * after))
+    rows = max(1, CHUNK // max(1, after))
+    for i in range(0, before, many):
+        for start in range(0, size, rows):
+            part = view[i : i + many, start : start + rows]
+            block = (part if part.dtype in (torch.float32, torch.float64) else part.float()).numpy().astype(np.float64)
+            if squared:
+                block = np.square(block)
+            elif not plain:
+                block = np.abs(block)
+            total[start : start + rows] += block.sum(axis=2).sum(axis=0)
+    return total
+
+
+def _random(target: Target, seed: int) -> Vector:
+    """Seeded by the statement and the first site, so that no other statement or site changes the choice."""
+    role = target.sites[0].role if target.sites else ""
+    digest = hashlib.sha256(f"slice|{seed}|{role}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "big"))).random(target.size)
+
+
+# ---------------------------------------------------------------- a file of scores
+
+
+def _from_file(op: Resolved, targets: Sequence[Target]) -> list[Vector]:
+    """One vector for each site, under its role; parts that share their units add up."""
+    name = str(op.method.params()["scores"])
+    base = Path(op.origin.span.source.name).parent if op.origin.span.end else Path()
+    table = _read(op, base / name, name)
+    out = []
+    for target in targets:
+        roles = [s.role for s in target.sites]
+        given = [role for role in roles if role in table]
+        if not given:
+            known = sorted(table)[:4]
+            raise faults.file_vector(
+                op,
+                name,
+                f"no scores for {roles[0]}",
+                f"add `{roles[0]}` with {target.size} numbers; the file has {', '.join(known) or 'nothing'}",
+            )
+        total = np.zeros(target.size)
+        for role in given:
+            vector = table[role]
+            if vector.shape != (target.size,):
+                raise faults.file_vector(
+                    op,
+                    name,
+                    f"{role} has {_shape(vector)}, and there are {target.size} units",
+                    f"give {target.size} numbers, one for each unit",
+                )
+            if not np.isfinite(vector).all():
+                at = int(np.flatnonzero(~np.isfinite(vector))[0])
+                raise faults.file_vector(op, name, f"score {at} of {role} is not a finite number", "give a number for each unit")
+            total += vector
+        out.append(total)
+    return out
+
+
+def _shape(vector: Vector) -> str:
+    return f"{vector.size} scores" if vector.ndim == 1 else f"scores of shape {' x '.join(map(str, vector.shape))}"
+
+
+def _read(op: Resolved, path: Path, name: str) -> dict[str, Vector]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {k: v.double().numpy() for k, v in load_file(str(path)).items()}
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise faults.file_unreadable(op, name, "there is no such file") from None
+    except Exception as exc:  # a damaged file fails in the reader's own ways
+        first = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise faults.file_unreadable(op, name, first) from exc
+    if not isinstance(data, dict):
+        raise faults.file_unreadable(op, name, "it holds no object with a list for each site")
+    table = {}
+    for role, values in data.items():
+        if not _numbers(values):
+            raise faults.file_unreadable(op, name, f"{role} is no list of numbers")
+        table[str(role)] = np.array(values, np.float64)
+    return table
+
+
+def _numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in _flat(values))
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _flat(value)
+        else:
+            yield value

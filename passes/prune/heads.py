@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from surgery.core.site import Site
+from surgery.model.program import Program
+from surgery.passes.kinds.slice import SliceMethod
+from surgery.passes.kinds.slice_targets import Units, head_leaves, paired
+
+
+@dataclass(frozen=True)
+class Heads(SliceMethod):
+    """Attention heads go, with their rows of query, key and value and their columns of the output projection.
+
+    Without grouping of keys and values a head takes its part of all four projections (and of their biases, of norms on queries
+    and keys where each head has its own, of a table of position biases). With grouped keys and values query heads go, the
+    same number from every group, and keys and values stay as they are; the heads may differ from group to group. A number that
+    does not divide among the groups is refused; `prune kv_groups` removes whole groups.
+
+    A share removes `int(ratio x heads)` of each block:
+
+        prune heads(ratio = 25%) on layers[4..29].attn
+        prune heads(keep = {0..1: 12, 2..11: 8}) on layers[*].attn
+        prune heads(to = 80%, of = flops, scope = global) on layers[*].attn
+
+    A head is worth the sum of its element scores, over every stored tensor that it has a part of:
+
+        magnitude   |w|               l2          w^2
+        taylor      |w dL/dw|         fisher      (w dL/dw)^2, averaged over samples
+        wanda       |w| ||x||         activation  size of what enters the output projection
+
+    `random` is seeded by `seed`; `file` reads a list for each site from a JSON or safetensors file under the site's role. With
+    `scope = global` the lowest scores of all blocks go, each block's scores divided by their mean (`normalize`). Blocks
+    that share their heads, as T5's layers do through one table of position biases, lose the same ones: their scores add up.
+
+    Equal to the model with the removed heads masked. Adapters on what is cut are cut along.
+
+    Source: Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", 2023, arXiv:2305.11627, sections 3.1 and 3.2;
+    Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650; grouping as in Ainslie et al., "GQA", 2023,
+    arXiv:2305.13245.
+    """
+
+    noun: ClassVar[str] = "head"
+    block: ClassVar[str] = "attention"
+
+    def fits(self, site: Site) -> bool:
+        return site.heads is not None
+
+    def units(self, program: Program, site: Site) -> Units | None:
+        groups, inner = head_leaves(program, site)
+        if groups is not None and inner is not None:
+            return paired(program, groups, inner)
+        only = groups if groups is not None else inner
+        return None if only is None else Units(only)
