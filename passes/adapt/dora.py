@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.model.dims.masks import to_ranges
+from surgery.model.weights import Apply, Expr, select
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.delta import Tensors
 from surgery.passes.kinds.geometry import Geometry, take
@@ -50,6 +53,19 @@ class Dora(LowRankMethod):
 
     def delta(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
         return self.fold(site, t, weight) - weight
+
+    def recut(self, site: Geometry, kept: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Expr]], Expr]]:
+        """Where inputs go the lengths shrink with them: the magnitude shrinks alike, so that what stays of the weight is as it was."""
+        inner = kept["in"]
+        ranges = None if inner is None else to_ranges(inner)
+
+        def magnitude(given: Mapping[str, Expr]) -> Expr:
+            parts = (given["magnitude"], given["A"], given["B"], select(given["weight"], site.out_axis, site.rows or ((0, site.full_out),)))
+            params = tuple((k, v) for k, v in self.params().items() if k != "seed")
+            params = (*params, ("site", site.pairs()), ("kept", ranges))
+            return Apply(parts[0].shape, parts[0].dtype, "adapt/dora:shorter", parts, params)
+
+        return {} if ranges is None else {"magnitude": magnitude}
 
     def ratio(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
         """``m / n`` per output.
@@ -98,6 +114,17 @@ def norms(stored: Tensor, *, site: Any, **_: Any) -> Tensor:
     """The initial magnitude: the length of each output's weights."""
     weight = Geometry.of(site).to_canonical(stored)
     return _lengths(weight.float() if weight.dtype != torch.float64 else weight)
+
+
+def shorter(magnitude: Tensor, a: Tensor, b: Tensor, stored: Tensor, *, site: Any, kept: Any, **params: Any) -> Tensor:
+    """The magnitude for a weight that keeps only the inputs ``kept`` (ranges): ``m |V kept| / |V|`` of each output."""
+    geometry, method = Geometry.of(site), Dora(**params)
+    wide = torch.promote_types(magnitude.dtype, torch.float32)
+    v = geometry.to_canonical(stored.to(wide)) + method.scale() * product(geometry, a.to(wide), b.to(wide))
+    v = v.reshape(*v.shape[:-1], geometry.inp // geometry.groups, -1)
+    some = take(v, kept, v.dim() - 2)
+    old, new = _lengths(v.flatten(-2)), _lengths(some.flatten(-2))
+    return (magnitude.to(wide) * new / old.clamp_min(torch.finfo(wide).tiny)).to(magnitude.dtype)
 
 
 def _lengths(weight: Tensor) -> Tensor:

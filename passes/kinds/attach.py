@@ -29,6 +29,8 @@ class TensorSpec:
     function of the method: it is then given the site's canonical weight and its result (number ``output``, if it has
     several) is the initial value. ``shared`` tensors with one key are one tensor for all sites of the statement.
     ``dtype`` empty means the dtype of adapters: float32, also beside a half-precision base, as optimizers need.
+    ``follows`` names for each axis the size of the site that it follows when units of the site are removed (``out``, ``in``, ``experts``; for
+    inserted modules ``inp``, ``out``; "" for none); None finds that out (see :mod:`surgery.passes.kinds.follow`).
     """
 
     name: str
@@ -40,6 +42,7 @@ class TensorSpec:
     output: int | None = None
     shared: str = ""
     dtype: str = ""
+    follows: tuple[str, ...] | None = None
 
 
 def seed_of(base: int, *parts: str) -> int:

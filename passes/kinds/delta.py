@@ -22,12 +22,14 @@ from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model import masked
+from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
+from surgery.passes.kinds.follow import follow_delta
 from surgery.passes.kinds.geometry import Geometry, geometry_of, take
 from surgery.passes.kinds.parts import part_of, rewrite, size_of, untie
 from surgery.passes.operation import Resolved, SiteChange
@@ -167,6 +169,10 @@ class DeltaModule(nn.Module):
     def surgery_events(self) -> tuple[Method, nn.Module]:
         """Who acts during training on whose behalf (see ``surgery.train``)."""
         return self.method, self
+
+    def follow(self, around: Around) -> Follow | str:
+        """How the tensors follow when the site loses units (see :mod:`surgery.model.cut_attached`)."""
+        return follow_delta(self.method, self.site, around)
 
     def module_config(self) -> dict[str, Any]:
         config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": self.site.as_json()}

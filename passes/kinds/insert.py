@@ -15,12 +15,14 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import NodeRef, Site
+from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.axes import feature_axis
 from surgery.passes.kinds.calls import calls_of, operand
+from surgery.passes.kinds.follow import follow_insert
 from surgery.passes.operation import Resolved, SiteChange
 
 Tensors = Mapping[str, Tensor]
@@ -109,6 +111,10 @@ class InsertModule(nn.Module):
     def surgery_events(self) -> tuple[Method, nn.Module]:
         """Who acts during training on whose behalf (see ``surgery.train``)."""
         return self.method, self
+
+    def follow(self, around: Around) -> Follow | str:
+        """How the tensors follow when the values around the module lose features (see :mod:`surgery.model.cut_attached`)."""
+        return follow_insert(self.method, self.site, around)
 
     def module_config(self) -> dict[str, Any]:
         site = {k: v for k, v in asdict(self.site).items() if not (k.endswith("_axis") and v == -1)}

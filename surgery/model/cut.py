@@ -17,6 +17,7 @@ from torch import nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.source import Span
+from surgery.model import cut_attached, masked
 from surgery.model.cut_graph import GraphCut
 from surgery.model.cut_leaves import apply_changes, refit
 from surgery.model.cut_sizes import NewSizes
@@ -52,15 +53,18 @@ def cut(program: Program, group: Group, origin: Origin) -> CutResult:
         raise ValueError("the group belongs to another analysis than the program's present one")
     sizes = NewSizes(group.dims, group.keep)
     graphs = GraphCut(program, sizes, group.constants, origin.span)
-    members = list(group.members)
     for path, changes in graphs.leaves.items():
         _check_leaf(program, path, changes, origin.span)
+    attached = cut_attached.plan(program, group, _groups(program, graphs), origin.span)
+    members = [*group.members, *attached.members]
+    program.weights.update(attached.rewrites)
     removed = _tensors(program, members, origin)
     for path, changes in graphs.leaves.items():
         apply_changes(program.module(path), changes)
     for ref in graphs.write():
         program.journal.record(ref, origin)
     _refit(program, group, sizes)
+    cut_attached.apply(program, attached)
     program.touch()
     return CutResult(removed, tuple(members))
 
@@ -73,11 +77,21 @@ def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
         )  # fmt: skip
 
 
+def _groups(program: Program, graphs: GraphCut) -> dict[str, int]:
+    """Groups of every convolution leaf after the cut."""
+    found = {path: m.groups for path, m in program.graph.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    for path, changes in graphs.leaves.items():
+        if path in found:
+            found[path] = next((c.value for c in changes if c.path == ("args", 6)), found[path])
+    return found
+
+
 def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[str, int]:
     """Selects weights and replaces the meta tensors wherever they are held; returns the elements that each lost."""
     before = {m.parameter: math.prod(program.weights[m.parameter].shape) for m in members}
     for m in members:
         program.weights[m.parameter] = select(program.weights[m.parameter], m.axis, m.kept)
+        masked.cut_mask(program, m.parameter, m.axis, m.kept)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     names = set(before)
     for path, module in program.graph.named_modules(remove_duplicate=False):

@@ -68,6 +68,11 @@ class FlatRun:
                     value = self.read(str(node.target))
                 elif node.op == "call_module":
                     assert self.modules is not None
+                    # what is attached reads stored tensors as they are: a length of a weight must not change with what enters it
+                    args = tuple(
+                        self.read(str(n.target)) if isinstance(n, fx.Node) and n.op == "get_attr" else a
+                        for n, a in zip(node.args, args, strict=True)
+                    )
                     value = self.modules(node)(*args, **kwargs)
                 else:
                     value = self.special(node, args, dict(kwargs))
@@ -157,12 +162,12 @@ def _symbolic(keep: Keep, axis: Any, size: int) -> list[Tensor]:
 
 
 class _Flat:
-    """A program's flat graph in float32 with what is attached to it as modules, and the axes of every node in an analysis."""
+    """A program's flat graph in ``dtype`` with what is attached to it as modules, and the axes of every node in an analysis."""
 
-    def __init__(self, program: Program, dims: Dims, tensors: Tensors) -> None:
-        self.program, self.tensors = program, tensors
+    def __init__(self, program: Program, dims: Dims, tensors: Tensors, dtype: torch.dtype) -> None:
+        self.program, self.tensors, self.dtype = program, tensors, dtype
         self.graph = flatten(program.graph, program.aliases)
-        retarget_graph(self.graph, dtype=torch.float32, device=torch.device("cpu"))
+        retarget_graph(self.graph, dtype=dtype, device=torch.device("cpu"))
         by_ref: dict[NodeRef, Any] = {}
         named: dict[str, Any] = {}
         for node in dims.graph.nodes:
@@ -183,7 +188,7 @@ class _Flat:
 
     def read(self, name: str) -> Tensor:
         value = self.tensors.of(self.program, name)
-        return value.float() if value.is_floating_point() else value
+        return value.to(self.dtype) if value.is_floating_point() else value
 
     def module(self, node: fx.Node) -> nn.Module:
         path = str(node.target)
@@ -208,16 +213,18 @@ def floats(out: Any) -> list[Tensor]:
     return [t for item in out for t in floats(item)] if isinstance(out, (tuple, list)) else []
 
 
-def masked(before: Program, group: Group, tensors: Tensors, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Floating outputs of the program before the cut under masked execution, without the removed units."""
-    flat = _Flat(before, group.dims, tensors)
+def masked(before: Program, group: Group, tensors: Tensors, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Floating outputs of the program before the cut under masked execution in ``dtype``, without the removed units."""
+    flat = _Flat(before, group.dims, tensors, dtype)
     run = MaskedRun(flat.graph, flat.read, group.dims, group.keep, flat.axes, flat.module)
     return _selected(flat, group, run(inputs))
 
 
-def zeroed(before: Program, group: Group, members: Iterable[Member], tensors: Tensors, inputs: Sequence[Tensor]) -> list[Tensor]:
+def zeroed(
+    before: Program, group: Group, members: Iterable[Member], tensors: Tensors, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Floating outputs of the program before the cut with the removed slices of all ``members`` zero, without the removed units."""
-    flat = _Flat(before, group.dims, tensors)
+    flat = _Flat(before, group.dims, tensors, dtype)
     gone: dict[str, list[Member]] = {}
     for member in members:
         gone.setdefault(member.parameter, []).append(member)
