@@ -7,7 +7,7 @@ Everything runs on one thread and in a fixed order, so that the same data gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from surgery.model.data import Batch, Samples
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.realise import one_thread
+from surgery.model.study_grad import Backward, names_in
+from surgery.model.study_loss import Objective
 from surgery.model.study_run import (
     CallHook,
     Hook,
@@ -80,6 +82,64 @@ class Study:
         """The flat outputs of every batch of a streamed forward pass."""
         with one_thread(), torch.no_grad():
             return Pass(self, program, samples, Watch(), dtype, "running the model").run(None, results=True)
+
+    def gradients(
+        self, program: Program, samples: Samples, names: Iterable[str], consume: Callable[[str, Tensor, int], None], *,
+        per_sample: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        """Calls ``consume(name, gradient, sample)`` for everything that :meth:`each_gradient` gives."""
+        for name, gradient, sample in self.each_gradient(program, samples, names, per_sample=per_sample, seed=seed, dtype=dtype):
+            consume(name, gradient, sample)
+
+    def each_gradient(
+        self, program: Program, samples: Samples, names: Iterable[str], *,
+        per_sample: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, max_bytes: int = 1 << 30,
+    ) -> Iterator[tuple[str, Tensor, int]]:  # fmt: skip
+        """Gradients of the loss of each sample (see :class:`~surgery.model.study_loss.Objective`) with respect to parameters.
+
+        With ``per_sample`` it gives (first name, gradient, number of the sample) for each sample, all of a parameter in the order of the
+        samples; else once (first name, sum over the samples in float64, -1). The last parts of the model come first. Tied and shared
+        parameters have the sum over their uses. A parameter that the loss does not depend on has zeros.
+
+        Layers run twice; beside the values between the parts, one part's weights and activations are in memory. With ``per_sample``,
+        gradients of parameters that several parts use are held for as many samples as fit into ``max_bytes``, and the whole pass is
+        repeated for the next ones.
+
+        Raises S0752 for weights that are not finite, S0753 for gradients that are not.
+        """
+        wanted = list(dict.fromkeys(program.aliases.get(n, n) for n in names))
+        batches = list(samples.batches(program, batch=1 if per_sample else None, dtype=dtype))
+        size = len(batches)
+        if per_sample:
+            shared = sum(4 * program.weights[n].nbytes for n in shared_names(program, wanted))
+            size = max(1, min(size, max_bytes // shared)) if shared else size
+        for start in range(0, len(batches), size):
+            yield from self._gradients(program, batches[start : start + size], wanted, dtype, Objective(program, seed), per_sample)
+
+    def _gradients(
+        self, program: Program, batches: list[Batch], names: list[str], dtype: torch.dtype, objective: Objective, per_sample: bool
+    ) -> Iterator[tuple[str, Tensor, int]]:
+        work = Backward(program, self.tensors, batches, names, dtype, objective)
+        parts = sum(n.op == "call_module" for n in work.order)
+        parts += sum(n.op == "call_module" and n in work.active for n in work.order)
+        done = iter(range(1, parts + 1))
+
+        def progress() -> None:
+            self.progress("finding gradients", next(done), parts)
+
+        with one_thread(), torch.no_grad():
+            work.forward(progress)
+        found = work.backward(progress, 1.0, per_sample=per_sample)
+        while True:
+            with one_thread():
+                item = next(found, None)
+            if item is None:
+                break
+            check_gradient(*item)
+            yield item
+        for name in (n for n in names if n not in work.first_use):
+            for batch in batches if per_sample else batches[:1]:
+                yield name, torch.zeros(program.weights[name].shape, dtype=torch.float64), batch.first if per_sample else -1
 
 
 class Pass:
@@ -192,17 +252,6 @@ class Pass:
         return {node: tuple(names) for node, names in out.items()}
 
 
-def names_in(program: Program, node: fx.Node) -> Iterable[str]:
-    """First names of the parameters that a root node reads."""
-    path = str(node.target)
-    if node.op == "get_attr":
-        return (program.aliases.get(path, path),)
-    if node.op != "call_module":
-        return ()
-    names = (f"{path}.{name}" for name, _ in program.graph.get_submodule(path).named_parameters(remove_duplicate=False))
-    return tuple(dict.fromkeys(program.aliases.get(n, n) for n in names))
-
-
 def check_values(where: str, value: Any, batch: Batch, spec: Any) -> None:
     """Raises S0753 when a value of real tokens is not finite."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all()):
@@ -217,3 +266,21 @@ def check_values(where: str, value: Any, batch: Batch, spec: Any) -> None:
         notes=(f"seen for samples {batch.first}..{last} of the data",),
         help="look at these samples and at the weights of this part; computing in another dtype does not help, this is float32",
     )  # fmt: skip
+
+
+def check_gradient(name: str, gradient: Tensor, sample: int) -> None:
+    if not bool(torch.isfinite(gradient).all()):
+        raise fail(
+            "S0753", f"the gradient of `{name}` is not finite", exit_code=1,
+            notes=(f"seen for sample {sample} of the data",) if sample >= 0 else (),
+            help="look at the samples and at the weights of this part; computing in another dtype does not help, this is float32",
+        )  # fmt: skip
+
+
+def shared_names(program: Program, names: Iterable[str]) -> list[str]:
+    """Those parameters that several nodes of the root graph read."""
+    count: dict[str, int] = {}
+    for node in program.graph.graph.nodes:
+        for name in names_in(program, node):
+            count[name] = count.get(name, 0) + 1
+    return [n for n in names if count.get(n, 0) > 1]

@@ -91,21 +91,21 @@ def _through(user: fx.Node, node: fx.Node, view: _View) -> _View | None:
             a, b = int(args[1]) % rank, int(args[2]) % rank  # type: ignore[arg-type]
             axes[a], axes[b] = axes[b], axes[a]
             return _View(tuple(axes), view.rows)
-        case aten.permute.default:
-            return _View(tuple(view.axes[int(i) % rank] for i in args[1]), view.rows)  # type: ignore[union-attr,arg-type]
+        case aten.permute.default if isinstance(args[1], list | tuple):
+            return _View(tuple(view.axes[int(i) % rank] for i in args[1]), view.rows)  # type: ignore[call-overload]
         case aten.slice.Tensor if view.rows is None:
             return _sliced(user, node, view)
     return None
 
 
 def _sliced(user: fx.Node, node: fx.Node, view: _View) -> _View | None:
-    axis, start, stop, step = (*user.args[1:], *(0, 0, 1 << 62, 1)[len(user.args) - 1 :])
+    given: list[Any] = list(user.args[1:])
+    axis, start, stop, step = given + [0, 0, 1 << 62, 1][len(given) :]
     if step != 1 or not all(isinstance(v, int) for v in (axis, start, stop)):
         return None
-    spec = node.meta["spec"]
-    size = int(spec.shape[axis])  # type: ignore[index]
-    start, stop = (v + size if v < 0 else min(v, size) for v in (start, stop))  # type: ignore[operator,type-var]
-    return _View(view.axes, (view.axes[axis], start, stop))  # type: ignore[index,arg-type]
+    size = int(node.meta["spec"].shape[axis])
+    start, stop = (v + size if v < 0 else min(v, size) for v in (start, stop))
+    return _View(view.axes, (view.axes[axis], start, stop))
 
 
 def _product(program: Program, user: fx.Node, node: fx.Node, view: _View) -> Use | None:
