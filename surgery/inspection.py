@@ -69,6 +69,7 @@ class Shown:
         stacks = ", ".join(f"{s.name} ({plural(s.layers, 'layer')})" for s in p.anatomy.stacks)
         lines.append(f"stacks: {stacks or 'none'}")
         lines.append(f"flops per token: {cost.flops_per_token(p):,} at length 128")
+        lines += [f"note: {note}" for note in p.info.notes]
         lines += ["", *self._table()]
         if p.attachments:
             lines += ["", "added by surgery:"]

@@ -97,7 +97,7 @@ class Totals:
 
 @dataclass
 class Plan:
-    """What a spec does to a model. ``model`` holds ref, family, hash, params and bytes."""
+    """What a spec does to a model. ``model`` holds ref, family, hash, params and bytes, and notes where there are any."""
 
     spec: str
     edition: int
@@ -207,6 +207,7 @@ def render(plan: Plan) -> str:
     family = model.get("family") or "module"
     lines = [
         f"plan of {plan.spec} on {model['ref']} ({family}, {model['params']:,} parameters, {size(model['bytes'])})",
+        *(f"note: {note}" for note in model.get("notes", ())),
     ]
     width = max([len(str(s.span.line)) for s in plan.steps], default=1)
     stage = ""

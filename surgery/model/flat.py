@@ -228,6 +228,7 @@ _EXPANSIONS: dict[type, Callable[..., Any]] = {
     nn.Identity: _identity,
     leaves.Attention: _attention,
     leaves.DropPath: _identity,
+    leaves.Jitter: _identity,
 }
 
 

@@ -130,6 +130,7 @@ TORCH_MODULES: dict[str, TorchModule] = {
 _CAPTURED = {
     "surgery.attention": ("Attention", ("p", "is_causal", "scale", "enable_gqa")),
     "surgery.drop_path": ("DropPath", ("p",)),
+    "surgery.jitter": ("Jitter", ("low", "high")),
 }
 
 

@@ -70,6 +70,15 @@ def model_class(config: Any, architecture: str | None) -> type[Any]:
         raise fail("S0504", f"transformers has no base model for {type(config).__name__}", help="name the model class") from error
 
 
+def draws_spec_augment(config: Any) -> bool:
+    """Whether the model of this config, or a part of it, masks its features at random in training."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    own = getattr(config, "apply_spec_augment", False) and (
+        getattr(config, "mask_time_prob", 0) > 0 or getattr(config, "mask_feature_prob", 0) > 0
+    )
+    return bool(own) or any(draws_spec_augment(part) for part in parts if part is not None)
+
+
 def _steady(config: Any) -> None:
     """Switches off what has no graph: SpecAugment draws its masks with numpy."""
     if getattr(config, "apply_spec_augment", False):

@@ -80,7 +80,7 @@ def _write(folder: Path, key: str, capture: Captured) -> None:
         "aliases": capture.aliases,
         "parameters": {name: [list(shape), dtype] for name, (shape, dtype) in capture.parameters.items()},
         "constants": list(capture.constants),
-        "fallback": capture.fallback,
+        "fallback": capture.fallback, "notes": list(capture.notes),
     }  # fmt: skip
     tensors = save_tensors({name: t.contiguous().clone() for name, t in capture.constants.items()})
     text = json.dumps({"schema": "surgery.capture/1", "key": key, "hash": _digest(body, tensors), "body": body}, separators=(",", ":"))
@@ -121,7 +121,7 @@ def _read(folder: Path, key: str) -> Captured | None:
             aliases=dict(body["aliases"]),
             constants={name: values[name] for name in body["constants"]},
             parameters={name: (tuple(shape), str(dtype)) for name, (shape, dtype) in body["parameters"].items()},
-            fallback=str(body["fallback"]),
+            fallback=str(body["fallback"]), notes=tuple(map(str, body["notes"])),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, SurgeryError):
         return None

@@ -124,22 +124,40 @@ def filled_cache(keys: list[Tensor], values: list[Tensor]) -> Any:
 
 @dataclass
 class Trace:
-    """A raw export: the flat program, the calls of layers found in it, the output's tree and the flat names."""
+    """A raw export: the flat program, the calls of layers found in it, the output's tree, the flat names, and the rates at
+    which the model's code would skip layers in training."""
 
     exported: torch.export.ExportedProgram
     regions: list[Region]
     out_tree: pytree.Tree
     names: list[str]
+    skips: tuple[float, ...] = ()
+
+
+class _Draw(float):
+    """The number one in the place of a random draw: below no rate, and it notes the rates that it is compared with."""
+
+    rates: dict[float, None]
+
+    def __lt__(self, rate: Any) -> bool:
+        self.rates[float(rate)] = None
+        return False
+
+    __le__ = __lt__
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(skips: dict[float, None]) -> Iterator[None]:
     """No tracer chatter, and layer drop off: Python code that skips whole layers at random has no graph, and the usual
-    draw ``torch.rand([]) < rate`` never skips when it draws one."""
+    draw ``torch.rand([]) < rate`` never skips when it draws one. The rates are noted in ``skips``."""
     rand = torch.rand
 
     def draw(*size: Any, **kwargs: Any) -> Any:
-        return 1.0 if size == ([],) and not kwargs else rand(*size, **kwargs)
+        if size != ([],) or kwargs:
+            return rand(*size, **kwargs)
+        one = _Draw(1.0)
+        one.rates = skips
+        return one
 
     loggers = [logging.getLogger(n) for n in ("torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export", "transformers")]
     levels = [lg.level for lg in loggers]
@@ -165,11 +183,12 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     hard, soft = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
     leaves = tuple(leaf for _, leaf in call.flat())
-    with _quiet(), Regions(model, stubs) as regions:
+    skips: dict[float, None] = {}
+    with _quiet(skips), Regions(model, stubs) as regions:
         try:
             exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
         except Fallback:
             raise
         except Exception as error:
             raise capture_error(error, model, fixed) from error
-    return Trace(exported, regions.regions, found[-1], flat.names)
+    return Trace(exported, regions.regions, found[-1], flat.names, tuple(rate for rate in skips if rate > 0))

@@ -49,3 +49,18 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class Jitter(nn.Module):
+    """Multiplicative noise: in training every element is multiplied by a draw of its own, uniform in [``low``, ``high``)."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low = low
+        self.high = high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty_like(x).uniform_(self.low, self.high) if self.training else x
+
+    def extra_repr(self) -> str:
+        return f"low={self.low}, high={self.high}"

@@ -48,7 +48,7 @@ class Normaliser:
             if self._noop(graph, node):
                 continue
             self._views(graph, node)
-            leaf = self._leaf(node)
+            leaf = self._leaf(node) or self._jitter(graph, node)
             if leaf is not None:
                 self._become(graph, node, *leaf)
 
@@ -122,6 +122,25 @@ class Normaliser:
         build = _BUILDERS.get(str(node.target))
         return None if build is None else build(self, node)
 
+    def _jitter(self, graph: fx.Graph, node: fx.Node) -> tuple[Leaf, tuple[Any, ...]] | None:
+        """``x * uniform(like x)``, in place or not: the noise that routers get in training, and in training only."""
+        if node.target not in (aten.mul.Tensor, aten.mul_.Tensor):
+            return None
+        x, draw = node.args[:2]
+        if not isinstance(draw, fx.Node) or draw.target is not aten.uniform_.default or not isinstance(x, fx.Node):
+            return None
+        like = draw.args[0]
+        if not isinstance(like, fx.Node) or like.target is not aten.empty_like.default or like.args[0] is not x:
+            return None
+        readers = set(x.users) - {like, node}
+        if set(draw.users) != {node} or set(like.users) != {draw} or (node.target is aten.mul_.Tensor and readers):
+            return None  # whoever else reads `x` reads what was changed in place
+        node.target, node.args = aten.mul.Tensor, (x, 1.0)
+        graph.erase_node(draw)
+        graph.erase_node(like)
+        low, high = (_argument(draw, name) for name in ("from", "to"))
+        return Leaf(self.fresh(self.scope(node), "jitter"), leaves.Jitter, {"low": low, "high": high}), (x,)
+
     def _become(self, graph: fx.Graph, node: fx.Node, leaf: Leaf, args: tuple[Any, ...]) -> None:
         if node.target is aten.batch_norm.default:
             self._drop_counter(graph, leaf)
@@ -154,6 +173,16 @@ class Normaliser:
         owner, _, name = path.rpartition(".")
         module = self.modules.get(owner)
         return module is not None and (name in module._parameters or name in module._buffers)
+
+
+def draws(graph: fx.Graph) -> dict[str, str]:
+    """Operations that draw random numbers and that no leaf stands for, with the module path of the first of each."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if seeded and "leaf" not in node.meta and str(node.target) not in _BUILDERS:
+            found.setdefault(str(node.target), Normaliser.scope(node))
+    return found
 
 
 def _clean(path: str) -> str:

@@ -15,7 +15,7 @@ from surgery.model.capture import build, flatten
 from surgery.model.capture.errors import Fallback
 from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
 from surgery.model.capture.inputs import hf_call
-from surgery.model.capture.normalise import Normaliser
+from surgery.model.capture.normalise import Normaliser, draws
 from surgery.model.capture.template import Cutter
 from surgery.model.capture.tree import Tensors, stand_up
 from surgery.model.program import Signature
@@ -28,7 +28,7 @@ class Captured:
     ``graph``: tree of GraphModules on meta tensors, the model's own dtype written as bfloat16. ``aliases``: further name of a
     tied tensor -> its first name. ``constants``: values of lifted constants and of buffers outside the state dict, by full
     name. ``parameters``: every state-dict name -> (shape, dtype as captured). ``fallback``: why the layers were traced one by
-    one, "" when twins were stamped.
+    one, "" when twins were stamped. ``notes``: what the live model draws in training outside any graph, so that this one does not.
     """
 
     graph: fx.GraphModule
@@ -37,6 +37,7 @@ class Captured:
     constants: dict[str, Tensor]
     parameters: dict[str, tuple[tuple[int, ...], str]]
     fallback: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def capture_config(config: Any, architecture: str | None = None, *, cache_dir: Path | None = None) -> Captured:
@@ -56,7 +57,12 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
 
 def _capture_hf(config: Any, cls: type[Any]) -> Captured:
     model, values = build.hf_model(config, cls)
-    return capture_traced(model, hf_call(model), values)
+    captured = capture_traced(model, hf_call(model), values)
+    if build.draws_spec_augment(config):
+        captured.notes += (
+            "SpecAugment is drawn outside the graph: in training this module masks no features (apply_spec_augment = false)",
+        )
+    return captured
 
 
 def capture_module(
@@ -201,6 +207,7 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     flatten.attach_specs(gm.graph.nodes, symbols)
     Normaliser(model, owners).run(gm.graph)
     flatten.drop_dead(gm.graph)
+    _refuse_training_noise(model, call, gm.graph)
     root = Cutter(gm.graph, traced.regions, owners, lifted_targets).cut(flat_names(call.tree()))
     graph, constants = stand_up(root, tensors, model, {lifted_targets[ph]: v for ph, v in lifted.items()})
     constants.update({name: values[name] for name in sorted(tensors.temporary) if name in values})
@@ -222,7 +229,34 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
             for t in [tensors.of(name)]
         },
         fallback=reason,
+        notes=tuple(
+            f"layer drop is drawn outside the graph: in training this module runs every layer (the model skips each with probability {rate:g})"
+            for rate in traced.skips
+        ),
     )
+
+
+def _refuse_training_noise(model: nn.Module, call: Call, graph: fx.Graph) -> None:
+    """Random draws that no leaf stands for would go on in evaluation: fine where the model draws there too, else S0510.
+
+    Only a graph with such draws costs the second trace, in evaluation mode.
+    """
+    drawn = draws(graph)
+    if not drawn:
+        return
+    model.eval()
+    try:
+        also = draws(trace(model, call, stubs=True).exported.graph)
+    finally:
+        model.train()
+    for target, scope in drawn.items():
+        if target not in also:
+            name = target.removesuffix(".default")
+            raise fail(
+                "S0510", f"{type(model).__name__} draws random numbers in training only, in a form that a graph cannot switch off: {name}"
+                + (f" in {scope}" if scope else ""),
+                help="write the noise as nn.Dropout, as stochastic depth or as `x * torch.empty_like(x).uniform_(a, b)`, or set its rate to zero",
+            )  # fmt: skip
 
 
 def _attribute(index: int) -> str:
