@@ -107,7 +107,7 @@ def test_bare_share_is_accepted_only_as_a_fraction() -> None:
         ('emit torch(dtype = "bf16") to "x"', "S0220"),
         ('adapter a = open("x")', "S0216"),
         ("freeze all on @none", "S0201"),
-        ("prune heads(ratio = 30%) on layers", "S0211"),
+        ("prune nothing_like_it(ratio = 30%) on layers", "S0211"),
     ],
 )
 def test_one_mistake_gives_one_report(text: str, code: str) -> None:

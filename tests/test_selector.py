@@ -58,6 +58,33 @@ def test_trunk_name_may_stand_in_front() -> None:
     assert names("text.embed.tokens", "clip") == names("embed.tokens", "clip") == ["embed.tokens"]
 
 
+def test_an_expert_is_the_set_of_its_parts() -> None:
+    parts = [f"layers[0].ffn.experts[2].{p}" for p in ("up", "gate", "down")]
+    assert sorted(names("layers[0].ffn.experts[2]", "mixtral")) == sorted(parts)
+    assert names("layers[0].ffn.experts[2]", "mixtral") == names("layers[0].ffn.experts[2].{up, gate, down}", "mixtral")
+    assert len(names("layers[*].ffn.experts[0, 3]", "mixtral")) == 2 * 3 * len(names("layers[*].ffn", "mixtral"))
+    sites = select(zoo_program("mixtral").anatomy, parsed("layers[0].ffn.experts[2]"))
+    assert all(s.op == "expert" and s.facts["expert"] == 2 and s.shape[0] == 1 for s in sites)
+    assert names("layers[0].ffn.experts", "mixtral") == names("layers[0].ffn.experts[*]", "mixtral"), "all of them are their region"
+    assert fault("layers[0].ffn.experts[4]", "mixtral").code == "S0303"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "help"),
+    [
+        ("layers[2..1]", "the range `2..1` has nothing in it", "`layers[1..2]` for the layers 1 to 2"),
+        ("layers[0, 2..1].attn.q", "the range `2..1` has nothing in it", "`layers[1..2]`"),
+        ("layers[-1..0]", "the range `-1..0` (here 2..0) has nothing in it", "`layers[0..2]` for the layers 0 to 2"),
+        ("layers[0].norm[1..0]", "the range `1..0` has nothing in it", "`norm[0..1]` for the parts 0 to 1"),
+    ],
+)
+def test_a_range_that_ends_before_it_begins(text: str, message: str, help: str) -> None:
+    found = fault(text)
+    assert found.code == "S0314" and found.message.startswith(message) and help in found.help[0]
+    assert names(text + "?") == names(text.replace(", 2..1", "") + "?" if ", " in text else "layers[*].attn.gate?")
+    assert names("layers[-3..2]") == ["layers[0]", "layers[1]", "layers[2]"]
+
+
 def test_single_experts() -> None:
     (site,) = select(zoo_program("mixtral").anatomy, parsed("layers[0].ffn.experts[2].up"))
     assert (site.role, site.op, site.facts["expert"], site.shape) == ("layers[0].ffn.experts[2].up", "expert", 2, (1, 64, 32))

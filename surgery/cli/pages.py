@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from surgery.core.catalogue import Entry, Quantity
-from surgery.core.checker_values import limits, show
+from surgery.core.checker_words import limits, show
 from surgery.core.method import MethodInfo, ParamInfo
 
 FOLDS = {
@@ -33,7 +33,7 @@ def method_page(info: MethodInfo) -> str:
         "| | |",
         "|---|---|",
         f"| place | {places}{'' if info.needs_sites else ', selector optional'} |",
-        f"| data | {'needs `using`' if info.needs_data else 'none'} |",
+        f"| data | {'needs `using`' if info.needs_data else 'for some values, with `using`' if info.takes_data else 'none'} |",
         f"| output | {IDENTITY.get(info.identity, info.identity)} |",
         f"| fold | {FOLDS.get(info.fold, info.fold)} |",
         f"| version | {info.version} |",

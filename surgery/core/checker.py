@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from surgery.core import ast
 from surgery.core.catalogue import LOADERS, SOURCES, Catalogue, load
 from surgery.core.checker_names import Definition, Names, Scope, name_span, words_as_selector
+from surgery.core.checker_nodes import a, as_written, defines, input_kind, layered, references
 from surgery.core.checker_order import order, place
 from surgery.core.checker_statements import Statements
 from surgery.core.diagnostics import Diagnostic, Sink, SurgeryError
@@ -99,7 +100,7 @@ class _FileChecker:
         inputs = {name: item for name, item in self._inputs_used(out)}
 
         def by(kind: str) -> dict[str, Checked]:
-            return {n: c for n, c in inputs.items() if _input_kind(c.node) == kind}
+            return {n: c for n, c in inputs.items() if input_kind(c.node) == kind}
 
         models = {(s.node.name or s.node.ref): s for s in out if isinstance(s.node, ast.Model)}
         return Spec(
@@ -110,7 +111,7 @@ class _FileChecker:
     def _inputs_used(self, out: Iterable[Checked]) -> Iterable[tuple[str, Checked]]:
         yield from self.inputs.items()
         for item in out:
-            for name in _references(item.node):
+            for name in references(item.node):
                 if "." in name:
                     found = self._input(name)
                     if found is not None:
@@ -135,7 +136,7 @@ class _FileChecker:
             if isinstance(node, ast.Stage):
                 self._collect_later(node.body)
                 continue
-            kind = _defines(node)
+            kind = defines(node)
             name = getattr(node, "name", "")
             if kind and name:
                 self.scope.later.setdefault(name, Definition(name, kind, name_span(node, name), None, node))
@@ -202,7 +203,7 @@ class _FileChecker:
             chosen = self.calls.method("select", node.select) if node.select is not None else None
             self._input_defined(node, "data", bound, chosen)
         elif isinstance(node, ast.Load):
-            bound = self.calls.entry(node.source, LOADERS, "S0216", "way to open this", f"ways to open {_a(node.what)}")
+            bound = self.calls.entry(node.source, LOADERS, "S0216", "way to open this", f"ways to open {a(node.what)}")
             self._input_defined(node, node.what, bound, None)
         else:
             return False
@@ -271,13 +272,13 @@ class _FileChecker:
             )
             return node.value
         default = node.value
-        if default is not None and type(default) is not type(value) and not _layered(default, value):
+        if default is not None and type(default) is not type(value) and not layered(default, value):
             self.sink.error(
                 "S0208",
                 f"`{full}` cannot be set to `{text}`",
                 where,
                 "not the same kind of value as the default",
-                also=[(span, f"the default is {_text(default)}")],
+                also=[(span, f"the default is {as_written(default)}")],
             )
             return node.value
         return replace(value, span=where)
@@ -366,37 +367,3 @@ class _FileChecker:
         child._collect_later(file.statements)
         child._body(file.statements, [], {}, "")
         return child
-
-
-def _references(node: ast.Statement) -> list[str]:
-    names = [w.name for w in node.of] if isinstance(node, ast.Merge) else []
-    using = getattr(node, "using", "")
-    return [*names, using] if using else names
-
-
-def _input_kind(node: ast.Statement) -> str:
-    return node.what if isinstance(node, ast.Load) else "data"
-
-
-def _defines(node: ast.Statement) -> str:
-    if isinstance(node, ast.Load):
-        return node.what
-    kinds = {
-        ast.Import: "import", ast.Param: "param", ast.Let: "let", ast.Model: "model", ast.Data: "data",
-        ast.Operation: "site", ast.Merge: "site",
-    }  # fmt: skip
-    return kinds.get(type(node), "")
-
-
-def _layered(a: ast.Value, b: ast.Value) -> bool:
-    """A number may be set to a list, a table or a ramp and back: the parameter it is given to decides."""
-    kinds = (ast.Number, ast.ListValue, ast.Table, ast.Call)
-    return isinstance(a, kinds) and isinstance(b, kinds)
-
-
-def _text(value: ast.Value) -> str:
-    return f"`{value.span.text}`" if value.span.end else "of another kind"
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"

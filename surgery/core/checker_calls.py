@@ -8,7 +8,8 @@ from typing import Any
 from surgery.core import ast
 from surgery.core.catalogue import Catalogue, Entry
 from surgery.core.checker_names import Names
-from surgery.core.checker_values import BAD, Values, example, wanted
+from surgery.core.checker_values import BAD, Values
+from surgery.core.checker_words import example, wanted
 from surgery.core.diagnostics import Fix
 from surgery.core.method import MethodInfo, ParamInfo
 from surgery.core.near import near, quoted, suggestion

@@ -10,7 +10,7 @@ from surgery.core.catalogue import BACKENDS, BYTES, CHECKS, QUANTITIES, SHARE, C
 from surgery.core.checker_calls import Calls
 from surgery.core.checker_names import Definition, Names, last_word_span
 from surgery.core.checker_order import place
-from surgery.core.checker_values import describe, dimension
+from surgery.core.checker_words import describe, dimension
 from surgery.core.diagnostics import Fix
 from surgery.core.method import MethodInfo
 from surgery.core.near import near, suggestion

@@ -6,7 +6,6 @@ lead somewhere, unless the selector ends in ``?``; ``*`` and ``**`` only have to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +15,7 @@ from surgery.core.diagnostics import SurgeryError, error
 from surgery.core.near import near, quoted
 from surgery.core.rawpaths import select_paths
 from surgery.core.roles import RoleNode, role_tree, split_role
+from surgery.core.selector_words import are, as_ranges, counted, general, index_text, range_text, word_of, written
 from surgery.core.site import Anatomy, Site
 from surgery.core.source import NOWHERE, Span
 from surgery.core.spread import expand_per_layer
@@ -47,24 +47,6 @@ def select(anatomy: Anatomy, selector: ast.Selector, names: Mapping[str, Sequenc
         start = [_Spot(root)]
     walk = _Walk(anatomy, selector, root)
     return walk.run(start)
-
-
-def written(step: ast.Step | ast.SetStep) -> str:
-    """A step as a spec writes it."""
-    if isinstance(step, ast.SetStep):
-        return "{" + ", ".join(".".join(map(written, m)) for m in step.members) + "}" + _index(step.index)
-    return step.name + _index(step.index)
-
-
-def _index(index: ast.Index | None) -> str:
-    if index is None:
-        return ""
-    return "[" + (", ".join(map(_range, index.ranges)) if index.ranges else "*") + "]"
-
-
-def _range(r: ast.Range) -> str:
-    text = str(r.start) if r.stop == r.start else f"{r.start}..{'' if r.stop is None else r.stop}"
-    return text + (f" by {r.step}" if r.step != 1 else "")
 
 
 # ---------------------------------------------------------------- the walk
@@ -184,22 +166,37 @@ class _Walk:
         return [_Branch([_Spot(by_index[i], spot.expert)]) for i in chosen if i in by_index]
 
     def _within(self, index: ast.Index, count: int, step: ast.Step, spot: _Spot, noun: str) -> list[int]:
-        """The indices of ``[...]`` among ``count``; raises S0303 for one that does not exist (skipped when optional)."""
+        """The indices of ``[...]`` among ``count``; raises S0303 for one that does not exist and S0314 for a range that holds none
+        (both skipped when optional)."""
         chosen = _listed(index, count)
         outside = [i for r in index.ranges for i in _ends(r, count) if not 0 <= i < count]
         if outside and not self.selector.optional:
             above = spot.node.role
             name = f"{above}.{step.name}" if above else step.name
-            what = f"{name}{_index(index)}"
+            what = f"{name}{index_text(index)}"
             last = f"the last one is {name}[{count - 1}]" if count else ""
             raise SurgeryError(
                 error(
-                    "S0303", f"`{what}` goes past the end: there {_are(count, noun)}", self._span(index, step),
+                    "S0303", f"`{what}` goes past the end: there {are(count, noun)}", self._span(index, step),
                     f"{count} {noun}{'' if count == 1 else 's'}", notes=[n for n in (last, self._trail()) if n],
                     help=f"write an index from 0 to {count - 1}, or one from -{count} to -1 to count from the end",
                 )
             )  # fmt: skip
+        empty = next((r for r in index.ranges if not _listed(ast.Index(ranges=(r,)), count)), None)
+        if empty is not None and not self.selector.optional:
+            raise self._empty(empty, count, step, noun)
         return [i for i in chosen if 0 <= i < count]
+
+    def _empty(self, r: ast.Range, count: int, step: ast.Step, noun: str) -> SurgeryError:
+        first, last = _ends(r, count)
+        counted = f" (here {first}..{last})" if r.start < 0 or (r.stop or 0) < 0 else ""
+        help = f"write `{step.name}[{last}..{first}]` for the {noun}s {last} to {first}"
+        return SurgeryError(
+            error(
+                "S0314", f"the range `{range_text(r)}`{counted} has nothing in it: it ends before it begins", self._span(r, step.index, step),
+                "ranges go upwards and include both ends", help=help,
+            )
+        )  # fmt: skip
 
     def _miss(self, branch: _Branch, step: ast.Step) -> list[_Branch]:
         where = branch.spots[0].node.role if branch.spots else ""
@@ -209,7 +206,7 @@ class _Walk:
 
     def _sites(self, spot: _Spot) -> list[Site]:
         if spot.expert is not None:
-            return [_expert(s, spot.expert) for s in spot.node.sites() if not s.is_region]
+            return [_expert(s, spot.expert) for s in spot.node.leaves()]
         if spot.deep:
             site = spot.node.site
             if site is None:
@@ -236,7 +233,7 @@ class _Walk:
     def _nothing(self, before: list[_Branch], step: ast.Step | ast.SetStep) -> SurgeryError:
         spots = [s for b in before for s in b.spots]
         missed = next((m for m in self.misses), None)
-        word = _word(missed.step if missed is not None else step)
+        word = word_of(missed.step if missed is not None else step)
         if spots and spots[0].node is self.root and word == "layers":
             stacks = self._stacks()
             if stacks:
@@ -246,7 +243,7 @@ class _Walk:
             names = list(dict.fromkeys([*missed.available, *names]))
         close = near(word, [n for n in names if n != word])
         counts = " → ".join(f"`{text}` {count}" for text, count in self.trail)
-        where = f"in {_counted(len(spots), spots[0].node)}" if spots and spots[0].node is not self.root else "in this model"
+        where = f"in {counted(len(spots), spots[0].node)}" if spots and spots[0].node is not self.root else "in this model"
         help = [f"did you mean {quoted(close)}?"] if close else []
         help += self._elsewhere(word)
         if spots and spots[0].node is self.root and any(s.name.endswith("layers") for s in self.anatomy.stacks):
@@ -264,7 +261,7 @@ class _Walk:
 
     def _elsewhere(self, word: str) -> list[str]:
         """Where a role of this name does exist."""
-        found = list(dict.fromkeys(_general(n) for n in self.root.below() if n.name == word and n.site is not None))
+        found = list(dict.fromkeys(general(n) for n in self.root.below() if n.name == word and n.site is not None))
         return [f"`{word}` exists as {quoted(found[:4])}"] if found else []
 
     def _stacks(self) -> list[str]:
@@ -272,7 +269,7 @@ class _Walk:
 
     def _which_stack(self, step: ast.Step | ast.SetStep, stacks: list[str]) -> SurgeryError:
         staged = all(s.name.startswith("stages[") for s in self.anatomy.stacks)
-        rest = (_index(step.index) if isinstance(step, ast.Step) else "") or "[*]"
+        rest = (index_text(step.index) if isinstance(step, ast.Step) else "") or "[*]"
         options = ["stages[*].layers"] if staged else [s.name for s in self.anatomy.stacks][:4]
         title = "says too little" if len(stacks) > 1 else "is called otherwise here"
         count = f"{len(stacks)} stacks" if len(stacks) > 1 else "1 stack"
@@ -286,12 +283,12 @@ class _Walk:
     def _partly(self, branches: list[_Branch]) -> SurgeryError:
         by_step: dict[tuple[str, int], list[_Miss]] = {}
         for miss in self.misses:
-            by_step.setdefault((_word(miss.step), id(miss.step)), []).append(miss)
+            by_step.setdefault((word_of(miss.step), id(miss.step)), []).append(miss)
         diagnostics = []
         counts = " → ".join(f"`{text}` {count}" for text, count in self.trail)
         for (word, _), misses in by_step.items():
             places = [m.where for m in misses if m.where]
-            at = ", ".join(_ranges(places)) or "the model"
+            at = ", ".join(as_ranges(places)) or "the model"
             names = list(dict.fromkeys(n for m in misses for n in m.available))
             close = near(word, [n for n in names if n != word])
             help = [f"did you mean {quoted(close)}?"] if close else []
@@ -308,46 +305,6 @@ class _Walk:
 
 def _distinct(node: RoleNode) -> list[RoleNode]:
     return list(node.children.values())
-
-
-def _are(count: int, noun: str) -> str:
-    return f"is {count} {noun}" if count == 1 else f"are {count} {noun}s"
-
-
-def _counted(count: int, node: RoleNode) -> str:
-    return f"`{node.role}`" if count == 1 else f"{count} parts such as `{node.role}`"
-
-
-def _word(step: ast.Step | ast.SetStep) -> str:
-    return step.name if isinstance(step, ast.Step) else written(step)
-
-
-def _general(node: RoleNode) -> str:
-    return re.sub(r"\[\d+\]", "[*]", node.role)
-
-
-def _ranges(roles: Sequence[str]) -> list[str]:
-    """Roles that differ in one index as ranges: ``layers[0..3]``."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    plain: list[str] = []
-    for role in dict.fromkeys(roles):
-        found = re.match(r"^(.*?)\[(\d+)\](.*)$", role)
-        if found is None:
-            plain.append(f"`{role}`")
-        else:
-            groups.setdefault((found[1], found[3]), []).append(int(found[2]))
-    for (head, tail), numbers in groups.items():
-        runs: list[str] = []
-        numbers = sorted(numbers)
-        start = previous = numbers[0]
-        for n in [*numbers[1:], -1]:
-            if n == previous + 1:
-                previous = n
-                continue
-            runs.append(str(start) if start == previous else f"{start}..{previous}")
-            start = previous = n
-        plain.append(f"`{head}[{', '.join(runs)}]{tail}`")
-    return plain
 
 
 def _ends(r: ast.Range, count: int) -> list[int]:
