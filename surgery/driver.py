@@ -23,6 +23,7 @@ from surgery.core.progress import Progress, listening, report
 from surgery.core.source import Span, portable
 from surgery.core.spec import Spec
 from surgery.front import check_source, source_of
+from surgery.model.data_open import Shelf
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.study import Study
@@ -105,6 +106,7 @@ def _walk(
         return open_program(ref, allow_code=allow_code, use_cache=use_cache, span=at, base=base)[0]
 
     session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=report, study=study, open=other)
+    session.data = Shelf(spec.data, checkpoint)
     session.sink.extend(getattr(program.weights, "notes", ()))
     session.run()
     return session, checkpoint
@@ -186,6 +188,7 @@ def make_lock(spec: Spec, session: Session, checkpoint: Any = None) -> Lock:
         spec=_lock_name(spec),
         edition=spec.edition,
         model={"ref": portable(program.info.ref), "hash": program.info.hash, "content": content},
+        data=dict(session.data.digests),
         params={k: str(v) for k, v in spec.params.items()},
         seeds=session.seeds,
         methods=session.versions,

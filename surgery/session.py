@@ -19,6 +19,7 @@ from surgery.core.printer import to_text
 from surgery.core.spec import Checked, Spec
 from surgery.model import cost
 from surgery.model.claims import Claim
+from surgery.model.data_open import Shelf
 from surgery.model.program import Origin, Program
 from surgery.model.study import Study
 from surgery.passes import registry
@@ -44,7 +45,7 @@ class Session:
     """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``; ``study`` is there when
     weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted;
     ``totals`` are the params, bytes and flops per token before the first statement; ``folds`` the position of every ``fold`` with
-    the program right before it and right after it (when ``keep_base``)."""
+    the program right before it and right after it (when ``keep_base``); ``data`` opens what `using` names."""
 
     spec: Spec
     program: Program
@@ -62,6 +63,7 @@ class Session:
     study: Study | None = None
     claims: list[Claim] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
+    data: Shelf = field(default_factory=lambda: Shelf({}))
 
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
@@ -119,8 +121,9 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     assert isinstance(node, ast.Operation) and checked.call is not None
     found = resolve(session.program, checked)
     told: list[str] = []
+    data = session.data.open(node.using, session.program) if node.using else None
     op = replace(
-        found, study=session.study, claim=session.claims.append, warn=session.sink.add, tell=told.append, base=session.totals,
+        found, data=data, study=session.study, claim=session.claims.append, warn=session.sink.add, tell=told.append, base=session.totals,
     )  # fmt: skip
     before = session.program.copy() if node.verb == "fold" and session.keep_base else None
     text = to_text(node)

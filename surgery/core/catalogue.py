@@ -108,8 +108,17 @@ QUANTITIES: dict[str, Quantity] = _table(
 
 _READING = (
     _p("samples", "int", "how many are read; without it all", min=1, max=10**9),
-    _p("length", "int", "tokens a sample is cut to", 512, min=1, max=1 << 20, unit="tokens"),
+    _p(
+        "length",
+        "int",
+        "tokens a sample is cut to; without it 512, or what the model has positions for",
+        512,
+        min=1,
+        max=1 << 20,
+        unit="tokens",
+    ),
     _p("seed", "int", "seed of the choice and the order of samples", 0, min=0, max=2**63 - 1),
+    _p("batch", "int", "samples that run together", 8, min=1, max=1 << 16),
 )
 _PATH = ParamInfo("path", "str", "file, relative to the spec", required=True)
 
@@ -121,7 +130,12 @@ SOURCES: dict[str, Entry] = _table(
         (_PATH, _p("field", "str", "key that holds the text", "text"), *_READING),
         ("path",),
     ),
-    Entry("tensors", "a safetensors file of model inputs, the first axis counts samples", (_PATH, *_READING[::2]), ("path",)),
+    Entry(
+        "tensors",
+        "a safetensors file of model inputs, the first axis counts samples",
+        (_PATH, *(p for p in _READING if p.name != "length")),
+        ("path",),
+    ),
 )
 
 LOADERS: dict[str, Entry] = _table(

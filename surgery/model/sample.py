@@ -113,14 +113,14 @@ def _one(
         return mask
     if "position" in name and len(shape) >= 1:
         return (torch.arange(shape[-1]) + past).expand(shape).clone().to(kind)
-    high = _vocabulary(program, name)
+    high = vocabulary(program, name)
     if high is None:
         raise fail("S0508", f"cannot make example values for the input `{name}`", help="give example inputs from Python with `inputs=`")
     low = 3 if high > 16 else 0  # keep clear of padding and other special ids, which some models treat apart
     return torch.randint(low, high, shape, generator=generator, dtype=kind)
 
 
-def _vocabulary(program: Program, name: str) -> int | None:
+def vocabulary(program: Program, name: str) -> int | None:
     """Number of rows of the embedding that the input indexes, found by following the graph to the first embedding."""
     if "token_type" in name:
         size = program.info.config.get("type_vocab_size")
