@@ -76,19 +76,23 @@ def keep(
     **params: Any,
 ) -> Tensor:
     """The function ``VERB/NAME:keep``: the mask of a stored weight (of the site's rows), from the weight, what is known of its inputs
-    and the mask that it has already. Raises S0464 for a weight that is not finite."""
+    and the mask that it has already. Raises S0752 for a weight that is not finite."""
     geometry, rest = Geometry.of(site), list(more)
     known = rest.pop(0) if statistic else None
     before = geometry.to_canonical(rest.pop(0)) if old else None
     weight = geometry.to_canonical(part.double() if part.dtype == torch.float64 else part.float())
     if not bool(torch.isfinite(weight).all()):
-        raise not_finite(tensor)
+        raise not_finite(tensor, weight)
     stays = cls(**params).drop(geometry, weight, known, None if before is None else before.logical_not()).logical_not()
     return geometry.from_canonical(stays if before is None else stays & before).contiguous()
 
 
-def not_finite(name: str) -> Exception:
-    return fail("S0464", f"`{name}` has values that are not finite, which cannot be ranked", help="repair the checkpoint")
+def not_finite(name: str, weight: Tensor) -> Exception:
+    count = int((~torch.isfinite(weight)).sum())
+    return fail(
+        "S0752", f"the weight `{name}` holds {count} values that are not finite", notes=(f"{count} of {weight.numel():,} elements are NaN or infinite",),
+        help="scores and calibration need finite weights: mend or train the checkpoint again",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ apply
@@ -121,9 +125,12 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             "S0442", f"score `{score}` needs calibration data: add `using NAME`", op.origin.span, "no `using`", help="add `using NAME`"
         )
     targets, twins = _targets(program, op)
-    if method.statistic and op.study is not None:
-        from surgery.passes.kinds.mask_data import study_targets
+    if method.statistic:
+        from surgery.passes.kinds.mask_data import check_visible, study_targets
 
+        for target in targets:
+            check_visible(target, op)
+    if method.statistic and op.study is not None:
         study_targets(program, op, targets)
     else:
         for target in targets:
@@ -244,7 +251,7 @@ def _solve(
     before = None if old is None else geometry.to_canonical(realise(old, functions=registry.function))
     weight = geometry.to_canonical(part.double() if part.dtype == torch.float64 else part.float())
     if not bool(torch.isfinite(weight).all()):
-        raise not_finite(name)
+        raise not_finite(name, weight)
     found = method.solve(geometry, weight, statistic, None if before is None else before.logical_not())
     if found is None:
         return None

@@ -280,7 +280,7 @@ def zeros(program: Program, read: Callable[[str], Tensor]) -> dict[str, tuple[in
 def certificate(before: Program, after: Program, read: Callable[[Program, str], Tensor]) -> dict[str, Any] | None:
     """That a fold kept the zeros of every masked weight, counted entry by entry; None for a program without masks.
 
-    The error is the number of entries that are not zero as they should be, of weights that lost their mask the number of its zeros.
+    The error is the number of entries that are not zero as they should be, of weights that lost their mask all that it held.
     """
     old = zeros(before, lambda name: read(before, name))
     if not old:
@@ -288,8 +288,8 @@ def certificate(before: Program, after: Program, read: Callable[[Program, str], 
     new = zeros(after, lambda name: read(after, name))
     held, wrong = sum(n for n, _ in old.values()), sum(bad for _, bad in new.values())
     found = sum(n for n, _ in new.values()) - wrong
-    wrong += sum(n for name, (n, _) in old.items() if name not in new)
+    wrong += sum(n for name, (n, _) in old.items() if key_of(after, name) is None)
     return {
         "claim": f"masks kept: {held:,} zeros before the fold, {found:,} after", "max_abs_error": float(wrong), "tolerance": 0.0,
-        "ok": not wrong and found == held, "samples": [], "zeros_before": held, "zeros_after": found,
+        "ok": not wrong and found >= held, "samples": [], "zeros_before": held, "zeros_after": found,
     }  # fmt: skip
