@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.model.data import Samples
 from surgery.model.program import Program
+from tests.fixtures import save
 from tests.zoo import ZOO
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 99)))
@@ -32,7 +33,7 @@ def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> None:
 def text_model(family: str, folder: Path) -> Path:
     """The zoo's model of a family as a checkpoint with a tokenizer."""
     target = folder / f"text-{family}"
-    ZOO[family].make_model().save_pretrained(target)  # type: ignore[operator]
+    save(ZOO[family].make_model(), target)
     write_tokenizer(target)
     return target
 

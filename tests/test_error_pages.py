@@ -3,7 +3,8 @@
 A page has ``## Wrong`` and ``## Right``. Their code blocks are run in an empty folder:
 
 - ```` ```surg [check|plan|compile] [model=bert|config:bert] [set=r=16] [lock] ```` runs the verb on the spec (as ``spec.surg``);
-- ```` ```surg file=common.surg ```` only writes a file for the blocks that follow, as ```` ```text file=NAME ```` does;
+- ```` ```surg file=common.surg ```` only writes a file for the blocks that follow, as ```` ```text file=NAME [encoding=latin-1] ```` does;
+- ```` ```python setup ```` only prepares the folder for them;
 - ```` ```python ```` is executed; it raises a SurgeryError, or prints what it has to say;
 - ```` ```sh ```` holds ``surgery ...`` command lines.
 
@@ -86,7 +87,7 @@ def execute(block: Block, folder: Path) -> str:
 
 
 def is_case(block: Block) -> bool:
-    return block.language in ("surg", "python", "sh") and not block.get("file")
+    return block.language in ("surg", "python", "sh") and not block.get("file") and "setup" not in block.words
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,9 @@ def run_section(page: str, title: str, folder: Path) -> list[tuple[Block, str, B
         if block.get("file"):
             target = folder / block.get("file")
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(block.body, "utf-8")
+            target.write_text(block.body, block.get("encoding") or "utf-8")
+        elif "setup" in block.words:
+            assert not execute(block, folder), "a setup has nothing to report"
         elif is_case(block):
             following = blocks[i + 1] if i + 1 < len(blocks) else None
             expected = following if following is not None and following.language == "text" and not following.get("file") else None

@@ -125,7 +125,7 @@ def _name(dtype: torch.dtype) -> str:
 def _sizes(ask: Ask, given: Mapping[str, Tensor], inputs: Mapping[str, ValueSpec]) -> None:
     """Every axis that the model fixes has its size; axes of one symbol have one size (a cache is empty)."""
     known: dict[Any, tuple[int, str]] = {}
-    specs = [(n, inputs[n], t) for n, t in given.items() if n in inputs]
+    specs = [(n, spec, given[n]) for n, spec in inputs.items() if n in given]
     for name, spec, value in specs:
         if value.ndim != len(spec.shape):
             raise _shape(ask, name, spec, value, "")

@@ -87,7 +87,7 @@ def check_finite(name: str, value: Tensor) -> None:
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         count = int((~torch.isfinite(value)).sum())
         raise fail(
-            "S0752", f"the weight `{name}` holds {count} values that are not finite", exit_code=1,
+            "S0752", f"the weight `{name}` is not finite", exit_code=1,
             notes=(f"{count} of {value.numel():,} elements are NaN or infinite",),
             help="scores and calibration need finite weights: mend or train the checkpoint again",
         )  # fmt: skip
