@@ -145,28 +145,23 @@ class Compilation:
             )  # fmt: skip
 
     def identity(self) -> None:
-        """The methods' own promise: what was attached leaves the output as it was, exactly or within the stated bound."""
-        program, base = self.session.program, self.session.base
-        assert base is not None
-        old = {a.module for a in base.attachments}
-        # folds and removals have claims of their own: the promise is measured where every new attachment is still there
-        program = self.session.folds[0][1] if self.session.folds else program
-        new = [a for a in program.attachments if a.module not in old]
-        if not new or any(a.method.identity == "changed" for a in new):
-            return
-        if any(c.node.verb not in ("adapt", "insert", "freeze", "unfreeze", "fold") for c in self._operations()):
-            return
-        bound = max([1e-5, *(a.method.identity_bound for a in new)])
-        entry = self.compare("unchanged at init", base, program, bound)
-        if not entry["ok"]:
-            names = sorted({f"{a.origin.verb} {a.method.name}" for a in new})
-            raise fail(
-                "S0903", f"{', '.join(names)} changed the output at init by {entry['max_abs_error']:.3g}, promised {bound:.3g}",
-                new[0].origin.span, "made here", help="please report this with the spec and the model's config", exit_code=2,
-            )  # fmt: skip
+        """The methods' own promise: what statements attach leaves the output as it was, exactly or within the stated bound.
 
-    def _operations(self) -> list[Any]:
-        return [c for c in self.session.spec.statements if isinstance(c.node, ast.Operation)]
+        It is measured over each run of statements that only attach: folds and changes of structure have claims of their own.
+        """
+        for before, after in self.session.stretches:
+            old = {a.module for a in before.attachments}
+            new = [a for a in after.attachments if a.module not in old]
+            if not new or any(a.method.identity == "changed" for a in new):
+                continue
+            bound = max([1e-5, *(a.method.identity_bound for a in new)])
+            entry = self.compare("unchanged at init", before, after, bound)
+            if not entry["ok"]:
+                names = sorted({f"{a.origin.verb} {a.method.name}" for a in new})
+                raise fail(
+                    "S0903", f"{', '.join(names)} changed the output at init by {entry['max_abs_error']:.3g}, promised {bound:.3g}",
+                    new[0].origin.span, "made here", help="please report this with the spec and the model's config", exit_code=2,
+                )  # fmt: skip
 
     def check(self, checked: Checked, program: Program, index: int) -> None:
         node = checked.node

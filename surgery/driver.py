@@ -20,7 +20,7 @@ from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.lock import Lock, drift, lock_path, read_lock
 from surgery.core.plan import Plan
 from surgery.core.progress import Progress, listening, report
-from surgery.core.source import Span, portable
+from surgery.core.source import Source, Span, portable
 from surgery.core.spec import Spec
 from surgery.front import check_source, source_of
 from surgery.model.data_open import Shelf
@@ -49,8 +49,8 @@ class Result:
         return self._module()
 
 
-def load_spec(spec: str | os.PathLike[str], sets: Mapping[str, str] | None = None) -> Spec:
-    """A checked spec from a path or from text (text has a newline or starts with ``surg ``)."""
+def load_spec(spec: str | os.PathLike[str] | Source, sets: Mapping[str, str] | None = None) -> Spec:
+    """A checked spec from a path, a source, or from text (text has a newline or starts with ``surg ``)."""
     checked, problems = check_source(source_of(spec), sets)
     if any(d.is_error for d in problems):
         raise SurgeryError(*problems)
@@ -113,7 +113,7 @@ def _walk(
 
 
 def plan(
-    spec: str | os.PathLike[str],
+    spec: str | os.PathLike[str] | Source,
     model: str | nn.Module | None = None,
     *,
     set: Mapping[str, str] | None = None,
@@ -132,7 +132,7 @@ def plan(
 
 
 def compile_spec(
-    spec: str | os.PathLike[str],
+    spec: str | os.PathLike[str] | Source,
     model: str | nn.Module | None = None,
     *,
     out: str | os.PathLike[str] | None = None,

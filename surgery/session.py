@@ -17,6 +17,7 @@ from surgery.core.method import Method
 from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
 from surgery.core.spec import Checked, Spec
+from surgery.merging import merge
 from surgery.model import cost
 from surgery.model.claims import Claim
 from surgery.model.data_open import Shelf
@@ -29,6 +30,7 @@ from surgery.passes.resolve import build, pick, resolve
 from surgery.passes.verify import verify
 
 CHANGES_MODEL = (ast.Operation, ast.Merge)
+ATTACHING = ("adapt", "insert", "freeze", "unfreeze")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Session:
     """State of one walk. ``base`` is a copy of the program before the first statement when ``keep_base``; ``study`` is there when
     weights may be read; ``claims`` are what passes promised of their changes, to be measured before anything is emitted;
     ``totals`` are the params, bytes and flops per token before the first statement; ``folds`` the position of every ``fold`` with
-    the program right before it and right after it (when ``keep_base``); ``data`` opens what `using` names."""
+    the program right before it and right after it (when ``keep_base``); ``open`` gives the
+    program of another reference, ``opened`` keeps them; ``data`` opens what `using` names."""
 
     spec: Spec
     program: Program
@@ -63,6 +66,10 @@ class Session:
     study: Study | None = None
     claims: list[Claim] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
+    open: Callable[[str, Any], Program] = lambda ref, span: _closed(ref, span)
+    opened: dict[str, Program] = field(default_factory=dict)
+    stretches: list[tuple[Program, Program]] = field(default_factory=list)
+    _stretch: Program | None = None
     data: Shelf = field(default_factory=lambda: Shelf({}))
 
     def run(self) -> None:
@@ -72,7 +79,8 @@ class Session:
         params_before = sum(sizes.values())
         trainable_before = sum(n for name, n in sizes.items() if name not in self.program.frozen)
         bytes_before = cost.bytes_of(self.program)
-        flops_before = cost.flops_per_token(self.program)
+        counted = cost.count(self.program)
+        flops_before, self.plan.flops_unit = counted.per_token, counted.unit
         self.totals = {"params": params_before, "bytes": bytes_before, "flops": flops_before}
         if self.keep_base or any(isinstance(c.node, ast.ExpectQuantity) and c.node.of_base for c in self.spec.statements):
             self.base = self.program.copy()
@@ -105,7 +113,20 @@ class Session:
                 flops_per_token_before=flops_before,
                 flops_per_token_after=cost.flops_per_token(self.program),
             )
+        if self._stretch is not None:
+            self.stretches.append((self._stretch, self.program))
         self.plan.diagnostics = list(self.sink.items)
+
+    def enter(self, verb: str) -> None:
+        """Called before a statement of ``verb`` changes the program: keeps what it was before and after statements that only attach."""
+        if not self.keep_base:
+            return
+        if verb in ATTACHING:
+            if self._stretch is None:
+                self._stretch = self.program.copy() if self.plan.steps else self.base
+        elif self._stretch is not None:
+            self.stretches.append((self._stretch, self.program.copy()))
+            self._stretch = None
 
     def changes_later(self, position: int) -> bool:
         """Whether a statement after ``position`` changes the model (then what stands now must be kept by a copy)."""
@@ -113,6 +134,10 @@ class Session:
 
     def snapshot(self, position: int) -> Program:
         return self.program.copy() if self.changes_later(position) else self.program
+
+
+def _closed(ref: str, span: Any) -> Program:
+    raise SurgeryError(error("S0777", f"`{ref}` cannot be opened here", span, help="run the spec through plan or compile"))
 
 
 def operate(session: Session, checked: Checked, position: int) -> None:
@@ -128,6 +153,7 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     before = session.program.copy() if node.verb == "fold" and session.keep_base else None
     text = to_text(node)
     session.progress(f"{node.verb} {op.name}")
+    session.enter(node.verb)
     changes = apply(session.program, op)
     verify(session.program, f"`{node.verb} {checked.call.name}`", node.span)
     if before is not None:
@@ -311,6 +337,7 @@ Handler = Callable[[Session, Checked, int], None]
 
 HANDLERS: dict[type[ast.Statement], Handler] = {
     ast.Operation: operate,
+    ast.Merge: merge,
     ast.Train: carry,
     ast.ExpectQuantity: expect_quantity,
     ast.ExpectCheck: expect_check,

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from surgery.core.method import param
+from surgery.model.program import Program
+from surgery.passes.kinds.merge import Source, TaskMethod
+from surgery.passes.kinds.merge_global import rank
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, Top, elect, top
+from surgery.passes.operation import Resolved
+
+
+@dataclass(frozen=True)
+class Ties(TaskMethod):
+    """Trims task vectors, elects a sign for each entry, and averages the entries that agree.
+
+    1. of each ``tau_i = theta_i - theta_0`` the fraction ``density`` of largest magnitude stays: of the whole model (``trim = global``, the
+       paper) or of each tensor (``trim = tensor``)
+    2. the sign of an entry is that of the summed ``tau_i`` (``elect = before``) or of the sum weighted by the factors (``elect = weighted``);
+       where the sum is zero, a global trim takes the sign that most entries of the model have, a tensor's trim plus
+    3. the mean of the entries with that sign, divided by their number (``divide = count``) or by their factors (``divide = weight``)
+    4. ``theta = theta_0 + scale * mean``
+
+    Exactly ``int(density * n)`` entries stay, of equal ones the first. The paper's method is the default; ``trim = tensor, elect = weighted,
+    divide = weight`` is what merging tools commonly call TIES.
+
+        merge ties(density = 20%, scale = 1) of code, math
+
+    Source: Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708, section 3.
+    """
+
+    density: float = param(0.2, "fraction of each task vector that stays", min=0, max=1, unit="%", per_layer=True)
+    scale: float = param(1.0, "factor of the merged change", per_layer=True)
+    trim: Literal["global", "tensor"] = param("global", "what the fraction is of")
+    elect: Literal["before", "weighted"] = param("before", "whether signs are elected before or after the factors are applied")
+    divide: Literal["count", "weight"] = param("count", "what the mean divides by")
+
+    def prepare(self, program: Program, op: Resolved, names: Sequence[str], sources: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
+        return rank(program, op, names, sources, self.density, self.elect == "weighted") if self.trim == "global" else {}
+
+    def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
+        if self.trim == "global" and prepared:
+            key, ties = prepared[0][model]
+            return Top(key, ties)
+        return top(delta, shape, int(self.density * math.prod(shape)))
+
+    def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
+        zero = prepared[1] if prepared else 1.0
+        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=zero)

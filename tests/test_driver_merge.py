@@ -1,0 +1,129 @@
+"""``merge`` from a spec to what is emitted: which tensors, which models, which layers, and what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import surgery as api
+from tests.driver_support import surgery, write
+from tests.zoo import ZOO
+
+HEAD = 'surg 1\nmodel "base" as base\ncheckpoint one = load("one")\ncheckpoint two = load("two")\n'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three Llamas of one shape and one of another."""
+    folder = tmp_path_factory.mktemp("merging")
+    for seed, name in enumerate(("base", "one", "two")):
+        ZOO["llama"].make_model(seed).save_pretrained(folder / name)
+    import transformers
+
+    wide = transformers.AutoConfig.for_model("llama", **{**ZOO["llama"].config, "vocab_size": 101})
+    transformers.LlamaForCausalLM(wide).save_pretrained(folder / "wide")
+    ZOO["gpt2"].make_model().save_pretrained(folder / "other")
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in load_file(folder / "model.safetensors").items()}
+
+
+def emitted(models: Path, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, torch.Tensor]:
+    monkeypatch.chdir(models)
+    result = api.compile(HEAD + text + f'emit transformers to "{tmp_path}/out"\n')
+    assert all(c["ok"] for c in result.certificates)
+    return tensors(tmp_path / "out")
+
+
+def close(a: torch.Tensor, b: torch.Tensor, within: float = 1e-6) -> bool:
+    return float((a.double() - b.double()).abs().max()) <= within
+
+
+def test_linear_and_task_arithmetic_of_checkpoints(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, one, two = (tensors(models / n) for n in ("base", "one", "two"))
+    got = emitted(models, "merge linear of base * 1, one * 2, two * 1\n", monkeypatch, tmp_path)
+    assert set(got) == set(base)
+    assert all(close(got[n], base[n] / 4 + one[n] / 2 + two[n] / 4) for n in got)
+    got = emitted(models, "merge task_arithmetic(scale = 0.5) of one * 1, two * -1\n", monkeypatch, tmp_path / "b")
+    assert all(close(got[n], base[n] + 0.5 * (one[n] - two[n])) for n in got)
+
+
+def test_parameters_may_differ_by_layer_and_parts_may_be_named(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, one, two = (tensors(models / n) for n in ("base", "one", "two"))
+    got = emitted(models, "merge slerp(t = [0, 1, 0]) of one, two\n", monkeypatch, tmp_path)
+    assert torch.equal(got["model.layers.0.mlp.up_proj.weight"], one["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(got["model.layers.1.mlp.up_proj.weight"], two["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(got["lm_head.weight"], one["lm_head.weight"])
+    got = emitted(models, "merge linear of one on layers[1].ffn, layers[2].attn.q\n", monkeypatch, tmp_path / "b")
+    changed = {n for n in got if not torch.equal(got[n], base[n])}
+    assert changed == {"model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight"}  # fmt: skip
+    assert all(torch.equal(got[n], one[n]) for n in changed)
+
+
+def test_ties_trims_over_the_whole_model(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, one, two = (tensors(models / n) for n in ("base", "one", "two"))
+    got = emitted(models, "merge ties(density = 20%) of one, two\n", monkeypatch, tmp_path)
+    names = [n for n in base]
+    deltas = []
+    for other in (one, two):
+        flat = torch.cat([(other[n] - base[n]).flatten() for n in names])
+        keep = torch.zeros_like(flat)
+        order = torch.argsort(flat.abs(), descending=True, stable=True)[: int(0.2 * flat.numel())]
+        keep[order] = flat[order]
+        deltas.append(keep)
+    total = deltas[0] + deltas[1]
+    sign = torch.sign(total)
+    sign[sign == 0] = torch.sign(sign.sum())
+    agree = [(torch.sign(d) == sign) & (d != 0) for d in deltas]
+    count = (agree[0].float() + agree[1].float()).clamp_min(1)
+    mean = (deltas[0] * agree[0] + deltas[1] * agree[1]) / count
+    at = 0
+    for n in names:
+        size = base[n].numel()
+        assert close(got[n], base[n] + mean[at : at + size].reshape(base[n].shape)), n
+        at += size
+
+
+def test_a_merged_model_takes_adapters_and_plans_without_weights(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(models)
+    text = (
+        HEAD
+        + "merge dare_ties(density = 30%, seed = 3) of one * 1, two * 0.5\nadapt lora(rank = 2) on layers[*].attn.q\nexpect trainable == 384\n"
+    )
+    plan = api.plan(text)
+    assert plan.ok and [s.verb for s in plan.steps] == ["merge", "adapt"]
+    first = api.compile(text + f'emit torch to "{tmp_path}/a"\n')
+    second = api.compile(text + f'emit torch to "{tmp_path}/b"\n')
+    a, b = dict(first.module.named_parameters()), dict(second.module.named_parameters())
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    write(tmp_path / "again.surg", f'surg 1\nmodel "{tmp_path}/a"\nfold all on layers[*].**\nemit onnx to "{tmp_path}/c.onnx"\n')
+    assert surgery("compile", tmp_path / "again.surg").code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('checkpoint wide = load("wide")\nmerge linear of base, wide\n', "S0774"),
+        ('checkpoint other = load("other")\nmerge linear of base, other\n', "S0774"),
+        ("merge linear of one * 1, two * -1\n", "S0775"),
+        ("merge slerp of one\n", "S0776"),
+        ("merge model_stock of one * 2, two\n", "S0775"),
+        ("merge della(density = 10%, epsilon = 20%) of one\n", "S0250"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(models: Path, monkeypatch: pytest.MonkeyPatch, text: str, code: str) -> None:
+    monkeypatch.chdir(models)
+    found = [d.code for d in api.plan(HEAD + text).diagnostics]
+    assert found == [code]
+
+
+def test_a_checkpoint_that_is_not_there(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models)
+    text = 'surg 1\nmodel "base" as base\ncheckpoint gone = load("nowhere")\nmerge linear of base, gone\n'
+    ran = surgery("plan", write("gone.surg", text))
+    assert ran.code != 0 and ran.codes == ["S0701"]

@@ -1,0 +1,182 @@
+"""The arithmetic of merging against worked numbers, and its algebra."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from surgery.passes import registry
+from surgery.passes.kinds import merge_math
+from surgery.passes.kinds.merge_math import Drop, Ranking, arc, chunks, delta_of, norm_ratio, ranks, top
+
+
+def run(
+    name: str, base: Tensor, *experts: Tensor, weights: tuple[float, ...] = (), seed: int = 0, prepared: tuple = (), **params: object
+) -> Tensor:
+    function = registry.function(f"merge/{name}:merged")
+    return function(base, *experts, weights=weights or (1.0,) * len(experts), seed=seed, prepared=prepared, **params)
+
+
+def t(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+ZERO = torch.zeros(4)
+TAU = t(3, -1, 0.5, 0.2), t(-1, -2, 0.6, 0.1)
+
+
+def close(a: Tensor, b: Tensor, within: float = 1e-6) -> bool:
+    return a.shape == b.shape and bool((a.double() - b.double()).abs().max() <= within)
+
+
+def test_slerp_worked_numbers() -> None:
+    assert close(run("slerp", torch.zeros(2), t(1, 0), t(0, 1), t=0.5), t(0.707107, 0.707107))
+    assert close(run("slerp", torch.zeros(2), t(2, 0), t(0, 1), t=0.25), t(1.847759, 0.382683))
+    v = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    assert close(run("slerp", v, v, v, t=0.3), v)
+    assert torch.equal(run("slerp", v, v, w, t=0.0), v) and torch.equal(run("slerp", v, v, w, t=1.0), w)
+    assert close(run("nuslerp", v, v, w, weights=(0.7, 0.3)), run("slerp", v, v, w, t=0.3), 2e-6)
+    rows = run("nuslerp", v, v, w, weights=(1.0, 1.0), along="row")
+    assert close(rows[2], run("slerp", v[2], v[2], w[2], t=0.5), 2e-6)
+    columns = run("nuslerp", v, v, w, weights=(1.0, 1.0), along="column")
+    assert close(columns[:, 3], run("slerp", v[:, 3], v[:, 3].contiguous(), w[:, 3].contiguous(), t=0.5), 2e-6)
+    shifted = run("nuslerp", v, v + w, v + t(*w.flatten().tolist()).reshape(7, 5) * 2, weights=(1.0, 1.0), deltas=True)
+    assert close(shifted - v, w * 1.5, 2e-6)  # colinear task vectors are interpolated linearly
+
+
+def test_ties_worked_numbers() -> None:
+    trimmed = {"trim": "tensor", "density": 0.5}
+    assert close(run("ties", ZERO, *TAU, **trimmed), t(3, -1.5, 0, 0))
+    assert close(run("ties", ZERO, *TAU, weights=(1, 0.5), elect="weighted", divide="weight", **trimmed), t(3, -1.333333, 0, 0))
+    # signs before the factors, divided by the count
+    assert close(run("ties", ZERO, *TAU, weights=(1, 0.5), **trimmed), t(3, -1, 0, 0))
+    assert torch.equal(run("ties", ZERO, TAU[0], density=1.0, trim="tensor"), TAU[0])
+    assert torch.equal(run("ties", ZERO, TAU[0], density=0.0, trim="tensor"), ZERO)
+
+
+def test_dare_worked_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tau, mask = t(1, -2, 3, -4), t(0.9, 0.9, 0.9, 0.1)
+    monkeypatch.setattr(merge_math.torch, "rand", lambda shape, generator: mask.clone())
+    assert close(run("dare", ZERO, tau, density=0.5), t(0, 0, 0, -8))
+    assert close(run("dare", ZERO, tau, density=0.5, rescale="l1"), t(0, 0, 0, -10))
+    assert close(run("dare", ZERO, tau, density=0.5, rescale="none"), t(0, 0, 0, -4))
+
+
+def test_dare_keeps_the_mean_and_the_seed() -> None:
+    tau = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    base = torch.zeros(64, 32)
+    mean = torch.stack([run("dare", base, tau, density=0.5, seed=s) for s in range(400)]).mean(0)
+    assert float((mean - tau).abs().max()) < 5 * float(tau.abs().max()) / math.sqrt(400)
+    assert torch.equal(run("dare", base, tau, density=0.3, seed=7), run("dare", base, tau, density=0.3, seed=7))
+    assert not torch.equal(run("dare", base, tau, density=0.3, seed=7), run("dare", base, tau, density=0.3, seed=8))
+    assert torch.equal(run("dare", base, tau, density=1.0), run("task_arithmetic", base, tau))
+    kept = float((run("dare", base, tau, density=0.25) != 0).double().mean())
+    assert abs(kept - 0.25) < 0.05
+    assert torch.equal(run("darex_q", base, tau, density=0.25, q=0.25, seed=5), run("dare", base, tau, density=0.25, seed=5))
+    half = run("darex_q", base, tau, density=0.25, q=0.5, seed=5)
+    assert close(half * 2, run("dare", base, tau, density=0.25, seed=5), 1e-5)
+
+
+def test_the_bound_chooses_q_as_worked_out() -> None:
+    from surgery.passes.merge.darex_q import bounded_q
+
+    rows = torch.tensor([[-8.0, -6.0, -9.0]])
+    assert abs(bounded_q(lambda at: rows.reshape(-1)[at], (1, 3), 0.01, 0.37) - 0.532) < 1e-9
+
+
+def test_breadcrumbs_and_della_worked_numbers() -> None:
+    tau = t(4, -1, 2, -3)
+    assert close(run("breadcrumbs", ZERO, tau, density=0.5, gamma=0.25, per="tensor", scale=1.0), t(0, 0, 2, -3))
+    assert close(run("breadcrumbs", ZERO, tau, density=0.5, gamma=0.25, per="row", scale=1.0), t(0, 0, 2, -3))
+    small = run("breadcrumbs", ZERO, tau, density=0.5, gamma=0.0, per="tensor", scale=1.0)
+    assert close(small, t(4, 0, 0, -3))  # nothing to cut off at the top is nothing cut off
+    drop = merge_math.RankedDrop(4, 0.5, 0.2, True, 0)
+    assert close(drop.probabilities(torch.tensor([[0.1, -0.4, 0.2, 0.3]]))[0], t(0.3, 0.7, 0.433333, 0.566667))
+    assert merge_math.RankedDrop(1, 0.5, 0.2, True, 0).probabilities(torch.ones(3, 1)).tolist() == [[0.5]] * 3
+    flatter = run("della", torch.zeros(8, 16), torch.ones(8, 16), density=0.5, epsilon=0.0, seed=3, ties=False)
+    assert set(flatter.unique().tolist()) <= {0.0, 2.0}
+
+
+def test_model_stock_worked_numbers() -> None:
+    base = torch.zeros(3)
+    assert close(run("model_stock", base, t(1, 0, 0), t(0.6, 0.8, 0)), t(0.6, 0.3, 0))
+    assert close(run("model_stock", base, t(1, 2, 3), t(1, 2, 3)), t(1, 2, 3))
+    assert close(run("model_stock", t(5, 5, 5), t(6, 5, 5), t(5, 6, 5)), t(5, 5, 5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 400), st.integers(0, 400), st.integers(0, 5), st.booleans())
+def test_the_top_is_exact_and_takes_the_first_of_equals(n: int, keep: int, seed: int, coarse: bool) -> None:
+    values = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    values = values.round() if coarse else values
+    before = merge_math.CHUNK
+    merge_math.CHUNK = 37
+    try:
+        found = []
+        clean = top(lambda at: values[at].clone(), (n, 1), keep)
+        for at in chunks((n, 1)):
+            found.append(clean(values[at].clone(), at))
+    finally:
+        merge_math.CHUNK = before
+    order = np.argsort(-values.abs().numpy(), kind="stable")[: min(keep, n)]
+    expected = torch.zeros(n)
+    expected[torch.from_numpy(order)] = values[torch.from_numpy(order)]
+    assert torch.equal(torch.cat(found), expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), st.integers(1, 4))
+def test_ranks_order_a_row(values: list[float], rows: int) -> None:
+    row = torch.tensor([values] * rows)
+    place = ranks(row)
+    order = sorted(range(len(values)), key=lambda i: (abs(values[i]), -i))
+    assert place[0].tolist() == [order.index(i) for i in range(len(values))]
+    assert torch.equal(place, place[:1].expand_as(place))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-2, 2), min_size=2, max_size=4), st.integers(0, 9))
+def test_task_arithmetic_is_linear_in_its_factors(weights: list[float], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(5, 6, generator=g)
+    experts = [torch.randn(5, 6, generator=g) for _ in weights]
+    together = run("task_arithmetic", base, *experts, weights=tuple(weights))
+    alone = sum(run("task_arithmetic", base, e, weights=(w,)) - base for e, w in zip(experts, weights, strict=True))
+    assert close(together - base, alone, 1e-4)
+    assert torch.equal(run("task_arithmetic", base, *experts, weights=(0.0,) * len(experts)), base)
+
+
+def test_linear_is_an_average() -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(9, 4, generator=g), torch.randn(9, 4, generator=g)
+    assert torch.equal(run("linear", a, a, weights=(3.0,)), a)
+    assert torch.equal(run("linear", a, a, b, weights=(1.0, 1.0)), run("linear", a, b, a, weights=(2.0, 2.0)))
+    assert close(run("linear", a, a, b, weights=(0.5, 2.0), normalize=False), 0.5 * a + 2 * b)
+    half = run("linear", a.bfloat16(), a.bfloat16(), b.bfloat16(), weights=(1.0, 3.0))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, ((a.bfloat16().float() * 0.25) + b.bfloat16().float() * 0.75).bfloat16())
+
+
+def test_the_arc_meets_its_ends() -> None:
+    assert arc(0.3, 0.0) == (1.0, 0.0) and arc(0.99999, 0.25) == (0.75, 0.25)
+    a, b = arc(0.0, 0.5)
+    assert abs(a - math.sqrt(0.5)) < 1e-12 and abs(b - math.sqrt(0.5)) < 1e-12
+
+
+def test_the_l1_norm_comes_back() -> None:
+    base, expert = torch.zeros(40, 30), torch.randn(40, 30, generator=torch.Generator().manual_seed(4))
+    delta = delta_of(expert, base)
+    factor = norm_ratio(delta, (40, 30), lambda: Drop(0.3, 1.0, 9))
+    whole = slice(0, 1200)
+    kept = Drop(0.3, factor, 9)(delta(whole), whole)
+    assert abs(float(kept.abs().sum() / expert.abs().sum()) - 1) < 1e-5
+    ranking = Ranking()
+    ranking.count(expert.reshape(-1))
+    assert ranking.total == 1200
