@@ -213,7 +213,8 @@ def test_parse_and_print_agree(key: tuple[str, str]) -> None:
     cls = METHODS[key]
     given = {**{p.name: p.default for p in cls.info().params if p.default is not None}, **sample(cls)}
     call = ", ".join(f"{name} = {literal(value)}" for name, value in given.items())
-    line = f"{key[0]} {key[1]}({call})" + ("" if key[0] == "train" else f" {cls.places[0]} layers[*].attn")
+    where = " of one * 0.5, two" if key[0] == "merge" else f" {cls.places[0]} layers[*].attn" if cls.places else ""
+    line = f"{key[0]} {key[1]}({call}){where}"
     tree, problems = parse(Source("spec.surg", f"surg 1\n{line}\n"))
     assert not problems and len(tree.statements) == 2
     again, problems = parse(Source("spec.surg", "".join(to_text(s) + "\n" for s in tree.statements)))
