@@ -77,7 +77,7 @@ class SliceMethod(Method):
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
-    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0454 for what is selected; nothing has changed then."""
+    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0451 for what is selected; nothing has changed then."""
     method = op.method
     assert isinstance(method, SliceMethod)
     _parameters(op, method)
@@ -89,8 +89,6 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     if not any(counts):
         return report.unchanged(program, op, targets)
     group = group_of(program.dims, targets, ranked, counts)
-    if group.refusal:
-        raise faults.refused(op, group.refusal)
     report.warn_widths(program, op, method, targets, counts)
     before = report.Costs.of(program)
     sizes = report.sizes_before(program, targets)
@@ -131,7 +129,7 @@ def _targets(program: Program, op: Resolved, method: SliceMethod) -> list[Target
         if len(kept) == len(found):
             raise faults.all_kept(op)
     back = {s.role for _, s, _ in kept}
-    targets = collect(program, op, [f for f in found if f[1].role not in back], method.noun)
+    targets = collect([f for f in found if f[1].role not in back])
     for target in targets:
         for leaf in target.units.leaves:
             if not leaf.free:

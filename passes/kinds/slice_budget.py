@@ -10,7 +10,6 @@ from surgery.model import cost
 from surgery.model.cut import cut
 from surgery.model.dims import Group
 from surgery.model.program import Program
-from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts, Limits, Ranked, group_of
 from surgery.passes.kinds.slice_targets import Target
 from surgery.passes.operation import Resolved
@@ -33,7 +32,7 @@ class Budget:
         return float(Decimal(str(share)) * self.whole)
 
     def left(self, counts: Counts) -> int:
-        """The quantity after a cut of that many steps. Raises S0452 when the cut is refused."""
+        """The quantity after a cut of that many steps."""
         key = tuple(counts)
         if key not in self._known:
             self._known[key] = self._left(counts)
@@ -43,8 +42,6 @@ class Budget:
         if not any(counts):
             return self.now
         group = group_of(self.program.dims, self.targets, self.ranked, counts)
-        if group.refusal:
-            raise faults.refused(self.op, group.refusal)
         if self.quantity == "flops" or self.program.attachments:
             copy = self.program.copy()
             cut(copy, group, self.op.origin)

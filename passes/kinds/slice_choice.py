@@ -74,7 +74,7 @@ def wanted(program: Program, op: Resolved, target: Target, noun: str) -> int:
     """The units that a share or a count asks to remove, rounded to ``round_to``.
 
     A share removes ``int(share x units)``, exactly. Raises S0442 when too little would be left, S0443 when more are to be kept than there
-    are, S0447 when the parts of one decision ask for different numbers.
+    are, S0446 when the parts of one decision ask for different numbers.
     """
     params = op.methods[target.at[0]].params() if target.at else op.method.params()
     for name in ("ratio", "keep"):

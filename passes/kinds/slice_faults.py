@@ -170,8 +170,8 @@ def grouping(op: Resolved, target: Target, kept: int, parameter: str) -> Surgery
     """The number of query heads does not divide among the key-value groups."""
     groups, each = target.units.step, target.units.inner.size
     low = kept // groups * groups
-    equal = [n for n in (low, low + groups) if groups <= n <= groups * each]
-    whole = [n for n in (kept // each, kept // each + 1) if 1 <= n <= groups]
+    equal = [n for n in (low, low + groups) if groups <= n < target.size] or [target.size]
+    whole = [n for n in (kept // each, kept // each + 1) if 1 <= n < groups] or [groups]
     where = target.name
     return fail(
         "S0444", f"{kept} query heads of {where} cannot be shared out equally among {groups} key-value groups", span_of(op, parameter),
@@ -206,44 +206,33 @@ def _natural(role: str) -> list[object]:
     return [head, int(number) if number.isdigit() else -1, rest]
 
 
-def overlap(op: Resolved, noun: str, first: str, second: str) -> SurgeryError:
-    return fail(
-        "S0446", f"{first} and {second} share a part of their {noun}s: one statement cannot cut both", selection(op), "overlap",
-        help="write one statement for each",
-    )  # fmt: skip
-
-
 def disagree(op: Resolved, noun: str, target: Target, parameter: str, values: Mapping[str, object]) -> SurgeryError:
     shown = ", ".join(f"{v} for {quoted(group_roles([r]), 'and')}" for r, v in list(values.items())[:3])
     return fail(
-        "S0447", f"the {noun}s of {target.name} are the same in all of these parts, and `{parameter}` has several values for them",
+        "S0446", f"the {noun}s of {target.name} are the same in all of these parts, and `{parameter}` has several values for them",
         span_of(op, parameter), "one decision", notes=[f"{parameter}: {shown}"], help=f"give one value of `{parameter}` for all of them",
     )  # fmt: skip
 
 
 def unreachable(op: Resolved, quantity: str, least: int, limit: float, whole: int, share: float) -> SurgeryError:
     return fail(
-        "S0448", f"no cut of what is selected leaves {share:.4g}% of the {quantity}", span_of(op, "to"), f"at most {limit:,.0f} {quantity}",
+        "S0447", f"no cut of what is selected leaves {share:.4g}% of the {quantity}", span_of(op, "to"), f"at most {limit:,.0f} {quantity}",
         notes=[f"the largest possible cut leaves {least:,} of {whole:,} {quantity}, {100 * least / whole:.4g}%"],
         help="select more, allow more, or prune something else first",
     )  # fmt: skip
 
 
-def refused(op: Resolved, reason: str) -> SurgeryError:
-    return fail("S0452", f"`{title(op)}` cannot be done: {reason}", selection(op), "removed here", help="select other sites")
-
-
 def keeps_nothing_back(op: Resolved, roles: Sequence[str]) -> SurgeryError:
     span = op.statement.keep[0].span if op.statement is not None and op.statement.keep else op.origin.span
     return fail(
-        "S0453", f"`keep` holds back {of(roles)}, which is not selected", span, "nothing to hold back here",
+        "S0448", f"`keep` holds back {of(roles)}, which is not selected", span, "nothing to hold back here",
         help="leave the clause out, or select what it names",
     )  # fmt: skip
 
 
 def all_kept(op: Resolved) -> SurgeryError:
     span = op.statement.keep[0].span if op.statement is not None and op.statement.keep else op.origin.span
-    return fail("S0453", "`keep` holds back everything that is selected", span, "nothing is left to prune", help="hold back less")
+    return fail("S0448", "`keep` holds back everything that is selected", span, "nothing is left to prune", help="hold back less")
 
 
 def not_finite(op: Resolved, name: str, what: str) -> SurgeryError:
@@ -279,7 +268,7 @@ def no_faster(op: Resolved, noun: str, roles: Sequence[str], before: int, after:
 
 def interface(op: Resolved, noun: str, before: int, after: int) -> Diagnostic:
     return error(
-        "S0454", f"an output of the model goes from {before} to {after} {noun}s", op.origin.span, "changes what the model returns",
+        "S0452", f"an output of the model goes from {before} to {after} {noun}s", op.origin.span, "changes what the model returns",
         help="whatever reads the output must expect the new size; this is as meant when the model is an encoder",
         severity=Severity.WARNING,
     )  # fmt: skip

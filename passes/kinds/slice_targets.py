@@ -64,10 +64,9 @@ class Target:
         return ", ".join(group_roles([s.role for s in self.sites])[:3]) or "the model"
 
 
-def collect(program: Program, op: Resolved, found: Sequence[tuple[int, Site, Units]], noun: str) -> list[Target]:
-    """The parts with equal classes as one target each, in order. Raises S0446 where a class is a whole in one and a part in another."""
+def collect(found: Sequence[tuple[int, Site, Units]]) -> list[Target]:
+    """The parts with equal classes as one target each, in order."""
     targets: dict[tuple[Leaf | None, Leaf], Target] = {}
-    owner: dict[Leaf, tuple[Leaf | None, Leaf]] = {}
     for at, site, units in found:
         target = targets.setdefault(units.key, Target(units))
         if units.least > target.units.least:
@@ -75,10 +74,6 @@ def collect(program: Program, op: Resolved, found: Sequence[tuple[int, Site, Uni
         if site.role not in [s.role for s in target.sites]:
             target.sites.append(site)
             target.at.append(at)
-        for leaf in units.leaves:
-            other = targets[owner.setdefault(leaf, units.key)]
-            if other is not target:
-                raise faults.overlap(op, noun, other.name, target.name)
     return list(targets.values())
 
 

@@ -24,7 +24,7 @@ class Width(SliceMethod):
 
     A channel is worth the sum of its element scores over all of these tensors. Norms take their means and variances over the channels
     that are left: the result equals the model in which the removed channels are masked and the norms count only what stays,
-    not the model with zeros in their place. An encoder's output gets narrower with it (S0454).
+    not the model with zeros in their place. An encoder's output gets narrower with it (S0452).
 
     Source: Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, arXiv:2301.12900; Muralidharan et al., "Compact Language
     Models via Pruning and Knowledge Distillation", 2024, arXiv:2407.14679 (embedding channels).
