@@ -59,7 +59,7 @@ class Extraction:
         self.layers, self.branches = list(layers), list(branches)
         found = [c for s in layers for c in layer_cuts(self.program, s, self.span)]
         found += [branch_cut(self.program, s, self.span) for s in branches]
-        order = {}
+        order: dict[fx.Node, int] = {}
         for path in {c.graph for c in found}:
             order |= {n: i for i, n in enumerate(self.program.module(path).graph.nodes)}
         found.sort(key=lambda c: (c.graph, order[c.node]))
@@ -197,7 +197,7 @@ class Extraction:
             container, _, leaf = site.path.rpartition(".")
             if leaf.isdigit() and container == stacks[site.stack][1]:
                 containers[container] = None
-        roles = {}
+        roles: dict[str, str] = {}
         for stack, (_, layers) in gone.items():
             left = [s for s in every if s.stack == stack and s.layer not in layers]
             roles |= {s.role: f"{stack}[{i}]" for i, s in enumerate(left) if s.layer != i}

@@ -111,7 +111,8 @@ def _shown(p: ParamInfo) -> str:
 def takes(p: ParamInfo) -> str:
     """Type, range and unit of a parameter in words."""
     if p.choices:
-        return ", ".join(f"`{c}`" for c in p.choices)
+        more = {"int": "whole number", "float": "number", "list": "list"}
+        return ", ".join([*(f"`{c}`" for c in p.choices), *(more.get(t, t) for t in p.also)])
     low, high = limits(p)
     words = {"int": "whole number", "float": "number", "bool": "`true`, `false`", "str": "text", "list": "list"}.get(p.type, "name")
     if p.unit == "%":

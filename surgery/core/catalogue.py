@@ -183,7 +183,10 @@ def parse(text: str) -> Catalogue:
 
 
 def _info(record: dict[str, Any]) -> MethodInfo:
-    params = tuple(ParamInfo(**{**p, "choices": tuple(p["choices"]), "default": _frozen(p["default"])}) for p in record["params"])
+    params = tuple(
+        ParamInfo(**{**p, "choices": tuple(p["choices"]), "also": tuple(p.get("also", ())), "default": _frozen(p["default"])})
+        for p in record["params"]
+    )
     return MethodInfo(**{**record, "places": tuple(record["places"]), "params": params})
 
 

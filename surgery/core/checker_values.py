@@ -41,7 +41,7 @@ class Values:
             return self._wrong(info, value, span, also)
         if isinstance(value, ast.Selector) and _word(value):
             value = ast.Name(_word(value), span=value.span)
-        layered = isinstance(value, ast.Table) or (isinstance(value, ast.ListValue) and info.type != "list") or _is_ramp(value)
+        layered = isinstance(value, ast.Table) or (isinstance(value, ast.ListValue) and "list" not in (info.type, *info.also)) or _is_ramp(value)
         if layered:
             return self._per_layer(info, value, span, also)
         return self._scalar(info, value, span, also)
@@ -49,6 +49,10 @@ class Values:
     # ------------------------------------------------------------ scalars
 
     def _scalar(self, info: ParamInfo, value: ast.Value, span: Span, also: Also) -> Any:
+        if "int" in info.also and isinstance(value, ast.Number):
+            return self._number(replace(info, type="int", choices=(), also=()), value, span, also)
+        if "list" in info.also and isinstance(value, ast.ListValue):
+            return self._list(info, value, also)
         if info.choices or info.type == "name":
             return self._choice(info, value, span, also)
         if info.type in ("int", "float"):
@@ -69,6 +73,11 @@ class Values:
                 out.append(inner.value)
             elif isinstance(inner, ast.Name):
                 out.append({"true": True, "false": False, "none": None}.get(inner.value, inner.value))
+            elif isinstance(inner, ast.ListValue):
+                nested = self._list(info, inner, also)
+                if nested is BAD:
+                    return BAD
+                out.append(nested)
             else:
                 self._wrong(replace(info, type="float"), inner, item.span, also + _origin(definition))
                 return BAD

@@ -29,16 +29,17 @@ def describe(value: ast.Value) -> str:
 def wanted(info: ParamInfo) -> str:
     """What a parameter takes, in words."""
     if info.choices:
-        return f"one of {', '.join(info.choices)}"
+        return f"one of {', '.join(info.choices)}" + "".join(f" or {KINDS_IN_WORDS[t]}" for t in info.also)
     if info.unit == "%":
         return "a share between 0% and 100%"
     if info.unit == "bytes":
         return "a size in bytes"
     if info.unit == "tokens":
         return "a number of tokens"
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text in quotes", "list": "a list"}.get(
-        info.type, "a name"
-    )
+    return KINDS_IN_WORDS.get(info.type, "a name")
+
+
+KINDS_IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text in quotes", "list": "a list"}
 
 
 def show(value: float | int | str | bool | None, unit: str = "") -> str:

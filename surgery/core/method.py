@@ -30,7 +30,7 @@ class ParamInfo:
     ``type`` is one of ``int``, ``float``, ``bool``, ``str``, ``name`` (one of ``choices``), ``list``. ``unit`` is the
     dimension a literal must have: ``""`` a plain number or count, ``"%"`` a share in [0, 1], ``"bytes"``, ``"tokens"``.
     ``per_layer`` parameters also take lists, tables and ``ramp(a, b)``. ``default`` is None with ``required`` False for
-    optional values.
+    optional values. ``also`` holds further types of a ``name`` parameter (``int``, ``list``).
     """
 
     name: str
@@ -43,6 +43,7 @@ class ParamInfo:
     unit: str = ""
     choices: tuple[str, ...] = ()
     per_layer: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class Method:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "surgery" in f.metadata}
 
 
+_TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "list", list: "list"}
+
+
 def _param_info(cls: type, f: dataclasses.Field[Any]) -> ParamInfo:
     meta = f.metadata["surgery"]
     hint = typing.get_type_hints(cls)[f.name]
@@ -134,11 +138,12 @@ def _param_info(cls: type, f: dataclasses.Field[Any]) -> ParamInfo:
         if origin is Literal:
             choices, kind = tuple(str(a) for a in typing.get_args(base)), "name"
         else:
-            kind = {int: "int", float: "float", bool: "bool", str: "str", tuple: "list", list: "list"}[origin]
+            kind = _TYPES[origin]
     if choices:
         kind = "name"
+    also = tuple(_TYPES[typing.get_origin(a) or a] for a in args[1:]) if kind == "name" and typing.get_origin(hint) is not Literal else ()
     required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     return ParamInfo(
         name=f.name, type=kind, help=meta["help"], required=required, default=None if required else f.default,
-        min=meta["min"], max=meta["max"], unit=meta["unit"], choices=choices, per_layer=meta["per_layer"],
+        min=meta["min"], max=meta["max"], unit=meta["unit"], choices=choices, per_layer=meta["per_layer"], also=also,
     )  # fmt: skip

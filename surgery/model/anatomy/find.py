@@ -24,7 +24,7 @@ def find_anatomy(program: Program) -> Anatomy:
     """Sites, stacks and what has no role, from the dataflow of a program's graph. Linear in the graph; deterministic."""
     dims = program.dims
     names = tensor_names(program, tuple(f"{n.target}." for n in dims.graph.nodes if n.op == "call_module"))
-    view = GraphView(dims)
+    view = GraphView(dims, program.aliases)
     blocks = Blocks(view, Sources(view, dims))
     return _Assembly(program, view, blocks, names).anatomy()
 
@@ -147,7 +147,7 @@ class _Assembly:
 
     def _layer_region(self, role: str, layer: Layer, units: list[Any], members: list[Site], where: dict[str, Any]) -> Site:
         inside = self.names.under(layer.path) if layer.path else ()
-        parameters = inside or tuple(dict.fromkeys(n for m in members for n in (m.weight, m.bias) if n))
+        parameters = tuple(dict.fromkeys([*inside, *(n for m in members for n in (m.weight, m.bias) if n)]))
         blocks = [u.block for u in units]
         facts: dict[str, object] = {"calls": max((len(u.calls) for u in units), default=1)}
         styles = {m.facts["norm"] for m in members if m.is_region and "norm" in m.facts}

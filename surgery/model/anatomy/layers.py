@@ -88,10 +88,11 @@ def common(paths: Iterable[str]) -> str:
 
 
 def make_units(view: GraphView, blocks: Sequence[tuple[str, Attention | FeedForward | ConvBlock, list[Projection]]]) -> list[Unit]:
-    """Blocks in order of execution; blocks of the same parameters become one unit."""
+    """Blocks in order of execution; blocks of the same parameters under the same path become one unit (layers that share their
+    weights have paths of their own and stay apart)."""
     found: dict[tuple[object, ...], Unit] = {}
     for kind, block, projections in sorted(blocks, key=lambda b: min(p.order for p in b[2])):
-        key = (kind, *sorted({(p.weight, int(p.rows[0])) for p in projections}))
+        key = (kind, *sorted({(p.weight, int(p.rows[0]), view.path(p.node, p.weight)) for p in projections}))
         unit = found.get(key)
         if unit is None:
             path = common(view.path(p.node, p.weight) for p in projections)
