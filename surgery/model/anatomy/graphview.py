@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,12 @@ class Norm:
 class GraphView:
     """Indexes of one flat graph, built in one pass."""
 
-    def __init__(self, dims: Dims) -> None:
+    def __init__(self, dims: Dims, aliases: Mapping[str, str] | None = None) -> None:
+        """``aliases`` maps further names of tied tensors to their first names, which the flat graph has."""
         self.dims = dims
+        self.tied: dict[str, list[str]] = {}
+        for name, first in (aliases or {}).items():
+            self.tied.setdefault(first, []).append(name)
         self.nodes: list[fx.Node] = list(dims.graph.nodes)
         self.position: dict[fx.Node, int] = {n: i for i, n in enumerate(self.nodes)}
         self.constant: dict[fx.Node, bool] = {}
@@ -293,7 +297,14 @@ class GraphView:
     def path(self, node: fx.Node, weight: str = "") -> str:
         """Path of the module that a node was, else of the module that holds its parameter."""
         found = node.meta.get("path")
-        return str(found) if found is not None else weight.rpartition(".")[0]
+        return str(found) if found is not None else self.own_name(node, weight).rpartition(".")[0]
+
+    def own_name(self, node: fx.Node, weight: str) -> str:
+        """The name under which a call has its weight: of a tied one the name inside the graph that the call stands in."""
+        graph = node.meta["origin"].graph if node.meta.get("origin") else ""
+        if not graph or weight.startswith(graph + "."):
+            return weight
+        return next((n for n in self.tied.get(weight, ()) if n.startswith(graph + ".")), weight)
 
     def strip(self, node: fx.Node, *, gather: bool = False, dropout: bool = True) -> fx.Node:
         """Back through ops that only move values; with ``gather`` through ops that take some of them too."""
