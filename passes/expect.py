@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from surgery.core.site import Site
 from surgery.model import cost
-from surgery.model.program import Attachment, Program
+from surgery.model.program import Program
+from surgery.passes.portions import attached_to, count, portions
+
+__all__ = ["COMPARE", "Quantity", "attached_to", "measure", "parameter_sizes"]
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq, "!=": operator.ne,
@@ -46,40 +49,6 @@ def parameter_sizes(program: Program) -> dict[str, int]:
     return {n: math.prod(program.weights[n].shape) for n in names}
 
 
-def sizes_of(program: Program, sites: Iterable[Site]) -> dict[str, int]:
-    """Elements of each parameter that belong to the sites: their own (a slice counts its rows) and what is attached there."""
-    every = parameter_sizes(program)
-    out: dict[str, int] = {}
-    rows: dict[str, set[tuple[int, int]]] = {}
-    for site in sites:
-        if site.is_region:
-            names: Sequence[str] = site.parameters
-        else:
-            names = [n for n in (site.weight, site.bias) if n] or list(site.parameters)
-        for name in names:
-            name = program.aliases.get(name, name)
-            if name not in every:
-                continue
-            if site.rows and name == site.weight:
-                rows.setdefault(name, set()).update(site.rows)
-                length = sum(b - a for a, b in rows[name])
-                out[name] = max(out.get(name, 0), every[name] // program.weights[name].shape[site.out_axis] * length)
-            elif site.rows and name == site.bias:
-                rows.setdefault(name, set()).update(site.rows)
-                out[name] = sum(b - a for a, b in rows[name])
-            else:
-                out[name] = every[name]
-        for a in attached_to(program, site):
-            out |= {t: every[t] for t in a.tensors if t in every}
-    return out
-
-
-def attached_to(program: Program, site: Site) -> list[Attachment]:
-    """Attachments on the site itself or, for a region, on anything inside it."""
-    inside = (site.role + ".", site.role + "[")
-    return [a for a in program.attachments if a.site.role == site.role or (site.is_region and a.site.role.startswith(inside))]
-
-
 def measure(
     program: Program,
     quantity: str,
@@ -92,96 +61,109 @@ def measure(
 
     ``read`` realises a tensor by name; without it ``sparsity`` has no value. Raises KeyError for an unknown quantity.
     """
+    every = parameter_sizes(program)
+    parts: dict[str, torch.Tensor | None]
     if name:
         chosen = [a for a in program.attachments if a.name == name]
         if sites is not None:  # `on` narrows what `for` names
             regions = tuple(s.role for s in sites)
             chosen = [a for a in chosen if any(f"{a.site.role}.{a.name}.".startswith((r + ".", r + "[")) for r in regions)]
-        every = parameter_sizes(program)
-        sizes = {t: every[t] for a in chosen for t in a.tensors if t in every}
+        parts = {t: None for a in chosen for t in a.tensors if t in every}
         spots: Sequence[Site] = list({a.site.role: a.site for a in chosen}.values())
     elif sites is not None:
-        sizes, spots = sizes_of(program, sites), sites
+        parts, spots = portions(program, sites, every), sites
     else:
-        sizes, spots = parameter_sizes(program), program.anatomy.sites
-    return QUANTITIES[quantity](program, sizes, spots, sites is None and not name, read)
+        parts, spots = dict.fromkeys(every), program.anatomy.sites
+    sizes = {n: count(mask, program.weights[n].shape) for n, mask in parts.items()}
+    return QUANTITIES[quantity](Scope(program, sizes, parts, spots, sites is None and not name, read))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured: the elements of each parameter as a number (``sizes``) and as a mask (``parts``, None: all of it), the sites,
+    and whether that is the ``whole`` model."""
+
+    program: Program
+    sizes: dict[str, int]
+    parts: dict[str, torch.Tensor | None]
+    spots: Sequence[Site]
+    whole: bool
+    read: Callable[[str], torch.Tensor] | None
 
 
 def _terms(program: Program, sizes: dict[str, int]) -> tuple[tuple[str, float], ...]:
     """Sums by what a reader would name: the tensors of one added module together, layers of a stack together."""
     added = {t: a.module for a in program.attachments for t in a.tensors}
     totals: dict[str, int] = {}
-    for name, count in sizes.items():
+    for name, size in sizes.items():
         pattern = ".".join("*" if part.isdigit() else part for part in added.get(name, name).split("."))
-        totals[pattern] = totals.get(pattern, 0) + count
+        totals[pattern] = totals.get(pattern, 0) + size
     return tuple(sorted(totals.items(), key=lambda kv: -kv[1]))
 
 
-Measure = Callable[[Program, dict[str, int], Sequence[Site], bool, "Callable[[str], torch.Tensor] | None"], Quantity]
+Measure = Callable[[Scope], Quantity]
 
 
-def _params(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    return Quantity(sum(sizes.values()), _terms(program, sizes) if not whole else ())
+def _params(scope: Scope) -> Quantity:
+    return Quantity(sum(scope.sizes.values()), _terms(scope.program, scope.sizes) if not scope.whole else ())
 
 
-def _trainable(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    train = {n: c for n, c in sizes.items() if n not in program.frozen}
-    return Quantity(sum(train.values()), _terms(program, train))
+def _trainable(scope: Scope) -> Quantity:
+    train = {n: c for n, c in scope.sizes.items() if n not in scope.program.frozen}
+    return Quantity(sum(train.values()), _terms(scope.program, train))
 
 
-def _active(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    if whole:
-        return Quantity(cost.active_parameters(program))
-    idle = cost.idle_shares(program)
-    active = {n: round(c * (1 - idle.get(n, 0.0))) for n, c in sizes.items()}
-    return Quantity(sum(active.values()), _terms(program, active))
+def _active(scope: Scope) -> Quantity:
+    if scope.whole:
+        return Quantity(cost.active_parameters(scope.program))
+    idle = cost.idle_shares(scope.program)
+    active = {n: round(c * (1 - idle.get(n, 0.0))) for n, c in scope.sizes.items()}
+    return Quantity(sum(active.values()), _terms(scope.program, active))
 
 
-def _bytes(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    width = {n: getattr(torch, program.weights[n].dtype).itemsize for n in sizes}
-    each = {n: c * width[n] for n, c in sizes.items()}
-    return Quantity(sum(each.values()), _terms(program, each))
+def _bytes(scope: Scope) -> Quantity:
+    width = {n: getattr(torch, scope.program.weights[n].dtype).itemsize for n in scope.sizes}
+    each = {n: c * width[n] for n, c in scope.sizes.items()}
+    return Quantity(sum(each.values()), _terms(scope.program, each))
 
 
-def _flops(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    if whole:
-        return Quantity(cost.flops_per_token(program))
-    return Quantity(cost.flops_of_sites(program, spots))
+def _flops(scope: Scope) -> Quantity:
+    if scope.whole:
+        return Quantity(cost.flops_per_token(scope.program))
+    return Quantity(cost.flops_of_sites(scope.program, scope.spots))
 
 
-def _layers(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    if whole:
-        terms = tuple((s.name, float(s.layers)) for s in program.anatomy.stacks)
+def _layers(scope: Scope) -> Quantity:
+    if scope.whole:
+        terms = tuple((s.name, float(s.layers)) for s in scope.program.anatomy.stacks)
         return Quantity(sum(n for _, n in terms), terms)
-    return Quantity(len({(s.stack, s.layer) for s in spots if s.layer is not None}))
+    return Quantity(len({(s.stack, s.layer) for s in scope.spots if s.layer is not None}))
 
 
-def _heads(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    blocks = [s for s in program.anatomy.sites if s.is_region and s.heads]
-    if not whole:
-        roles = {s.role for s in spots}
+def _heads(scope: Scope) -> Quantity:
+    blocks = [s for s in scope.program.anatomy.sites if s.is_region and s.heads]
+    if not scope.whole:
+        roles = {s.role for s in scope.spots}
         blocks = [b for b in blocks if b.role in roles or any(b.role.startswith(r + ".") or r.startswith(b.role + ".") for r in roles)]
     per = {b.role: float(b.heads or 0) for b in blocks}
     return Quantity(sum(per.values()), tuple((r, n) for r, n in per.items()))
 
 
-def _sparsity(
-    program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: Callable[[str], torch.Tensor] | None
-) -> Quantity:
-    if read is None:
+def _sparsity(scope: Scope) -> Quantity:
+    if scope.read is None:
         return Quantity(None)
     zeros = total = 0
-    for name in sizes:
-        if len(program.weights[name].shape) < 2:
+    for name, mask in scope.parts.items():
+        if len(scope.program.weights[name].shape) < 2:
             continue  # a mask never covers biases and norms: they would only dilute the share
-        tensor = read(name)
-        zeros += int((tensor == 0).sum())
-        total += tensor.numel()
+        zero = scope.read(name) == 0
+        zeros += int((zero if mask is None else zero & mask).sum())
+        total += scope.sizes[name]
     return Quantity(zeros / total if total else 0.0, ((f"{zeros:,} zeros of {total:,} weights", zeros / total if total else 0.0),))
 
 
-def _sites(program: Program, sizes: dict[str, int], spots: Sequence[Site], whole: bool, read: object) -> Quantity:
-    return Quantity(len(spots), tuple((s.role, 1.0) for s in spots) if len(spots) <= 4 else ())
+def _sites(scope: Scope) -> Quantity:
+    return Quantity(len(scope.spots), tuple((s.role, 1.0) for s in scope.spots) if len(scope.spots) <= 4 else ())
 
 
 QUANTITIES: dict[str, Measure] = {

@@ -119,7 +119,7 @@ def _whole_slices(program: Program, op: Resolved) -> set[str]:
     for s in op.sites:
         for name in (s.weight, s.bias) if s.rows else ():
             rows[name] = rows.get(name, 0) + sum(hi - lo for lo, hi in s.rows)
-    axes = {s.weight: s.out_axis for s in op.sites if s.rows} | {s.bias: 0 for s in op.sites if s.rows}
+    axes = {s.weight: s.out_axis for s in op.sites if s.rows} | {s.bias: -1 for s in op.sites if s.rows}
     return {n for n, total in rows.items() if n in program.weights and total >= program.weights[n].shape[axes[n]]}
 
 

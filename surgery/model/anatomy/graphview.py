@@ -73,6 +73,7 @@ class GraphView:
         self.norms: list[Norm] = []
         self.norm_of: dict[fx.Node, Norm] = {}
         self.norm_inner: dict[fx.Node, Norm] = {}
+        self._biases: set[fx.Node] = set()
         for node in self.nodes:
             self._index(node)
         for node in self.nodes:
@@ -82,6 +83,8 @@ class GraphView:
     # ---------------------------------------------------------------- construction
 
     def _index(self, node: fx.Node) -> None:
+        if node in self._biases:
+            return
         if node.op == "get_attr":
             self.constant[node] = True
             return
@@ -166,9 +169,24 @@ class GraphView:
             out_axis, in_axis, rows = traced
         if len(stored) == 3:
             kind = "experts"
+            bias = self._row_bias(node, (stored[0], len(rows))) if bias is None else bias
         elif kind in ("conv1d", "matmul"):
             kind = "conv1d" if out_axis == 1 else "linear"
         self._add(Projection(0, node, x, kind, str(source.target), self.parameter_name(bias), out_axis, in_axis, rows, stored))
+
+    def _row_bias(self, node: fx.Node, shape: tuple[int, ...]) -> fx.Node | None:
+        """The table ``[experts, features]`` of which each routed row is given its expert's line. The lines count as constants, as any
+        bias does: what they are added to is the value."""
+        for user in node.users:
+            lines = next((n for n in user.all_input_nodes if n is not node), None)
+            if ops.name_of(user) != "add" or lines is None or ops.name_of(lines) != "index":
+                continue
+            table = self.parameter(lines.args[0])
+            if table is not None and ops.shape_of(table) == shape:
+                self._biases.add(lines)
+                self.constant[lines] = True
+                return table
+        return None
 
     def _view_of(self, source: fx.Node, weight: fx.Node, transposed: bool) -> tuple[int, int, IntArray] | None:
         """Out axis, in axis and rows of a weight that is a turned or sliced view of a stored parameter."""
