@@ -44,8 +44,8 @@ def cut(program: Program, group: Group, origin: Origin) -> CutResult:
     Weights become selections of their expressions; tied tensors stay tied. Leaf modules, constants of the graphs and specs of values
     follow, and so do tensors of attached modules. The group must be of ``program.dims`` as it is now.
 
-    Raises S0430 for a group that carries a refusal, S0431 where an attached module cannot follow, S0432 for a size that is computed in a way
-    that cannot be followed and S0433 where a part that is used in several places would have to differ between them.
+    Raises S0430 for a group that carries a refusal and for a size that cannot be followed, S0431 where an attached module cannot follow and
+    S0432 where a part that is used in several places would have to differ between them.
     """
     if group.refusal:
         raise fail("S0430", f"these units cannot be removed: {group.refusal}", origin.span, "removed here")
@@ -71,10 +71,8 @@ def cut(program: Program, group: Group, origin: Origin) -> CutResult:
 
 def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
     if not apply_changes(copy.copy(program.module(path)), changes):
-        raise fail(
-            "S0432", f"`{path}` has a size that surgery does not know how to write", span, "cut here",
-            help="cut other units, or report this with the model's config",
-        )  # fmt: skip
+        why = f"`{path}` has a size that cannot be written"
+        raise fail("S0430", f"these units cannot be removed: {why}", span, "removed here")
 
 
 def _groups(program: Program, graphs: GraphCut) -> dict[str, int]:

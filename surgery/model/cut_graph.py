@@ -61,15 +61,15 @@ class GraphCut:
             meta = change.node.meta
             key = ("leaf", meta["path"]) if "path" in meta else ("node", meta["origin"])
             found.setdefault((*key, change.path), []).append(change)
-        copies: dict[tuple[str, Any], int] = {}
+        copies: dict[tuple[Any, ...], int] = {}
         for node in self.sizes.dims.graph.nodes:
             if node.op == "call_function":
                 key = ("leaf", node.meta["path"]) if "path" in node.meta else ("node", node.meta["origin"])
-                copies[key] = copies.get(key, 0) + 1
+                copies[*key, node.target] = copies.get((*key, node.target), 0) + 1
         for (what, where, _), same in found.items():
             first = same[0]
-            repeated = copies[what, where] if what == "node" else len(same)
-            if len(same) != repeated or any((c.value, c.ratio) != (first.value, first.ratio) for c in same):
+            everywhere = len(same) == copies[what, where, first.node.target]
+            if not everywhere or any((c.value, c.ratio) != (first.value, first.ratio) for c in same):
                 raise self._shared(where if what == "leaf" else where.graph)
             if what == "leaf":
                 self.leaves.setdefault(where, []).append(first)
@@ -78,14 +78,12 @@ class GraphCut:
         for change in (c for same in self.constants.values() for c in same):
             entry = _entry(change.node, change.path)
             if isinstance(entry, fx.Node) and entry in self.sizes.lost:
-                raise fail(
-                    "S0432", f"{change.node.name} has a size that is computed in a way surgery cannot follow ({entry.name})", self.span,
-                    "cut here", help="cut other units, or report this with the model's config",
-                )  # fmt: skip
+                why = f"{change.node.name} has a size that is computed in a way that cannot be followed ({entry.name})"
+                raise fail("S0430", f"these units cannot be removed: {why}", self.span, "removed here")
 
     def _shared(self, where: str) -> Exception:
         return fail(
-            "S0433", f"`{where or 'the model'}` runs at several places and only some of them would lose these units", self.span, "cut here",
+            "S0432", f"`{where or 'the model'}` runs at several places and only some of them would lose these units", self.span, "cut here",
             help="cut the units at all of these places in one statement",
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ stored tensor set to zero; it says the same wherever no normaliser, softmax or s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -190,7 +190,9 @@ class _Flat:
         value = self.tensors.of(self.program, name)
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def module(self, node: fx.Node) -> nn.Module:
+    def module(self, node: fx.Node, read: Callable[[str], Tensor] | None = None) -> nn.Module:
+        """The module that an opaque node calls, with the tensors that ``read`` gives (None: the program's)."""
+        read = read or self.read
         path = str(node.target)
         if path not in self._modules:
             made = deepcopy(node.meta["module"]).eval()
@@ -198,10 +200,10 @@ class _Flat:
                 prefix = ".".join(p for p in (path, inner) if p)
                 for leaf, old in module._parameters.items():
                     if old is not None:
-                        module._parameters[leaf] = nn.Parameter(self.read(f"{prefix}.{leaf}"), requires_grad=False)
+                        module._parameters[leaf] = nn.Parameter(read(f"{prefix}.{leaf}"), requires_grad=False)
                 for leaf, old in module._buffers.items():
                     if old is not None:
-                        module._buffers[leaf] = self.read(f"{prefix}.{leaf}")
+                        module._buffers[leaf] = read(f"{prefix}.{leaf}")
             self._modules[path] = made
         return self._modules[path]
 
@@ -225,23 +227,27 @@ def zeroed(
 ) -> list[Tensor]:
     """Floating outputs of the program before the cut with the removed slices of all ``members`` zero, without the removed units."""
     flat = _Flat(before, group.dims, tensors, dtype)
+    read = without(members, flat.read, before.aliases)
+    return _selected(flat, group, FlatRun(flat.graph, read, lambda node: flat.module(node, read))(inputs))
+
+
+def without(members: Iterable[Member], read: Callable[[str], Tensor], aliases: Mapping[str, str] | None = None) -> Callable[[str], Tensor]:
+    """``read`` with the removed slices of ``members`` zero; ``aliases`` maps further names of tensors to their first."""
     gone: dict[str, list[Member]] = {}
     for member in members:
         gone.setdefault(member.parameter, []).append(member)
-    plain = flat.read
 
-    def read(name: str) -> Tensor:
-        value = plain(name)
-        mine = gone.get(before.aliases.get(name, name), ())
+    def zeroing(name: str) -> Tensor:
+        value = read(name)
+        mine = gone.get((aliases or {}).get(name, name), ())
         if mine and value.is_floating_point():
-            value = value.clone()
+            value = value.detach().clone()
             for m in mine:
                 for a, b in m.removed:
                     value.narrow(m.axis, a, b - a).zero_()
         return value
 
-    flat.read = read  # type: ignore[method-assign]
-    return _selected(flat, group, FlatRun(flat.graph, read, flat.module)(inputs))
+    return zeroing
 
 
 def _selected(flat: _Flat, group: Group, out: Any) -> list[Tensor]:

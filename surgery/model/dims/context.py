@@ -117,6 +117,15 @@ class Context:
                 return self.sizes.of(spec.shape[0])
         return None
 
+    def symbolic(self, arg: Any) -> bool:
+        """Whether an integer argument depends on a size symbol."""
+        spec = arg.meta.get("spec") if isinstance(arg, fx.Node) else None
+        return (
+            spec is not None
+            and not isinstance(spec, tuple)
+            and any(type(s) is not int and sympy.sympify(s).free_symbols for s in spec.shape)
+        )
+
     # -- algebra, shortened ---------------------------------------------------------------------------------------
 
     def leaf(self, size: int) -> Axis:

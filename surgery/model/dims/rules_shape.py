@@ -180,6 +180,8 @@ def slice_(cx: Context, node: fx.Node) -> Axes:
     if start is None or stop is None or stop > axis.size or start >= stop or (step == 1 and stop - start != size) or axis is ONE:
         cx.freeze(axis, "a slice with a symbolic bound")
         return done(cx.frozen(size, "a slice with a symbolic bound"))
+    if cx.symbolic(first) or cx.symbolic(last):  # the numbers are stand-ins: nobody knows which stored positions they are
+        cx.freeze(axis, "a slice with a symbolic bound")
     cx.cut(axis, start, stop, step)
     if step != 1:
         if axis.size % step == 0 and start < step and stop == axis.size:
@@ -211,6 +213,8 @@ def narrow(cx: Context, node: fx.Node) -> Axes:
     if parts is None or start is None:
         cx.freeze(axes[dim], "a slice with a symbolic bound")
         return (*axes[:dim], cx.frozen(size, "a slice with a symbolic bound"), *axes[dim + 1 :])
+    if cx.symbolic(node.args[2]) or cx.symbolic(node.args[3]):
+        cx.freeze(axes[dim], "a slice with a symbolic bound")
     cx.cut(axes[dim], start, start + size)
     if start:
         cx.constant(("args", 2), "prefix", parts[0])
