@@ -224,6 +224,8 @@ class Pass:
             row[node] = result
             if watch:
                 self._serve(node, args, result, batch)
+        if part is not None:
+            part.release()
 
     def _serve(self, node: fx.Node, args: Any, value: Any, batch: Batch) -> None:
         ref = NodeRef("", self.original[node].name)

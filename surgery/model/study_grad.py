@@ -79,6 +79,7 @@ class Backward:
                 for gone in last[node]:
                     row.pop(gone, None)
             if node.op == "call_module":
+                part.release()
                 progress()
 
     def _part(self, node: fx.Node, *, trained: bool) -> Any:
@@ -128,11 +129,11 @@ class Backward:
                 self.values[i].pop(node, None)
                 if per_sample:
                     yield from self._ready(node, totals, batch.first)
+            if node.op == "call_module":
+                part.release()
+                progress()
             if not per_sample:
                 yield from self._ready(node, totals, -1)
-            del part
-            if node.op == "call_module":
-                progress()
 
     def _ready(self, node: fx.Node, totals: dict[tuple[str, int], Tensor], sample: int) -> Iterator[tuple[str, Tensor, int]]:
         for name in self.reads[node]:

@@ -77,6 +77,13 @@ class Part:
                     holder._buffers[leaf] = fit(tensors.fresh(program, name, memo), buffer.dtype, dtype)
         self.module.eval()
 
+    def release(self) -> None:
+        """Lets the weights go now: graph modules refer to each other in circles, which would keep them for a while."""
+        self.parameters.clear()
+        for holder in self.module.modules():
+            holder._parameters.clear()
+            holder._buffers.clear()
+
 
 def fit(value: Tensor, recorded: torch.dtype, dtype: torch.dtype) -> Tensor:
     """A stored tensor in the dtype that it is computed in: ``dtype`` where the capture recorded the model's own."""
