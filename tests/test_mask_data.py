@@ -208,10 +208,35 @@ def test_adapters_in_front_are_seen_and_later_masked() -> None:
     )
 
 
-def test_experts_need_another_score() -> None:
+def test_experts_are_ranked_by_the_tokens_that_they_get() -> None:
+    """Against norms gathered by hooks on the live model's experts; a share of each expert's rows goes."""
+    from surgery.model.scores import element_scores
+
+    program, _ = zoo_program("mixtral")
+    roles = ["layers[0].ffn.experts.up", "layers[0].ffn.experts.down"]
+    weights = list(dict.fromkeys(s.weight for s in program.anatomy.sites if s.role in roles))
+    samples = zoo_samples(program, "mixtral", count=5, batch=2)
+    scores = {n: v for n, v, _ in element_scores(Study(Tensors(registry.function)), program, samples, "wanda", weights)}
+    by_role = {s.role: s for s in program.anatomy.sites}
+    prune(program, "mixtral", roles, score="wanda")
+    tensors = Tensors(registry.function)
+    for role in roles:
+        site = by_role[role]
+        rows = site.rows or ((0, scores[site.weight].shape[site.out_axis]),)
+        pick = lambda t: torch.cat([t.narrow(site.out_axis, a, b - a) for a, b in rows], site.out_axis)  # noqa: B023, E731
+        gone = pick(tensors.of(program, masked.mask_name(site.weight))).logical_not()
+        score = pick(scores[site.weight])
+        if site.out_axis > site.in_axis:
+            gone, score = gone.mT, score.mT
+        assert set(gone.sum(-1).flatten().tolist()) == {gone.shape[-1] // 2}
+        kept = score.masked_fill(gone, float("inf")).amin(-1)
+        assert bool((score.masked_fill(~gone, -1).amax(-1) <= kept * (1 + 1e-5)).all())
+
+
+def test_experts_need_another_score_than_sparsegpt() -> None:
     program, _ = zoo_program("mixtral")
     with pytest.raises(SurgeryError) as found:
-        prune(program, "mixtral", ["layers[0].ffn.experts.up"], score="wanda")
+        prune(program, "mixtral", ["layers[0].ffn.experts.up"], score="sparsegpt")
     assert found.value.diagnostics[0].code == "S0465"
     run(program, operation(program, "prune", "mask", ["layers[0].ffn.experts.up"], pattern="2:4"))
 

@@ -419,8 +419,8 @@ def test_cuts_take_the_mask_along() -> None:
     ("prune mask on layers[*].attn", "S0461"),
     ("prune mask on embed.tokens", "S0461"),
     ("prune mask on layers[0].norm[0]", "S0461"),
-    ("prune mask(score = wanda) on layers[*].attn.q", "S0442"),
-    ("prune mask(score = sparsegpt) on layers[*].attn.q", "S0442"),
+    ("prune mask(score = wanda) on layers[*].attn.q", "S0274"),
+    ("prune mask(score = sparsegpt) on layers[*].attn.q", "S0274"),
     ("prune mask(score = best) on layers[*].attn.q", "S0221"),
     ("prune mask(ratio = 150%) on layers[*].attn.q", "S0222"),
 ])  # fmt: skip

@@ -22,6 +22,7 @@ from surgery.model.weights import Apply, Expr, Masked, Update
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.calls import call_config, calls_of, ties_outside, weight_names, weight_of
 from surgery.passes.kinds.delta import DeltaModule, chain
+from surgery.passes.kinds.drop_choice import span_of
 from surgery.passes.kinds.geometry import Geometry, geometry_of
 from surgery.passes.kinds.parts import part_of, size_of, untie
 from surgery.passes.operation import Resolved, SiteChange
@@ -113,23 +114,18 @@ class Target:
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Mask the weight of every site. While planning no weight and no data is read; lazy expressions choose when weights are realised.
 
-    Raises S0442 without data that the score needs, S0460 for a pattern that does not fit, S0461 where there is no weight to mask, S0462 where
+    Raises S0274 without data that the score needs and S0275 with data that it does not read, S0460 for a pattern that does not fit, S0461 where there is no weight to mask, S0462 where
     a part of the weight is in an adapter and S0466 where a part is selected of what layers share.
     """
     method = op.method
     assert isinstance(method, MaskMethod)
-    using = op.statement.using if op.statement is not None else op.data
-    if method.statistic and not using:
-        score = getattr(method, "score", method.name)
-        raise fail(
-            "S0442", f"score `{score}` needs calibration data: add `using NAME`", op.origin.span, "no `using`", help="add `using NAME`"
-        )
+    _data_fits(op, method)
     targets, twins = _targets(program, op)
     if method.statistic:
         from surgery.passes.kinds.mask_data import check_visible, study_targets
 
         for target in targets:
-            check_visible(target, op)
+            check_visible(program, target, op)
     if method.statistic and op.study is not None:
         study_targets(program, op, targets)
     else:
@@ -143,6 +139,21 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     shared = {id(s): SiteChange(s.role, s.path, s.rows, note=f"its weight is masked with {role}") for s, role in twins}
     order = {t.site.role: c for t, c in zip(targets, changes, strict=True)}
     return [shared[id(s)] if id(s) in shared else order[s.role] for s in op.sites]
+
+
+def _data_fits(op: Resolved, method: MaskMethod) -> None:
+    score = getattr(method, "score", method.name)
+    if method.statistic and op.data is None and not (op.statement is not None and op.statement.using):
+        raise fail(
+            "S0274", f"the score `{score}` is computed from data, and `{op.verb} {op.method.name}` has no `using`", span_of(op, "score"), "needs data",
+            help='define data, `data text = lines("calib.txt")`, and write `using text`; magnitude and random need none',
+        )  # fmt: skip
+    if not method.statistic and op.statement is not None and op.statement.using:
+        span = op.statement.using_span if op.statement.using_span.end else op.origin.span
+        raise fail(
+            "S0275", f"the score `{score}` reads no data", span, "nothing looks at this",
+            help="leave `using` out, or choose by wanda or sparsegpt",
+        )  # fmt: skip
 
 
 def _targets(program: Program, op: Resolved) -> tuple[list[Target], list[tuple[Site, str]]]:

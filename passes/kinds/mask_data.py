@@ -13,6 +13,8 @@ from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
 from surgery.model import masked
 from surgery.model.program import Program
+from surgery.model.tally import Tally
+from surgery.model.uses import Use, uses_of
 from surgery.passes.kinds.calls import calls_of, operand
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.mask import Target, put, put_under_mask
@@ -64,20 +66,40 @@ def columns_of(site: Geometry, value: Tensor) -> Tensor:
     return F.unfold(value, kernel, dilation, padding, stride).transpose(1, 2)  # type: ignore[arg-type]
 
 
+class Routed(Statistic):
+    """The norms of what each expert sees, float32 ``[experts, 1, in]``; of an expert without tokens they are zero."""
+
+    def __init__(self, what: str, geometry: Geometry, uses: list[Use], shape: tuple[int, ...]) -> None:
+        super().__init__(what, geometry)
+        self.tallies = [Tally(use, shape, 2) for use in uses]
+
+    def value(self) -> Tensor | None:
+        sums = [t.total for t in self.tallies if t.total is not None]
+        return torch.stack(sums).sum(0).sqrt().float().unsqueeze(1) if sums else None
+
+
 def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None:
     """Mask ``targets`` one part of the model after another, each by the inputs that it gets behind the masked parts in front of it.
 
-    Raises S0465 for a site whose inputs cannot be seen or that the data does not reach.
+    Raises S0465 for a site that the data does not reach.
     """
     study = op.study
     assert study is not None
-    hooks: dict[NodeRef, list[Callable[[Tensor, Tensor | None], None]]] = {}
+    values: dict[NodeRef, list[Any]] = {}
+    calls: dict[NodeRef, list[Any]] = {}
     sums: dict[tuple[Any, ...], Statistic] = {}
     used: dict[str, list[tuple[Target, Statistic]]] = {}
     late: list[tuple[str, ...]] = []
     for target in targets:
-        refs = tuple(NodeRef(graph, operand(node).name) for graph, node in calls_of(program, target.site))
         geometry = target.geometry
+        name = masked.first(program, target.names[0])
+        if geometry.experts:
+            routed = Routed(target.method.statistic, geometry, _products(program, target), program.weights[name].shape)
+            for tally in routed.tallies:
+                calls.setdefault(tally.use.ref, []).append(tally)
+            used.setdefault(name, []).append((target, routed))
+            continue
+        refs = tuple(NodeRef(graph, operand(node).name) for graph, node in calls_of(program, target.site))
         shape = (
             geometry.kernel,
             geometry.stride,
@@ -90,8 +112,8 @@ def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None
         if key not in sums:
             sums[key] = Statistic(target.method.statistic, geometry)
             for ref in dict.fromkeys(refs):
-                hooks.setdefault(ref, []).append(sums[key].add)
-        used.setdefault(masked.first(program, target.names[0]), []).append((target, sums[key]))
+                values.setdefault(ref, []).append(sums[key].add)
+        used.setdefault(name, []).append((target, sums[key]))
 
     def settle(names: tuple[str, ...]) -> bool:
         changed = False
@@ -110,26 +132,39 @@ def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None
                 changed = True
         return changed
 
-    study.observe(program, op.data, outputs={ref: _all(each) for ref, each in hooks.items()}, settle=settle, text=f"masking for {op.name}")
+    study.observe(
+        program, op.data, outputs={ref: _all(each) for ref, each in values.items()}, calls={ref: _all(each) for ref, each in calls.items()},
+        settle=settle, text=f"masking for {op.name}",
+    )  # fmt: skip
     settle(tuple(used))
     for names in late:
         put_under_mask(program, names)
 
 
-def _all(hooks: list[Callable[[Tensor, Tensor | None], None]]) -> Callable[[Tensor, Tensor | None], None]:
-    def run(value: Tensor, keep: Tensor | None) -> None:
+def _all(hooks: list[Any]) -> Callable[..., None]:
+    def run(*seen: Any) -> None:
         for hook in hooks:
-            hook(value, keep)
+            hook(*seen)
 
     return run
 
 
-def check_visible(target: Target, op: Resolved) -> None:
+def _products(program: Program, target: Target) -> list[Use]:
+    """Where the experts of a site meet their tokens; empty where the graph does not show it."""
+    name = masked.first(program, target.names[0])
+    rows = target.geometry.rows or ((0, target.geometry.full_out),)
+    found = [u for u in uses_of(program, [name])[name] if u.expert_axis is not None]
+    return [u for u in found if u.rows is None or any(u.rows[1] < b and a < u.rows[2] for a, b in rows)]
+
+
+def check_visible(program: Program, target: Target, op: Resolved) -> None:
     """S0465 where the graph has no one value that enters the site, or one whose columns cannot be told apart."""
-    geometry = target.geometry
-    if geometry.experts:
-        raise _unseen(target, op, "each expert sees the tokens that are routed to it")
-    if geometry.op == "conv" and (len(geometry.kernel) > 2 or (geometry.groups > 1 and target.method.statistic == "gram")):
+    geometry, gram = target.geometry, target.method.statistic == "gram"
+    if geometry.experts and gram:
+        raise _unseen(target, op, "each expert sees other tokens, and a matrix for each is not kept")
+    if geometry.experts and not _products(program, target):
+        raise _unseen(target, op, "the graph does not show which tokens its experts see")
+    if geometry.op == "conv" and (len(geometry.kernel) > 2 or (geometry.groups > 1 and gram)):
         raise _unseen(target, op, "it is a convolution in groups or over three axes")
 
 
