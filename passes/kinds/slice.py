@@ -51,7 +51,7 @@ class SliceMethod(Method):
     scope: Literal["layer", "global"] = param("layer", "each site loses its own share, or the lowest scores of all sites go")
     normalize: Literal["mean", "max", "none"] = param("mean", "what a site's scores are divided by before sites compete (scope = global)")
     round_to: int = param(1, "the units that stay are rounded up to a multiple of this", min=1, max=65536)
-    score: Literal["magnitude", "l2", "random", "taylor", "fisher", "wanda", "activation", "file"] = param(
+    score: Literal["magnitude", "l2", "random", "taylor", "taylor_signed", "taylor_mix", "fisher", "wanda", "activation", "file"] = param(
         "magnitude", "what a unit is worth; the lowest go"
     )
     scores: str | None = param(None, "file with a list of scores for each site (score = file)")

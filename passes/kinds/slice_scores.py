@@ -27,7 +27,7 @@ from surgery.passes.operation import Resolved
 FREE = ("magnitude", "l2")
 """Scores of the weights alone. ``random`` and ``file`` read no weights either; all others read data."""
 
-DATA = ("taylor", "fisher", "wanda", "activation")
+DATA = ("taylor", "taylor_signed", "taylor_mix", "fisher", "wanda", "activation")
 
 Vector: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Index: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
@@ -106,7 +106,8 @@ def unit_scores(program: Program, op: Resolved, targets: Sequence[Target]) -> li
             if not np.isfinite(along).all():
                 raise faults.not_finite(op, name, "values" if score in FREE else f"{score} scores")
             there = use.index >= 0
-            totals[use.target] += np.bincount(use.index[there], weights=along[there], minlength=len(totals[use.target]))
+            member = np.bincount(use.index[there], weights=along[there], minlength=len(totals[use.target]))
+            totals[use.target] += np.abs(member) if score == "taylor_signed" else member
     return totals
 
 
@@ -115,12 +116,12 @@ def _marginals(program: Program, op: Resolved, score: str, where: dict[str, list
     assert op.study is not None
     if score in FREE:
         for name, used in where.items():
-            value = op.study.tensor(program, name)
+            value = op.study.tensors.fresh(program, name, {})  # not kept: most tensors are read again only when they are written
             yield name, {axis: marginal(value, axis, squared=score == "l2") for axis in {u.axis: None for u in used}}
         return
     from surgery.model.scores import element_scores
 
-    for name, value, axes in element_scores(op.study, program, op.data, score, list(where)):
+    for name, value, axes in element_scores(op.study, program, op.data, score, list(where), span=op.origin.span):
         wanted = {u.axis: None for u in where[name]}
         yield name, {axis: marginal(value, axes.index(axis), squared=False, plain=True) for axis in wanted if axis in axes}
 

@@ -26,13 +26,16 @@ class Heads(SliceMethod):
 
     A head is worth the sum of its element scores, over every stored tensor that it has a part of:
 
-        magnitude   |w|               l2          w^2
-        taylor      |w dL/dw|         fisher      (w dL/dw)^2, averaged over samples
-        wanda       |w| ||x||         activation  size of what enters the output projection
+        magnitude      |w|                       l2          w^2
+        taylor         |w g|                     fisher      w^2 F
+        taylor_signed  w g, added with its sign  taylor_mix  |w g - w^2 F / 2|
+        wanda          |w| ||x||                 activation  mean |x| of what enters a product
 
-    `random` is seeded by `seed`; `file` reads a list for each site from a JSON or safetensors file under the site's role. With
-    `scope = global` the lowest scores of all blocks go, each block's scores divided by their mean (`normalize`). Blocks
-    that share their heads, as T5's layers do through one table of position biases, lose the same ones: their scores add up.
+    with `g` the gradient of the loss over the samples, `F` the mean of the squared gradients of single samples and `x` the values
+    that meet the element; these need `using`. `taylor_signed` takes the size of the sum over each tensor. `random` is seeded by
+    `seed`; `file` reads a list for each site from a JSON or safetensors file under the site's role. With `scope = global` the
+    lowest scores of all blocks go, each block's scores divided by their mean (`normalize`). Blocks that share their heads, as T5's
+    layers do through one table of position biases, lose the same ones: their scores add up.
 
     Equal to the model with the removed heads masked. Adapters on what is cut are cut along.
 
