@@ -66,7 +66,7 @@ def _totals(plan: Plan) -> str:
         ("parameters", f"{t.params_before:,}", f"{t.params_after:,}", ""),
         ("trainable", f"{t.trainable_before:,}", f"{t.trainable:,}", share),
         ("bytes", size(t.bytes_before), size(t.bytes_after), ""),
-        ("flops per token", flops(t.flops_per_token_before), flops(t.flops_per_token_after), f"at length {plan.flops_length}"),
+        (f"flops per {plan.flops_unit}", flops(t.flops_per_token_before), flops(t.flops_per_token_after), plan.flops_at),
     ]
     return "<h2>Totals</h2>" + _table(("", "before", "after", ""), rows, (1, 2))
 

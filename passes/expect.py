@@ -153,7 +153,10 @@ def _sparsity(scope: Scope) -> Quantity:
     if scope.read is None:
         return Quantity(None)
     zeros = total = 0
-    for name, mask in scope.parts.items():
+    added = {t for a in scope.program.attachments for t in a.tensors}
+    own = [n for n in scope.parts if n not in added]  # what is attached is no part of a weight, unless that is what was asked for
+    for name in own or scope.parts:
+        mask = scope.parts[name]
         if len(scope.program.weights[name].shape) < 2:
             continue  # a mask never covers biases and norms: they would only dilute the share
         zero = scope.read(name) == 0

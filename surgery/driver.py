@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,7 @@ def compile_spec(
         lock = make_lock(checked, session, checkpoint)
         target = lock_path(Path(checked.source.name)) if checked.source.name not in ("<text>", "<stdin>") else None
         if locked:
-            _compare_lock(target, lock)
+            _compare_lock(target, lock, _first_line(checked))
         work = Compilation(
             session=session, checkpoint=checkpoint, out=Path(out) if out else Path(), force=force, lock=lock, progress=report,
             locked=_locked_check(target, lock),
@@ -204,12 +205,18 @@ def _lock_name(spec: Spec) -> str:
     return Path(spec.source.name).name
 
 
-def _compare_lock(target: Path | None, lock: Lock) -> None:
+def _compare_lock(target: Path | None, lock: Lock, span: Span | None) -> None:
     if target is None:
         raise fail("S0405", "a spec given as text has no lock file", help="write the spec to a file")
-    found = drift(read_lock(target), lock)
+    found = drift(read_lock(target, span), lock, span)
     if found:
         raise SurgeryError(*found)
+
+
+def _first_line(spec: Spec) -> Span | None:
+    """The edition line: where to point at for what concerns a spec as a whole."""
+    found = re.search(r"^surg[ \t]+\d+", spec.source.text, re.MULTILINE)
+    return Span(spec.source, *found.span()) if found else None
 
 
 def _locked_check(target: Path | None, lock: Lock) -> Callable[[], tuple[list[Any], str]]:
@@ -223,7 +230,7 @@ def _locked_check(target: Path | None, lock: Lock) -> Callable[[], tuple[list[An
         if target is not None and not target.exists():
             return [], f"there is no {target.name} yet: this run is what is locked"
         try:
-            _compare_lock(target, lock)
+            _compare_lock(target, lock, None)
         except SurgeryError as exc:
             return list(exc.diagnostics), "; ".join([exc.diagnostics[0].message, *exc.diagnostics[0].notes[:3]])
         return [], "as locked"

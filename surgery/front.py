@@ -14,8 +14,11 @@ from surgery.core.spec import Spec
 from surgery.grammar.parser import parse, read_source
 
 
-def source_of(spec: str | os.PathLike[str]) -> Source:
-    """The source of a path, or of a text when it has a newline or begins with ``surg ``. Raises SurgeryError for an unreadable file."""
+def source_of(spec: str | os.PathLike[str] | Source) -> Source:
+    """The source of a path, or of a text when it has a newline or begins with ``surg ``; a source is itself. Raises SurgeryError for an
+    unreadable file."""
+    if isinstance(spec, Source):
+        return spec
     if isinstance(spec, str) and ("\n" in spec or spec.lstrip().startswith("surg ")):
         return Source("<text>", spec)
     return read_source(Path(spec))

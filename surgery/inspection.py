@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.core import ast
 from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.near import near, quoted
 from surgery.core.plan import group_roles, plural, size
 from surgery.core.site import Site
 from surgery.core.source import Source
@@ -64,11 +65,14 @@ class Shown:
         p = self.program
         if self.dims:
             return dims_text(p, self.only)
+        if self.only:
+            return "\n".join(self._blame()) + "\n"
         params = sum(parameter_sizes(p).values())
         lines = [f"{p.info.ref}: {p.info.family or 'module'} ({p.info.architecture}), {params:,} parameters, {size(cost.bytes_of(p))}"]
         stacks = ", ".join(f"{s.name} ({plural(s.layers, 'layer')})" for s in p.anatomy.stacks)
         lines.append(f"stacks: {stacks or 'none'}")
-        lines.append(f"flops per token: {cost.flops_per_token(p):,} at length 128")
+        found = cost.count(p)
+        lines.append(f"flops per {found.unit}: {found.per_token:,}{found.at}")
         lines += [f"note: {note}" for note in p.info.notes]
         lines += ["", *self._table()]
         if p.attachments:
@@ -111,14 +115,16 @@ class Shown:
         from surgery.model.weights import describe
 
         lines = ["made or changed by:"]
+        named = set(matching(self.program, self.only))
         for name in self.program.weights:
             origins = self.program.journal.of(name)
-            if not origins or (self.only and not fnmatchcase(name, self.only)):
+            if not origins or (self.only and name not in named):
                 continue
             lines.append(f"  {name} {list(self.program.weights[name].shape)}")
             lines += [f"    {o.span}  {o.verb} {o.method}" for o in origins]
             lines += [f"      {row}" for row in describe(self.program.weights[name]).splitlines()]
-        return lines if len(lines) > 1 else ["nothing was made or changed by surgery"]
+        what = f"none of the {plural(len(matching(self.program, self.only)), 'tensor')} of this name" if self.only else "nothing"
+        return lines if len(lines) > 1 else [f"{what} was made or changed by surgery"]
 
 
 def _stem(sites: list[Site]) -> str:
@@ -133,7 +139,20 @@ def show(ref: Any, *, blame: bool = False, only: str = "", dims: bool = False, a
     """The anatomy of a model or artifact, or with ``dims`` its dimension classes, from headers alone."""
     program, _ = open_program(ref, allow_code=allow_code, use_cache=use_cache)
     program.anatomy  # noqa: B018  found here, so that its findings are raised here
+    if only and not matching(program, only):
+        close = near(only.strip("*"), program.weights)
+        raise fail(
+            "S0315", f"no tensor of {ref} is called `{only}`",
+            help=[f"did you mean {quoted(close)}?" if close else "`surgery show MODEL --dims` lists the parameters",
+                  "these are names of the state dict, * stands for anything; `surgery select` takes roles such as `layers[0].attn.q`"],
+        )  # fmt: skip
     return Shown(program, blame, only, dims)
+
+
+def matching(program: Program, only: str) -> list[str]:
+    """The tensors whose name, or a name they are tied to, a glob matches."""
+    tied = [first for name, first in program.aliases.items() if fnmatchcase(name, only)]
+    return list(dict.fromkeys([n for n in program.weights if fnmatchcase(n, only) or n in tied]))
 
 
 @dataclass

@@ -32,7 +32,7 @@ from tests.test_error_pages import FENCE, Block, plain  # noqa: F401  the fixtur
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/language.md", "docs/index.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/structure.md", "docs/language.md", "docs/index.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -283,4 +283,4 @@ def test_the_workflow_and_the_hooks_run(tmp_path: Path) -> None:
     # the same lines must see what is wrong, or they guard nothing
     spec.write_text(body.replace("rank = 2", "rank = 4").replace("1k", "2k"), "utf-8")
     code, shown = page.surgery("compile", "--locked", "--format", "github", "specs/one.surg")
-    assert code == 1 and "::error title=S0407" in shown
+    assert code == 1 and "::error file=specs/one.surg,line=1,endLine=1,col=1,endColumn=7,title=S0407" in shown

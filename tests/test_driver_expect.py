@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.driver_support import LORA, Ran, model, surgery, tree, write
+from tests.driver_support import LORA, Ran, checkpoint, model, surgery, tree, write
 
 WIDTH, INNER, LAYERS, HEADS, RANK, LENGTH = 32, 64, 3, 4, 4, 128
 BASE = 32032
@@ -197,6 +197,51 @@ def test_sparsity_counts_the_zeros_of_matrices(here: Path) -> None:
         ran = surgery("compile", "a.surg", model("bert"), "--format", "json")
         assert ran.code == 0, ran.out
         assert ran.json["plan"]["expect"][0]["value"] == pytest.approx(value), line
+
+
+SLICES = [
+    ("gpt2", "layers[0].attn.q", 32 * 32 + 32),
+    ("gpt2", "layers[0].attn.{q, v}", 2 * (32 * 32 + 32)),
+    ("gpt2", "layers[*].attn.{q, k, v}", 3 * 3 * (32 * 32 + 32)),
+    ("mixtral", "layers[0].ffn.experts[1].up", 64 * 32),
+    ("mixtral", "layers[0].ffn.experts[1]", 3 * 64 * 32),
+    ("mixtral", "layers[0].ffn.experts[0, 3].{up, down}", 4 * 64 * 32),
+    ("mixtral", "layers[0].ffn.experts.{up, gate}", 2 * 4 * 64 * 32),
+    ("mixtral", "layers[0].ffn.experts[1].up, layers[0].ffn.experts", 3 * 4 * 64 * 32),
+]
+"""(family, selector, elements): q, k, v are rows of one tensor, the experts' up and gate rows of one 3-D tensor."""
+
+
+@pytest.mark.parametrize(("family", "selector", "elements"), SLICES)
+def test_slices_and_experts_count_their_own_elements(here: Path, family: str, selector: str, elements: int) -> None:
+    found = plan(f"params == {elements} on {selector}", family, "surg 1\n").json["expect"][0]
+    assert (found["value"], found["ok"]) == (elements, True)
+
+
+def test_sparsity_of_a_slice_counts_its_rows(here: Path) -> None:
+    """Of the fused projection of GPT-2 only the queries are zero; of the experts' fused tensor one expert's gate."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for family, name, zero, lines in [
+        ("gpt2", "h.0.attn.c_attn.weight", lambda t: t[:, :32],
+         {"layers[0].attn.q": 1.0, "layers[0].attn.{q, k}": 0.5, "layers[0].attn.v": 0.0, "layers[0].attn": 1024 / 4096}),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.2.w1.weight", lambda t: t,
+         {"layers[0].ffn.experts[2].gate": 1.0, "layers[0].ffn.experts[2].up": 0.0, "layers[0].ffn.experts[1].gate": 0.0,
+          "layers[0].ffn.experts[2]": 1 / 3, "layers[0].ffn.experts.gate": 1 / 4, "layers[0].ffn.experts": 1 / 12}),
+    ]:  # fmt: skip
+        folder = checkpoint(family)
+        file = next(Path(folder).glob("*.safetensors"))
+        tensors = load_file(file)
+        stored = next(n for n in tensors if n.endswith(name))
+        with torch.no_grad():
+            zero(tensors[stored]).zero_()
+        save_file(tensors, file, metadata={"format": "pt"})
+        text = "surg 1\n" + "".join(f"expect sparsity <= 100% on {selector}\n" for selector in lines)
+        ran = surgery("compile", write("a.surg", text), folder, "--format", "json", "--force")
+        assert ran.code == 0, ran.out
+        found = [e["value"] for e in ran.json["plan"]["expect"]]
+        assert found == pytest.approx(list(lines.values())), family
 
 
 @pytest.mark.parametrize(

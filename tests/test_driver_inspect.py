@@ -65,7 +65,7 @@ def test_show_dims(here: Path) -> None:
     rows_of_table = classes[axes["transformer.wte.weight"][0]["classes"][0]]
     assert rows_of_table["fixed"].startswith("its rows are looked up by number") and "indexed" in rows_of_table["flags"]
     assert classes[axes["transformer.h.0.mlp.c_fc.weight"][1]["classes"][0]]["fixed"] is None
-    assert "no parameter" in surgery("show", model("gpt2"), "--dims", "nothing.*").out
+    assert surgery("show", model("gpt2"), "--dims", "nothing.*").codes == ["S0315"]
 
 
 def test_every_role_selects_exactly_its_site(here: Path) -> None:
@@ -101,7 +101,19 @@ def test_blame(artifact: Path) -> None:
     one = surgery("show", "out", "encoder.layer.1.*.query.pair.*").out
     heads = [r.split()[0] for r in one.partition("made or changed by:\n")[2].splitlines() if not r.startswith("   ")]
     assert len(heads) == 2 and all(h.startswith("encoder.layer.1.attention.self.query.pair.") for h in heads)
+    assert one.startswith("made or changed by:\n"), "only the history"
     assert "nothing was made or changed by surgery" in surgery("show", "config:bert.json", "--blame").out
+    untouched = surgery("show", "out", "encoder.layer.*.attention.self.key.*")
+    assert (untouched.code, untouched.out) == (0, "none of the 6 tensors of this name was made or changed by surgery\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--dims"], ["--blame"]])
+def test_a_name_that_no_tensor_has(artifact: Path, more: list[str]) -> None:
+    ran = surgery("show", "out", "zzz*", *more)
+    assert (ran.code, ran.codes, ran.out) == (1, ["S0315"], "")
+    assert "no tensor of out is called `zzz*`" in ran.err
+    near = surgery("show", "out", "encoder.layer.0.attention.self.query.wieght", *more)
+    assert near.codes == ["S0315"] and "did you mean `encoder.layer.0.attention.self.query.weight`" in near.err
 
 
 def test_select(artifact: Path) -> None:
@@ -181,7 +193,7 @@ def test_diff_of_what_is_no_plan(here: Path, text: str) -> None:
 
 def test_diff_of_nothing(here: Path) -> None:
     ran = surgery("diff", "nowhere", "elsewhere")
-    assert (ran.code, ran.codes) == (1, ["S0701"])
+    assert (ran.code, ran.codes) == (2, ["S0701"])
 
 
 # ------------------------------------------------------------------ a second spec on an artifact

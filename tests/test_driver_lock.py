@@ -198,3 +198,19 @@ def test_a_spec_in_a_folder_that_is_not_writable_compiles_without_a_lock(compile
     ran = surgery("compile", "fixed/a.surg", "--out", "made", "--format", "json")
     assert ran.code == 0 and ran.json["lock"] is None
     assert sorted(p.name for p in Path("fixed").iterdir()) == ["a.surg"]
+
+
+@pytest.mark.parametrize(("lock", "code"), [(None, "S0405"), ("{", "S0406"), ("drifted", "S0407")])
+def test_annotations_stand_at_the_spec(compiled: Path, lock: str | None, code: str) -> None:
+    """A service that annotates lines needs a file and a line for what concerns the spec as a whole: its edition line."""
+    file = Path("a.surg.lock")
+    if lock is None:
+        file.unlink()
+    elif lock != "drifted":
+        write(file, lock)
+    more = ["--set", "r=8"] if lock == "drifted" else []
+    ran = locked("--format", "github", *more)
+    (line,) = [row for row in ran.err.splitlines() if row.startswith("::error ")]
+    assert line.startswith("::error file=a.surg,line=1,endLine=1,col=1,endColumn=7,title=" + code)
+    data = locked("--format", "sarif", *more).json["runs"][0]["results"][0]
+    assert data["ruleId"] == code and data["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a.surg"

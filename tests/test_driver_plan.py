@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.driver_support import LORA, Ran, checkpoint, model, surgery, write
+from tests.driver_support import LORA, Ran, checkpoint, model, surgery, tree, write
 from tests.zoo import ZOO
 
 FULL = """surg 1
@@ -187,6 +188,55 @@ def test_set_changes_the_parameters(ran: Ran) -> None:
     plan = surgery("plan", "full.surg", "--format", "json", "--set", "r=2").json
     assert plan["steps"][0]["params"]["rank"] == [2, 2, 2, 2, 8, 8]
     assert plan["totals"]["trainable"] == 2 * (2 + 2 + 8) * 2 * WIDTH
+
+
+@pytest.mark.parametrize("format", ["text", "json", "sarif", "github"])
+@pytest.mark.parametrize(
+    "args",
+    [["plan", "a.surg", "nowhere"], ["compile", "a.surg", "nowhere"], ["plan", "named.surg"], ["compile", "named.surg"], ["show", "nowhere"],
+     ["select", "layers[*]", "--model", "nowhere"], ["diff", "nowhere", "a.surg"], ["plan", "nowhere.surg"], ["compile", "nowhere.surg"],
+     ["plan", "a.surg", "config:nowhere.json"], ["plan", "a.surg", "empty"], ["plan", "a.surg"]],
+)  # fmt: skip
+def test_input_that_is_not_there_ends_with_2(here: Path, args: list[str], format: str) -> None:
+    """A spec, a model, a config or the weights of one: the same in every format."""
+    write("a.surg", LORA)
+    write("named.surg", LORA.replace("\n\n", '\n\nmodel "nowhere"\n'))
+    Path("empty").mkdir()
+    before = tree(here)
+    ran = surgery(*args, "--format", format)
+    assert ran.code == 2, ran.out + ran.err
+    assert tree(here) == before
+
+
+def test_a_spec_on_the_standard_input(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = model("bert")
+
+    def typed(text: str, *args: str) -> Ran:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return surgery(*args)
+
+    write("a.surg", LORA + 'emit torch to "out"\n')
+    text = Path("a.surg").read_text("utf-8")
+    plan = typed(text, "plan", "-", reference)
+    assert plan.code == 0 and plan.out == surgery("plan", "a.surg", reference).out.replace("plan of a.surg", "plan of <stdin>")
+    assert typed("surg 1\nadapt lora(rnk = 8) on layers[*].attn.q\n", "plan", "-", reference).codes == ["S0212"]
+    ran = typed(text, "compile", "-", reference)
+    assert ran.code == 0 and (here / "out/surgery.json").exists()
+    assert sorted(p.name for p in here.iterdir()) == ["a.surg", "bert.json", "out"], "no lock without a file"
+    assert typed(text, "compile", "-", reference).code == 0, "the same text may replace its own output"
+    assert typed(text.replace("4", "2"), "compile", "-", reference).codes == ["S0803"]
+    assert typed(text, "compile", "-", reference, "--locked").codes == ["S0405"]
+    assert typed(text, "check", "-").code == 0
+
+
+def test_images_are_counted_per_image(here: Path) -> None:
+    write("a.surg", LORA)
+    for family, unit, tail in (("vit", "image", ""), ("bert", "token", " at length 128")):
+        text = surgery("plan", "a.surg", model(family)).out
+        (line,) = [row for row in text.splitlines() if "flops per" in row]
+        assert line.startswith(f"  flops per {unit} ") and ("at length 128" in line) == bool(tail)
+        shown = surgery("show", model(family)).out
+        assert f"flops per {unit}: " in shown and ("at length" in shown) == bool(tail)
 
 
 def test_the_model_of_the_command_line_wins(here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from surgery.cli.check import read
 from surgery.cli.command import ALLOW_CODE, MODEL, NO_CACHE, SET, Argument, Command, Option, parse_sets
 from surgery.cli.progress import progress
 from surgery.cli.report import Report, result
@@ -13,11 +14,12 @@ from surgery.cli.report import Report, result
 def run(args: argparse.Namespace) -> int:
     report: Report = args.report
     sets = parse_sets(args.set)
+    spec = read("-") if args.spec == "-" else args.spec
     with progress(report) as step:
         from surgery import driver
 
         done = driver.compile_spec(
-            args.spec, args.model, out=args.out, set=sets, locked=args.locked, force=args.force,
+            spec, args.model, out=args.out, set=sets, locked=args.locked, force=args.force,
             allow_code=args.allow_code, use_cache=not args.no_cache, progress=step,
         )  # fmt: skip
     found = list(done.plan.diagnostics)
@@ -60,7 +62,7 @@ COMMAND = Command(
     "compile",
     "do what the plan shows, verify it, and write the outputs",
     run,
-    (Argument("spec", "the spec file"), MODEL),
+    (Argument("spec", "the spec file; - is the standard input"), MODEL),
     (
         SET,
         Option("out", "folder that the paths of `emit` are relative to (default: the working directory)", "DIR"),

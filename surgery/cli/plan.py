@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from surgery.cli.check import read
 from surgery.cli.command import ALLOW_CODE, FINDINGS, FINE, MODEL, NO_CACHE, SET, Argument, Command, Option, parse_sets
 from surgery.cli.progress import progress
 from surgery.cli.report import Report, result, write_file
@@ -12,10 +13,11 @@ from surgery.cli.report import Report, result, write_file
 def run(args: argparse.Namespace) -> int:
     report: Report = args.report
     sets = parse_sets(args.set)
+    spec = read("-") if args.spec == "-" else args.spec
     with progress(report) as step:
         from surgery import driver
 
-        plan = driver.plan(args.spec, args.model, set=sets, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step)
+        plan = driver.plan(spec, args.model, set=sets, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step)
     if args.out:
         from surgery.cli.views import json
 
@@ -34,7 +36,7 @@ COMMAND = Command(
     "plan",
     "show everything that a spec would do, without reading a weight",
     run,
-    (Argument("spec", "the spec file"), MODEL),
+    (Argument("spec", "the spec file; - is the standard input"), MODEL),
     (SET, Option("out", "write the plan as JSON to this file as well", "FILE"), NO_CACHE, ALLOW_CODE),
     examples=(
         "surgery plan shrink.surg",

@@ -105,20 +105,25 @@ def error(
     return Diagnostic(code, message, tuple(labels), tuple(notes), helps, severity, fix)
 
 
+INPUT_FAULTS = frozenset({"S0701", "S0702", "S0706", "S0721", "S0820"})
+"""Codes that say: what was named as input is not there, or not all of it, or cannot be read. As for a spec that is not there, the exit
+code is 2; what is there and is wrong (damaged weights, an unknown family) is a finding."""
+
+
 class SurgeryError(Exception):
     """The only exception that users see; carries every diagnostic of the failed step.
 
     ``exit_code`` is 1 for findings (the spec or the model is wrong) and 2 for usage, input/output and
-    internal faults.
+    internal faults; the default is 2 when one of the codes is in ``INPUT_FAULTS``.
     """
 
-    def __init__(self, *diagnostics: Diagnostic, exit_code: int = 1) -> None:
+    def __init__(self, *diagnostics: Diagnostic, exit_code: int | None = None) -> None:
         self.diagnostics: tuple[Diagnostic, ...] = diagnostics
-        self.exit_code = exit_code
+        self.exit_code = exit_code or (2 if any(d.code in INPUT_FAULTS for d in diagnostics) else 1)
         super().__init__("; ".join(f"{d.code}: {d.message}" for d in diagnostics))
 
 
-def fail(code: str, message: str, span: Span | None = None, label: str = "", *, exit_code: int = 1, **more: Any) -> SurgeryError:
+def fail(code: str, message: str, span: Span | None = None, label: str = "", *, exit_code: int | None = None, **more: Any) -> SurgeryError:
     """A :class:`SurgeryError` of one diagnostic, to be raised: ``raise fail("S0701", ...)``."""
     return SurgeryError(error(code, message, span, label, **more), exit_code=exit_code)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.diagnostics import Diagnostic, error, fail
+from surgery.core.source import Span
 
 SCHEMA = "surgery.lock/1"
+ANEW = "delete it and compile once without --locked"
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,29 @@ def lock_path(spec: Path) -> Path:
     return spec.with_name(spec.name + ".lock")
 
 
-def read_lock(path: Path) -> Lock:
-    """Raises S0405 for a missing lock and S0406 for one that is not a lock of this version."""
+def read_lock(path: Path, span: Span | None = None) -> Lock:
+    """``span`` is what errors point at. Raises S0405 for a missing lock and S0406 for one that is not a lock of this version."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise fail("S0405", f"there is no lock file {path.name}", help="compile once without --locked to write it") from None
+        raise fail(
+            "S0405", f"there is no lock file {path.name}", span, "not locked yet", help="compile once without --locked to write it"
+        ) from None
     except (OSError, ValueError, RecursionError) as exc:
-        raise fail("S0406", f"{path.name} is not a lock file: {exc}", help="delete it and compile once without --locked") from None
+        raise fail("S0406", f"{path.name} is not a lock file: {exc}", span, help=ANEW) from None
     fields = set(Lock.__dataclass_fields__)
     shapes: dict[str, type] = {
         "spec": str, "edition": int, "model": dict, "data": dict, "params": dict, "seeds": dict, "methods": dict, "sites": dict, "weights": str,
     }  # fmt: skip
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or not fields <= set(raw):
-        raise fail("S0406", f"{path.name} is not a lock file of schema {SCHEMA}", help="delete it and compile once without --locked")
+        raise fail("S0406", f"{path.name} is not a lock file of schema {SCHEMA}", span, help=ANEW)
     if any(not isinstance(raw[k], t) for k, t in shapes.items()):
-        raise fail("S0406", f"{path.name} has fields of the wrong type", help="delete it and compile once without --locked")
+        raise fail("S0406", f"{path.name} has fields of the wrong type", span, help=ANEW)
     return Lock(**{k: raw[k] for k in fields})
 
 
-def drift(old: Lock, new: Lock) -> list[Diagnostic]:
-    """One S0407 for each thing that is no longer as locked; empty when nothing drifted."""
+def drift(old: Lock, new: Lock, span: Span | None = None) -> list[Diagnostic]:
+    """One S0407, at ``span``, for each thing that is no longer as locked; empty when nothing drifted."""
     found: list[str] = []
 
     def compare(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -85,7 +89,7 @@ def drift(old: Lock, new: Lock) -> list[Diagnostic]:
         return []
     return [
         error(
-            "S0407", f"{old.spec} no longer resolves to what its lock file says", notes=tuple(found),
+            "S0407", f"{old.spec} no longer resolves to what its lock file says", span, "not as locked", notes=tuple(found),
             help="review the change, then compile without --locked to write the lock again",
         )
     ]  # fmt: skip

@@ -107,6 +107,12 @@ class Plan:
     totals: Totals | None = None
     diagnostics: list[Diagnostic] = field(default_factory=list)
     flops_length: int = 128
+    flops_unit: str = "token"
+    """What the operations are counted for: ``token`` (in a sequence of ``flops_length``), or ``image``, ``sample`` where there are none."""
+
+    @property
+    def flops_at(self) -> str:
+        return f"at length {self.flops_length}" if self.flops_unit == "token" else ""
 
     @property
     def ok(self) -> bool:
@@ -231,7 +237,7 @@ def render(plan: Plan) -> str:
             lines.append(f"  {mark}  expect {e.text}")
             lines += [" " * 10 + row for part in e.detail.split("; ") if part for row in wrap(part, 98)]
     if plan.totals:
-        lines += ["", *_totals(plan.totals, plan.flops_length)]
+        lines += ["", *_totals(plan.totals, plan)]
     return "\n".join(lines) + "\n"
 
 
@@ -273,7 +279,7 @@ def _notes(notes: list[str]) -> list[str]:
     return [n if isinstance(n, str) else f"{plural(counts[n], n[0])} {n[1]}" for n in out]
 
 
-def _totals(t: Totals, length: int) -> list[str]:
+def _totals(t: Totals, plan: Plan) -> list[str]:
     share = 100 * t.trainable / t.params_after if t.params_after else 0.0
 
     def change(before: int, after: int) -> str:
@@ -287,8 +293,8 @@ def _totals(t: Totals, length: int) -> list[str]:
         ("trainable", f"{t.trainable_before:,}", f"{t.trainable:,}", f"{share:.3g}% of the model after"),
         ("bytes", size(t.bytes_before), size(t.bytes_after), change(t.bytes_before, t.bytes_after)),
         (
-            "flops per token", flops(t.flops_per_token_before), flops(t.flops_per_token_after),
-            change(t.flops_per_token_before, t.flops_per_token_after) + f", at length {length}",
+            f"flops per {plan.flops_unit}", flops(t.flops_per_token_before), flops(t.flops_per_token_after),
+            ", ".join(filter(None, (change(t.flops_per_token_before, t.flops_per_token_after), plan.flops_at))),
         ),
     ]  # fmt: skip
     widths = [max(len(r[i]) for r in rows) for i in range(3)]

@@ -80,10 +80,21 @@ class Cost:
     length: int
     tokens: int
     nodes: list[NodeCost] = field(default_factory=list)
+    sample: str = "sample"
 
     @property
     def total(self) -> int:
         return sum(n.flops for n in self.nodes)
+
+    @property
+    def unit(self) -> str:
+        """What the operations are divided by, in words: ``token``, or ``sample`` (``image`` where the inputs are pixels)."""
+        return "token" if self.tokens > 1 else self.sample
+
+    @property
+    def at(self) -> str:
+        """``" at length 128"`` where the length matters, else nothing."""
+        return f" at length {self.length}" if self.tokens > 1 else ""
 
     @property
     def per_token(self) -> int:
@@ -99,7 +110,8 @@ def count(program: Program, length: int = 128) -> Cost:
     # while nothing is attached the analysis of classes has the same flat graph already
     graph = flatten(program.graph, program.aliases) if program.attachments else program.dims.graph
     sizes = Sizes(program, graph, length)
-    cost = Cost(length, length if sizes.sequence else 1)
+    pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))
+    cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample")
     for node in graph.nodes:
         found = _flops(node, sizes)
         if found:
@@ -162,9 +174,13 @@ class _Attribution:
     def _share(self, part: Site, shares: dict[str, dict[tuple[int, int], float]]) -> None:
         stored = self.program.weights[part.weight].shape if part.weight in self.program.weights else ()
         rows = part.rows or ((0, -1),)
+        # one expert of many does its share of the rows that are routed, as far as shapes can tell
+        expert = part.facts.get("expert") if part.op == "expert" and stored else None
+        share, offset = (1.0, 0) if not isinstance(expert, int) else (1 / stored[0], (expert + 1) << 32)
         for start, stop in rows:
             whole = stop < 0 or not stored
-            shares.setdefault(part.weight, {})[start, stop] = 1.0 if whole else (stop - start) / stored[part.out_axis]
+            own = 1.0 if whole else (stop - start) / stored[part.out_axis]
+            shares.setdefault(part.weight, {})[start + offset, stop + offset] = share * own
 
 
 # ---------------------------------------------------------------- sizes
