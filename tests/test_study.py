@@ -224,8 +224,8 @@ def test_routed_tokens_keep_their_padding() -> None:
     down = [n.name for n in program.module(path).graph.nodes if "_grouped_mm" in str(n.target)][1]
     second: list[Tensor] = []
     study().observe(program, Samples(rows, batch=2), calls={
-        NodeRef(path, name): lambda args, result, keep: calls.append((args, keep)),
-        NodeRef(path, down): lambda args, result, keep: second.append(keep),
+        NodeRef(path, name): lambda args, result, keep: calls.append((args, keep(0))),
+        NodeRef(path, down): lambda args, result, keep: second.append(keep(0)),
     })  # fmt: skip
     (args, keep), = calls  # fmt: skip
     assert keep.shape == (36,) and int(keep.sum()) == 2 * 14 and torch.equal(second[0], keep)

@@ -6,20 +6,21 @@ gradient, ``X_c`` the values that meet its input feature ``c``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.core.diagnostics import fail
-from surgery.core.site import Site
+from surgery.core.site import NodeRef, Site
 from surgery.core.source import Span
 from surgery.model.data import Samples
 from surgery.model.influence import cosines
 from surgery.model.program import Program
 from surgery.model.realise import one_thread
 from surgery.model.study import Study
-from surgery.model.study_run import check_finite
+from surgery.model.study_run import CallHook, check_finite
 from surgery.model.tally import Tally
 from surgery.model.uses import Use, uses_of
 
@@ -92,7 +93,7 @@ def tallies(study: Study, program: Program, samples: Samples, names: Iterable[st
     """Sums of squares (``power`` 2) or magnitudes (1) of the inputs of every product that reads a parameter, by its first name."""
     found: dict[str, list[Tally]] = {}
     by_call: dict[Use, Tally] = {}
-    hooks: dict[object, list[Tally]] = {}
+    hooks: dict[NodeRef, list[Tally]] = {}
     for name, uses in uses_of(program, names).items():
         shape = program.weights[name].shape
         for use in uses:
@@ -100,8 +101,8 @@ def tallies(study: Study, program: Program, samples: Samples, names: Iterable[st
             found.setdefault(name, []).append(tally)
             hooks.setdefault(use.ref, []).append(tally)
 
-    def all_of(some: list[Tally]) -> object:
-        def hook(args: tuple[object, ...], result: object, keep: Tensor | None) -> None:
+    def all_of(some: list[Tally]) -> CallHook:
+        def hook(args: tuple[Any, ...], result: Any, keep: Callable[[int], Tensor | None]) -> None:
             for one in dict.fromkeys(some):
                 one(args, result, keep)
 
@@ -109,7 +110,7 @@ def tallies(study: Study, program: Program, samples: Samples, names: Iterable[st
 
     calls = {ref: all_of(some) for ref, some in hooks.items()}
     if calls:
-        study.observe(program, samples, calls=calls, text="reading calibration data")  # type: ignore[arg-type]
+        study.observe(program, samples, calls=calls, text="reading calibration data")
     return {name: [t for t in some if t.total is not None] for name, some in found.items() if any(t.total is not None for t in some)}
 
 

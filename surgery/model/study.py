@@ -67,7 +67,7 @@ class Study:
         ``inputs`` and ``outputs`` map a node to ``hook(value, keep)``: the node's first argument, or its result (of several the
         first), once per batch in the order of the samples; ``keep`` is a bool tensor of the value's shape without its last
         axis, True for real tokens, or None where the value has no axis of tokens (then every entry counts). ``calls`` map a node
-        to ``hook(arguments, result, keep)``. Do not change values in place. What nothing depends on is not run.
+        to ``hook(arguments, result, keep)`` with ``keep(i)`` for argument ``i``. Do not change values in place. What nothing depends on is not run.
 
         ``settle`` makes the pass sequential: after a part saw all samples it is called with the names of the parameters
         whose last use this was. It may replace their expressions in ``program.weights`` (True says that it did); the part then

@@ -26,8 +26,8 @@ MODEL_DTYPE = torch.bfloat16
 Hook = Callable[[Tensor, Tensor | None], None]
 """``hook(value, keep)``: a value of one batch, and which of its rows are real tokens (None: all)."""
 
-CallHook = Callable[[tuple[Any, ...], Any, Tensor | None], None]
-"""``hook(arguments, result, keep)``: a whole call of one batch; ``keep`` is of the rows of the first argument."""
+CallHook = Callable[[tuple[Any, ...], Any, Callable[[int], Tensor | None]], None]
+"""``hook(arguments, result, keep)``: a whole call of one batch; ``keep(i)`` says which rows of argument ``i`` are real tokens."""
 
 
 class Watch:
@@ -225,7 +225,7 @@ def serve(watch: Watch, ref: NodeRef, node: fx.Node, args: tuple[Any, ...], valu
         result = value[0] if isinstance(value, tuple | list) else value
         hook(result, _rows_of_result(node, result, value, rows))
     if call := watch.calls.get(ref):
-        call(args, value, rows.of(node.args[0], args[0]) if args else None)
+        call(args, value, lambda i: rows.of(node.args[i], args[i]))
 
 
 def _rows_of_result(node: fx.Node, result: Any, value: Any, rows: Rows) -> Tensor | None:

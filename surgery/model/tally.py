@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ class Tally:
         self.total: Tensor | None = None
         self.count: Tensor = torch.zeros((), dtype=torch.float64)
 
-    def __call__(self, args: tuple[Any, ...], result: Any, keep: Tensor | None) -> None:
+    def __call__(self, args: tuple[Any, ...], result: Any, keep_of: Callable[[int], Tensor | None]) -> None:
         """A hook of :meth:`Study.observe`'s ``calls``."""
-        x = args[self.use.x]
+        x, keep = args[self.use.x], keep_of(self.use.x)
         match self.use.kind:
             case "linear":
                 rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
