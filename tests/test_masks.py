@@ -301,6 +301,7 @@ adapt lora(rank = 2) on layers[*].attn.{q, v}
 unfreeze all on layers[*].ffn
 
 expect sparsity == 50% on layers[*].ffn.{up, down}
+expect sparsity == 50% on layers[*].attn.{q, k, v, o}
 emit torch to "live"
 """
 
