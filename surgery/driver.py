@@ -89,7 +89,7 @@ def _walk(
     base = Path(spec.source.name).parent if spec.source.name not in ("<text>", "<stdin>") else Path()
     report("opening the model")
     program, checkpoint = open_program(
-        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base
+        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base, hash_content=keep_base
     )
     from surgery.model import cost
     from surgery.passes.expect import parameter_sizes

@@ -36,16 +36,20 @@ def open_program(
     use_cache: bool = True,
     span: Span | None = None,
     base: Path | None = None,
+    hash_content: bool = False,
 ) -> tuple[Program, Any]:
     """The program of a model and its checkpoint (None for a live module).
 
-    No weight is read: parameters are meta tensors with expressions over the stored tensors.
+    No weight is read: parameters are meta tensors with expressions over the stored tensors. ``hash_content`` says that the hash of
+    the weight files will be asked for, so that they are read while the model is traced.
     """
     if isinstance(ref, nn.Module):
         return capture(ref, inputs, dynamic=dynamic), None
     from surgery.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(ref, allow_code=allow_code, span=span, base=base)
+    if hash_content:
+        checkpoint = checkpoint.read_ahead()
     if checkpoint.kind == "artifact":
         from surgery.model.artifact import read_artifact
         from surgery.passes import registry

@@ -170,3 +170,45 @@ def test_artifacts_are_recognised(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "surgery.json").write_text("{}")
     found = open_checkpoint(str(tmp_path))
     assert (found.kind, len(found.tensors)) == ("artifact", len(open_checkpoint(str(saved)).tensors))
+
+
+def test_weights_are_hashed_once_beside_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash is that of the bytes; a file that has not changed is not read again, one that has is; a file that changes meanwhile is refused."""
+    import hashlib
+    import os
+
+    from surgery.model import contenthash
+    from surgery.model.contenthash import Hashing
+
+    files = [tmp_path / name for name in ("a", "b")]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * (contenthash.CHUNK + 17 * i))
+    read: list[str] = []
+    inner = contenthash._hash
+    monkeypatch.setattr(contenthash, "_hash", lambda path, work: read.append(path.name) or inner(path, work))
+    want = {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    assert Hashing(files).result() == want and Hashing(files).result() == want and read == ["a", "b"]
+    os.utime(files[0], ns=(1, 1))  # the same size and other bytes, with a time of our choice: the change itself has a time too
+    files[0].write_bytes(b"\2" * contenthash.CHUNK)
+    os.utime(files[0], ns=(1, 1))
+    assert Hashing(files).result()[files[0]] == hashlib.sha256(files[0].read_bytes()).hexdigest() and read == ["a", "b", "a"]
+    late = Hashing(files)
+    late._work.finished.wait(60)
+    files[1].write_bytes(b"new")
+    with pytest.raises(SurgeryError, match="changed while it was read"):
+        late.result()
+    files[1].unlink()
+    with pytest.raises(SurgeryError, match="S0721: cannot read"):
+        Hashing(files).result()
+
+
+def test_hashing_ends_with_its_owner(tmp_path: Path) -> None:
+    from surgery.model.contenthash import Hashing
+
+    file = tmp_path / "large"
+    with file.open("wb") as f:
+        f.truncate(1 << 36)  # 64 GiB of nothing: no thread may go on reading it
+    owner = Hashing([file])
+    work = owner._work
+    del owner
+    assert work.finished.wait(30) and work.done < 1 << 36 and not work.found

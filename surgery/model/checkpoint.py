@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from surgery.model.checkpoint_config import architecture_of, check_family, read_
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import Ref, load_factory, resolve
 from surgery.model.checkpoint_shards import find_weights, read_tensors
+from surgery.model.contenthash import Hashing
 from surgery.model.weights import Weights, is_float
 
 __all__ = ["Checkpoint", "TensorHeader", "open_checkpoint"]
@@ -58,6 +59,7 @@ class Checkpoint:
     seed: int = 0
     module: Any = field(default=None, repr=False, compare=False)
     inputs: Any = field(default=None, repr=False, compare=False)
+    hashing: Hashing | None = field(default=None, repr=False, compare=False)
 
     @property
     def random(self) -> bool:
@@ -81,12 +83,16 @@ class Checkpoint:
         return bind(self, parameters, aliases, **more)
 
     def content_hash(self) -> str:
-        """sha256 over config and every byte of the weight files; reads them all."""
+        """sha256 over config and every byte of the weight files; reads them all, unless that is done (:meth:`read_ahead`). Raises S0721."""
         digest = hashlib.sha256(self.hash.encode())
+        hashes = (self.hashing or Hashing(self.files)).result()
         for path in self.files:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(hashes[path]))
         return digest.hexdigest()
+
+    def read_ahead(self) -> Checkpoint:
+        """The same checkpoint, whose weight files are being hashed from now on, beside other work."""
+        return replace(self, hashing=Hashing(self.files)) if self.files else self
 
 
 def open_checkpoint(ref: str, *, allow_code: bool = False, span: Span | None = None, base: Path | None = None, seed: int = 0) -> Checkpoint:

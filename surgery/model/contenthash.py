@@ -1,0 +1,115 @@
+"""Hashes of weight files, made while something else is done.
+
+The lock holds a hash of every byte of the weights. Tracing a model uses one core and no disk, so the files are hashed beside it:
+when the first weight is computed the bytes were read once and, where memory allows, still are in the system's cache. A file that
+was hashed in this process and has not changed (device, inode, size, times) is not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from surgery.core.diagnostics import fail
+from surgery.core.progress import Bytes, report
+
+CHUNK = 1 << 22
+KEPT = 4096
+"""How many hashes a process remembers."""
+
+Key = tuple[str, int, int, int, int, int]
+
+
+def _key(path: Path) -> Key:
+    found = os.stat(path)
+    return os.path.realpath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+_known: dict[Key, str] = {}
+_lock = threading.Lock()
+
+
+@dataclass
+class _Work:
+    """What the thread works on: it must not hold the :class:`Hashing`, whose end is the thread's."""
+
+    files: list[Path]
+    done: int = 0
+    total: int = 0
+    keys: dict[Path, Key] = field(default_factory=dict)
+    found: dict[Path, str] = field(default_factory=dict)
+    fault: tuple[Path, OSError] | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
+
+
+class Hashing:
+    """sha256 of some files, in order. Begins at once in a thread of its own, which ends when nobody holds this object any more."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._work = _Work(list(files))
+        threading.Thread(target=_run, args=(self._work,), name="hashing weights", daemon=True).start()
+
+    def __del__(self) -> None:
+        self._work.stopped.set()
+
+    def result(self) -> dict[Path, str]:
+        """Hex digests by file; waits for what is missing. Raises S0721 when a file cannot be read or changed meanwhile."""
+        work = self._work
+        while not work.finished.wait(0.1):
+            report("hashing the weights", min(work.done, work.total), Bytes(work.total))
+        if work.fault is not None:
+            path, why = work.fault
+            raise fail("S0721", f"cannot read {path}: {why.strerror or why}", help="check that the file is still there and may be read")
+        for path, key in work.keys.items():
+            if _key_or_none(path) != key:
+                raise fail(
+                    "S0721", f"{path} changed while it was read", help="leave the checkpoint alone while surgery runs, and start again"
+                )  # fmt: skip
+        return dict(work.found)
+
+
+def _run(work: _Work) -> None:
+    path = Path()
+    try:
+        for path in work.files:
+            work.keys[path] = _key(path)
+        with _lock:
+            work.found |= {p: _known[k] for p, k in work.keys.items() if k in _known}
+        missing = [p for p in work.files if p not in work.found]
+        work.total = sum(work.keys[p][3] for p in missing)
+        for path in missing:
+            digest = _hash(path, work)
+            if work.stopped.is_set():
+                return
+            work.found[path] = digest
+            with _lock:
+                if len(_known) >= KEPT:
+                    _known.clear()
+                _known[work.keys[path]] = digest
+    except OSError as exc:
+        work.fault = path, exc
+    finally:
+        work.finished.set()
+
+
+def _hash(path: Path, work: _Work) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while not work.stopped.is_set() and (size := file.readinto(buffer)):
+            digest.update(view[:size])
+            work.done += size
+    return digest.hexdigest()
+
+
+def _key_or_none(path: Path) -> Key | None:
+    try:
+        return _key(path)
+    except OSError:
+        return None
