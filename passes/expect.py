@@ -153,8 +153,8 @@ def _sparsity(scope: Scope) -> Quantity:
     if scope.read is None:
         return Quantity(None)
     zeros = total = 0
-    added = {t for a in scope.program.attachments for t in a.tensors}
-    own = [n for n in scope.parts if n not in added]  # what is attached is no part of a weight, unless that is what was asked for
+    added = set() if scope.whole else {t for a in scope.program.attachments for t in a.tensors}
+    own = [n for n in scope.parts if n not in added]  # of a site its weight, not what is attached there, unless that is what was asked for
     for name in own or scope.parts:
         mask = scope.parts[name]
         if len(scope.program.weights[name].shape) < 2:
