@@ -65,11 +65,15 @@ def measure(
     parts: dict[str, torch.Tensor | None]
     if name:
         chosen = [a for a in program.attachments if a.name == name]
+        made = [s for s in program.anatomy.sites if s.role in program.named.get(name, ())]
         if sites is not None:  # `on` narrows what `for` names
             regions = tuple(s.role for s in sites)
             chosen = [a for a in chosen if any(f"{a.site.role}.{a.name}.".startswith((r + ".", r + "[")) for r in regions)]
-        parts = {t: None for a in chosen for t in a.tensors if t in every}
-        spots: Sequence[Site] = list({a.site.role: a.site for a in chosen}.values())
+            made = [s for s in made if any(f"{s.role}.".startswith((r + ".", r + "[")) for r in regions)]
+        added = {t for a in program.attachments for t in a.tensors}
+        parts = {t: mask for t, mask in portions(program, made, every).items() if t not in added}
+        parts |= {t: None for a in chosen for t in a.tensors if t in every}
+        spots: Sequence[Site] = list({s.role: s for s in (*made, *(a.site for a in chosen))}.values())
     elif sites is not None:
         parts, spots = portions(program, sites, every), sites
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
+from surgery.backends import registry as backends
 from surgery.core import ast
 from surgery.core.diagnostics import Severity, Sink, SurgeryError, error
 from surgery.core.method import Method
@@ -248,7 +249,7 @@ def expect_quantity(session: Session, checked: Checked, position: int) -> None:
         problems = Sink()
         sites = pick(session.program, node.selectors, problems)
         problems.raise_if_failed()  # a selector with `?` may name nothing: that counts 0
-    if node.of and not any(a.name == node.of for a in session.program.attachments):
+    if node.of and node.of not in session.program.named and not any(a.name == node.of for a in session.program.attachments):
         session.sink.error(
             "S0605", f"nothing in the model is named `{node.of}`", node.span, "no statement above left anything of this name",
             help="name what an operation creates with `as`; what was folded or removed no longer counts",
@@ -321,6 +322,7 @@ def expect_check(session: Session, checked: Checked, position: int) -> None:
 def schedule_emission(session: Session, checked: Checked, position: int) -> None:
     node = checked.node
     assert isinstance(node, ast.Emit) and checked.call is not None
+    backends.require(checked.call.name, node.span)
     params = {k: v for k, v in checked.call.values().items() if v is not None}
     if session.keep_base:
         assert session.base is not None

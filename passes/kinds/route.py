@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import ClassVar
 
 from torch import fx
@@ -19,6 +20,7 @@ from surgery.model.moe import Layout
 from surgery.model.program import Gone, Program
 from surgery.model.weights import Expr, Reshape, Select
 from surgery.passes.kinds import attach, route_faults
+from surgery.passes.kinds.calls import calls_of, weight_of
 from surgery.passes.kinds.route_between import Between, NotPlainError, between
 from surgery.passes.kinds.route_claims import same_as_dense
 from surgery.passes.kinds.route_fit import Collector, fit
@@ -69,7 +71,7 @@ class RouteMethod(Method):
 
     def note(self, dense: Dense, layout: Layout) -> str:
         """A remark about a block for the plan."""
-        return f"{layout.experts} experts of {layout.width} units, {layout.top_k} for each token"
+        return f"in each block {layout.experts} experts of {layout.width} units, {layout.top_k} for a token"
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
@@ -105,11 +107,8 @@ class _Work:
     path: str
     seed: int
     collector: Collector | None
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors of the dense block."""
-        return list(dict.fromkeys(n for p in self.parts.values() for n in (p.weight, p.bias) if n))
+    names: tuple[str, ...]
+    """The tensors of the dense block, as its own calls have them: shared ones have a name per use."""
 
 
 def _study(program: Program, op: Resolved, site: Site, method: Method) -> _Work:
@@ -124,10 +123,11 @@ def _study(program: Program, op: Resolved, site: Site, method: Method) -> _Work:
         layout = method.layout(dense)
     except ValueError as exc:
         raise route_faults.indivisible(op, site, method, dense.width) from exc
-    path = _place(program, site, parts, found.graph)
+    names = tuple(dict.fromkeys(n for part in parts.values() for n in own_names(program, part)))
+    path = _place(program, names, found.graph)
     seed = attach.seed_of(op.seed, op.name, path)
     collector = method.collector(dense, layout, seed) if op.study is not None and op.data is not None else None
-    return _Work(site, method, parts, found, dense, layout, path, seed, collector)
+    return _Work(site, method, parts, found, dense, layout, path, seed, collector, names)
 
 
 def _twins(op: Resolved, work: list[_Work]) -> dict[str, str]:
@@ -199,11 +199,21 @@ def _convert(program: Program, op: Resolved, w: _Work, blocks: Blocks, twin: str
     return SiteChange(w.site.role, w.path, (), *shapes, max(net, 0), max(-net, 0), trainable, note)
 
 
-def _place(program: Program, site: Site, parts: Mapping[str, Site], graph: str) -> str:
+def own_names(program: Program, part: Site) -> list[str]:
+    """The names under which a projection's call reads its weight and bias."""
+    ((graph, node),) = calls_of(program, part)
+    if node.op == "call_module":
+        module = program.module(graph).get_submodule(str(node.target))
+        return [attach.join(graph, str(node.target), n) for n, _ in module.named_parameters(recurse=False)]
+    weight = weight_of(graph, node)
+    reads = [n for n in node.all_input_nodes if n.op == "get_attr" and attach.join(graph, str(n.target)) != weight]
+    return [weight, *(attach.join(graph, str(n.target)) for n in reads)]
+
+
+def _place(program: Program, names: tuple[str, ...], graph: str) -> str:
     """Where the block's modules stand: at the module that holds all projections, else beside them under the layer."""
-    above = [p.path.split(".")[:-1] for p in parts.values()]
-    common = [words[0] for words in zip(*above, strict=False) if len(set(words)) == 1]
-    path = ".".join(common)
+    above = [n.split(".")[:-2] for n in names]
+    path = ".".join(words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*above, strict=False)))
     inside = attach.relative(path, graph)
     if not inside or isinstance(program.module(path), fx.GraphModule):
         return attach.join(graph, attach.free_name(program.module(graph), "moe"))

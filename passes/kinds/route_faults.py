@@ -9,6 +9,7 @@ from surgery.core.plan import group_roles
 from surgery.core.site import Site
 from surgery.model.masked import masks
 from surgery.model.program import Program
+from surgery.passes.gone import short
 from surgery.passes.operation import Resolved
 
 
@@ -58,7 +59,7 @@ def _adapted(program: Program, op: Resolved) -> None:
             continue
         first = inside[0]
         selector = op.statement.selectors[0].span if op.statement is not None and op.statement.selectors else op.origin.span
-        roles = ", ".join(group_roles([a.site.role for a in inside if a.name == first.name]))
+        roles = short([a.site.role for a in inside if a.name == first.name])
         raise fail(
             "S0409", f"{site.role} carries `{first.name}`, which would lose its place", selector, f"selects {site.role}",
             also=[(op.origin.span, "the block becomes experts here"), (first.origin.span, f"`{first.name}` was put on {roles} here")],

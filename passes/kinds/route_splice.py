@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +125,7 @@ def _sizes(gm: fx.GraphModule, x: fx.Node) -> list[Any]:
 # ------------------------------------------------------------------ clearing
 
 
-def clear(program: Program, found: Between, names: list[str]) -> int:
+def clear(program: Program, found: Between, names: Sequence[str]) -> int:
     """Erases the dense nodes and forgets tensors and modules that nothing uses any more; the number of parameters that went."""
     gm = program.module(found.graph)
     stale = [found.down, *_behind(found)]
@@ -139,7 +140,8 @@ def clear(program: Program, found: Between, names: list[str]) -> int:
         if _read(program, name):
             continue
         owner, _, leaf = name.rpartition(".")
-        removed += 0 if _shared(program, name) else math.prod(program.weights[program.aliases.get(name, name)].shape)
+        if not _shared(program, name):  # else the tensor lives on under another name
+            removed += math.prod(program.weights[name].shape)
         delattr(program.module(owner), leaf)
         attach.drop_tensor(program, name)
     for path in sorted({*targets, *(n.rpartition(".")[0] for n in names)}, key=len, reverse=True):
