@@ -157,8 +157,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     for site, inside in per_site:
         there = [n for n in inside if n in base]
         if there:
-            size = sum(torch.Size(base[n].shape).numel() for n in there)
-            changes.append(SiteChange(site, "", note=f"{len(there)} tensors, {size:,} parameters"))
+            changes.append(SiteChange(site, "", note=f"{len(there)} tensor{'' if len(there) == 1 else 's'} merged"))
     return changes
 
 
