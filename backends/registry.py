@@ -20,12 +20,26 @@ def names() -> list[str]:
     return sorted(m.name.removeprefix("to_") for m in pkgutil.iter_modules(surgery.backends.__path__) if m.name.startswith("to_"))
 
 
-def get(name: str, span: Span | None = None) -> Backend:
-    """The backend object. Raises S0843 when this version has none of that name."""
+INSTEAD = {
+    "transformers": 'write `emit torch to "..."`: `surgery.load` opens it as a module with the original signature',
+    "peft": 'write `emit torch to "..."`: it keeps the adapters apart from the base and trains on; `fold all` above it merges them',
+    "pt2": 'write `emit onnx to "....onnx"` for serving, or compile what `surgery.load` opens with torch.compile',
+}
+"""What to write as long as a backend of the language is not there."""
+
+
+def require(name: str, span: Span | None = None) -> None:
+    """Raises S0843 when this version has no backend of that name; imports none."""
     if name not in names():
+        instead = [INSTEAD[name]] if name in INSTEAD else []
         raise fail(
             "S0843", f"this version of surgery cannot emit `{name}` yet", span, "asked for here",
-            help=f"it emits {', '.join(names())}", exit_code=1,
+            help=[*instead, f"this version emits {', '.join(names())}"], exit_code=1,
         )  # fmt: skip
+
+
+def get(name: str, span: Span | None = None) -> Backend:
+    """The backend object. Raises S0843 when this version has none of that name."""
+    require(name, span)
     module = importlib.import_module(f"surgery.backends.to_{name}")
     return cast(Backend, module.BACKEND)

@@ -247,10 +247,12 @@ def targets_free(spec: Spec, out: Path, force: bool, owner: str) -> None:
     ``owner`` is the name that the spec has in its lock, by which its own outputs are known.
     """
     from surgery.backends import protocol
+    from surgery.backends import registry as backends
 
     emits = [(c.call.name, c.node) for c in spec.statements if isinstance(c.node, ast.Emit) and c.call is not None]
     protocol.check_apart([(out / node.to, node.span) for _, node in emits])
     for name, node in emits:
+        backends.require(name, node.span)
         protocol.check_target(out / node.to, name, force, protocol.owner_mark(owner), node.span)
 
 

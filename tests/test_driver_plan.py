@@ -308,3 +308,18 @@ def test_every_number_of_the_json_is_a_number(ran: Ran) -> None:
             assert value is None or isinstance(value, str | bool | int) or math.isfinite(value)
 
     walk(ran.json)
+
+
+@pytest.mark.parametrize("verb", ["plan", "compile"])
+def test_a_backend_that_is_not_there_is_said_before_any_work(here: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to write instead, and beside the other findings of the spec."""
+    from surgery.backends import registry
+
+    real = registry.names()
+    monkeypatch.setattr(registry, "names", lambda: [n for n in real if n in ("torch", "onnx", "report")])
+    for name, word in (("pt2", "emit onnx"), ("peft", "emit torch"), ("transformers", "emit torch")):
+        write("a.surg", LORA + f'emit torch to "out"\nemit {name} to "out.x"\nexpect trainable == 1\n')
+        ran = surgery(verb, "a.surg", model("bert"))
+        assert ran.code == 1 and "S0843" in ran.codes
+        assert f"cannot emit `{name}` yet" in ran.err and f"write `{word} to" in ran.err and "emits onnx, report, torch" in ran.err
+        assert not Path("out").exists()
