@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.core.diagnostics import SurgeryError
 from surgery.core.site import NodeRef
@@ -18,6 +18,8 @@ from surgery.model.realise import held, no_functions, one_thread
 from surgery.model.study import Study
 from surgery.model.study_grad import names_in
 from surgery.model.study_loss import Objective
+from surgery.model.study_run import writes
+from surgery.opening import capture
 from tests.captured_programs import live_model, zoo_program
 from tests.data_support import codes, zoo_samples
 
@@ -85,6 +87,33 @@ def test_streamed_gradients_are_those_of_the_whole_model(family: str) -> None:
     for name in names:
         assert (got[name] - want[name]).abs().max() <= 1e-6, name
     assert sum(bool(g.abs().sum() > 0) for g in got.values()) > len(names) / 2
+
+
+class InPlace(nn.Module):
+    """Changes a value in place that is read before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        kept = 2 * h
+        h.add_(self.gain)
+        return self.b(torch.relu_(h + kept)) + h
+
+
+def test_gradients_through_operations_in_place() -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    x = torch.randn(3, 4)
+    program = capture(model, {"x": x})
+    assert any(writes(n) for n in program.graph.graph.nodes)
+    samples, names = Samples([{"x": one} for one in x], batch=2), ["a.weight", "a.bias", "b.weight", "gain"]
+    want = whole_gradients(program, samples, study(), names)
+    got = {n: g for n, g, _ in study().each_gradient(program, samples, names, per_sample=False, dtype=torch.float64)}
+    assert all((got[n] - want[n]).abs().max() <= 1e-6 and got[n].abs().sum() > 0 for n in names)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "albert"])

@@ -33,6 +33,7 @@ from surgery.model.study_run import (
     needed,
     root_graph,
     serve,
+    spared,
 )
 
 Settle = Callable[[tuple[str, ...]], bool]
@@ -200,7 +201,8 @@ class Pass:
             for row in values:
                 row[node] = tensor
         else:
-            self._over(node, values, watch=True)
+            again = bool(settle and names)
+            self._over(node, values, watch=True, again=again)
             if settle and names and settle(names):
                 self.memo.clear()
                 if node.op == "call_module":
@@ -209,13 +211,17 @@ class Pass:
         for row, batch in zip(values, self.batches, strict=True):
             self._serve(node, (), row[node], batch)
 
-    def _over(self, node: fx.Node, values: list[dict[fx.Node, Any]], *, watch: bool) -> None:
+    def _over(self, node: fx.Node, values: list[dict[fx.Node, Any]], *, watch: bool, again: bool = False) -> None:
+        """One call over all batches; ``again``: it may run on the same values once more."""
         path = str(node.target) if node.op == "call_module" else ""
         part = Part(self.program, self.study.tensors, path, self.dtype) if path else None
         runner = Runner(self.watch if watch else Watch())
+        spare = again and part is not None and part.writes
         for row, batch in zip(values, self.batches, strict=True):
             args = fx.node.map_arg(node.args, row.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, row.__getitem__)
+            if spare:
+                args, kwargs = spared(args), spared(kwargs)
             if part is not None:
                 result = runner.part(part.module, path, args, kwargs, batch)  # type: ignore[arg-type]
                 self._check(node, result, batch)

@@ -17,7 +17,7 @@ from surgery.model.data import Batch
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.study_loss import Objective
-from surgery.model.study_run import Part, Runner, check_finite, fit, needed, root_graph, writes
+from surgery.model.study_run import Part, Runner, check_finite, fit, needed, root_graph, spared, writes
 
 Leaf = tuple[fx.Node, int]
 """One tensor of a root value: the value's node and which of its tensors."""
@@ -70,11 +70,14 @@ class Backward:
             if node.op == "output":
                 break
             part = self._part(node, trained=False)
+            spare = node.op == "call_module" and node in self.active and part.writes  # it runs again on the way back
             for row, batch in zip(self.values, self.batches, strict=True):
                 if node.op == "placeholder":
                     row[node] = batch.inputs[places[node]]
                 else:
                     args, kwargs = _given(node, row.__getitem__)
+                    if spare:
+                        args, kwargs = spared(args), spared(kwargs)
                     row[node] = self._call(node, part, args, kwargs, batch)
                 for gone in last[node]:
                     row.pop(gone, None)

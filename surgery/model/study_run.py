@@ -77,6 +77,12 @@ class Part:
                     holder._buffers[leaf] = fit(tensors.fresh(program, name, memo), buffer.dtype, dtype)
         self.module.eval()
 
+    @property
+    def writes(self) -> bool:
+        """Whether something in it changes a tensor in place, perhaps one that the part is given."""
+        graphs = (m.graph for m in self.module.modules() if isinstance(m, fx.GraphModule))
+        return any(writes(node) for graph in graphs for node in graph.nodes)
+
     def release(self) -> None:
         """Lets the weights go now: graph modules refer to each other in circles, which would keep them for a while."""
         self.parameters.clear()
@@ -252,6 +258,11 @@ def root_graph(program: Program, dtype: torch.dtype) -> tuple[fx.Graph, dict[fx.
 def writes(node: fx.Node) -> bool:
     """Whether an operation changes its first argument."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def spared(value: Any) -> Any:
+    """Copies of the tensors of an argument, for a part that may change them and will run on them again."""
+    return fx.node.map_aggregate(value, lambda v: v.clone() if isinstance(v, Tensor) else v)
 
 
 def needed(graph: fx.Graph, wanted: Iterable[fx.Node]) -> set[fx.Node]:
