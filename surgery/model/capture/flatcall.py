@@ -191,4 +191,5 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
             raise
         except Exception as error:
             raise capture_error(error, model, fixed) from error
+        regions.check()
     return Trace(exported, regions.regions, found[-1], flat.names, tuple(rate for rate in skips if rate > 0))

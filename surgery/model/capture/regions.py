@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.core.progress import report
 from surgery.model.capture import markers
+from surgery.model.capture.replay import Visit, compare, layout, plain
 from surgery.model.capture.stacks import Signatures, find_stacks, is_drop_path
 
 
@@ -60,6 +61,8 @@ class Regions:
         self._inside = False
         self._patched: list[nn.Module] = []
         self._layers = 0
+        self._visits: dict[int, Visit] = {}
+        self._replaying = False
 
     def __enter__(self) -> Regions:
         markers.stub_outputs.clear()
@@ -85,9 +88,17 @@ class Regions:
             module.__dict__["forward"] = forward
             self._patched.append(module)
 
-    @staticmethod
-    def _drop_path(path: str) -> Callable[[Tensor], Tensor]:
-        return lambda x, *unused, **unused_too: markers.drop_path(x, path)
+    def _drop_path(self, path: str) -> Callable[[Tensor], Tensor]:
+        return lambda x, *unused, **unused_too: x.clone() if self._replaying else markers.drop_path(x, path)
+
+    def check(self) -> None:
+        """Runs each stamped layer and the one it was stamped from on meta tensors; Fallback where they do different things."""
+        pairs = [(self._visits[r.same_as], self._visits[r.index]) for r in self.regions if r.same_as != r.index]
+        self._inside = self._replaying = True
+        try:
+            compare(pairs)
+        finally:
+            self._inside = self._replaying = False
 
     def _layer(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -123,6 +134,11 @@ class Regions:
         twin = next((c for c in self._calls if self._same(c, call)), None) if self.stubs else None
         region = Region(call.region, path, names, call.region if twin is None else twin.region)
         self.regions.append(region)
+        self._visits[region.index] = Visit(
+            path, module, original, tree, [None if isinstance(leaf, Tensor) else plain(leaf) for leaf in leaves], places,
+            [layout(t) for t in tensors], [(i, caches.index(leaf)) for i, leaf in enumerate(leaves) if _is_cache(leaf)],
+            [_layer_index(module) for _ in slots],
+        )  # fmt: skip
         report("capturing the model: layers", min(len(self.regions), self._layers), self._layers)
         if twin is not None:
             markers.stub_outputs[region.index] = twin.outputs
@@ -211,11 +227,16 @@ def _name_of(key: tuple[Any, ...], positional: list[str]) -> str:
 
 def _slot(cache: Any, module: nn.Module) -> Any:
     """The layer of ``cache`` that ``module`` updates: filled and growing; None when it cannot be told."""
-    indices = {m.__dict__["layer_idx"] for m in module.modules() if isinstance(m.__dict__.get("layer_idx"), int)}
-    if len(indices) != 1 or not isinstance(cache.layers, list):
+    index = _layer_index(module)
+    if index < 0 or not isinstance(cache.layers, list):
         return None
-    (index,) = indices
     if index >= len(cache.layers) or type(cache.layers[index]).__name__ != "DynamicLayer":
         return None
     layer = cache.layers[index]
     return layer if getattr(layer, "keys", None) is not None else None
+
+
+def _layer_index(module: nn.Module) -> int:
+    """The one index that the parts of a layer hold; -1 when they hold none or several."""
+    indices = {m.__dict__["layer_idx"] for m in module.modules() if isinstance(m.__dict__.get("layer_idx"), int)}
+    return indices.pop() if len(indices) == 1 else -1
