@@ -88,7 +88,8 @@ class Builder:
             for node in self.view.nodes:
                 at = {"linear": 1, "addmm": 2}.get(ops.name_of(node), 1 if ops.name_of(node) in ops.CONV else 0)
                 if at:
-                    self._calls.setdefault((self.view.path(node), self.view.parameter_name(node.args[at])), []).append(node)
+                    weight = self.view.parameter_name(node.args[at])
+                    self._calls.setdefault((self.view.path(node, weight), weight), []).append(node)
         found = self._calls.get((self.view.path(p.node), p.weight), [])
         return [n for n in found if ops.name_of(n) == ops.name_of(p.node)]
 
@@ -109,11 +110,16 @@ class Builder:
             calls=origins(nodes), **more,
         )  # fmt: skip
 
-    def parameter(self, role: str, node: fx.Node, op: str = "param", **more: Any) -> Site:
+    def parameter(self, role: str, node: fx.Node, op: str = "param", graph: str = "", **more: Any) -> Site:
+        """A bare parameter; of one that several graphs have under names of their own, its use in ``graph``."""
         name = str(node.target)
+        own = next((n for n in self.view.tied.get(name, ()) if graph and n.startswith(graph + ".")), name)
+        calls = origins(self.view.users(node))
+        if own != name or (graph and name in self.view.tied):
+            calls = tuple(c for c in calls if c.graph == graph) or calls
         return Site(
-            role=role, op=op, path=name.rpartition(".")[0], weight=name, shape=self.names.shapes.get(name, ()),
-            dtype=self.names.dtypes.get(name, ""), calls=origins(u for u in self.view.users(node)), **more,
+            role=role, op=op, path=own.rpartition(".")[0], weight=name, shape=self.names.shapes.get(name, ()),
+            dtype=self.names.dtypes.get(name, ""), calls=calls, **more,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- blocks
@@ -136,14 +142,19 @@ class Builder:
         inner = [n for n in block.inner_norms if n.weight]
         for i, norm in enumerate(inner):
             members.append(self.norm(f"{base}.norm" + (f"[{i}]" if len(inner) > 1 else ""), [norm], **where))
-        tables = [t for t in block.tables if str(t.target) not in self.claimed]
+        graph = block.core.node.meta["origin"].graph if block.core.node.meta.get("origin") else ""
+        tables = [t for t in block.tables if str(t.target) not in self.claimed or self._reads_own(t, graph)]
         for i, table in enumerate(tables):
-            members.append(self.parameter(f"{base}.bias" + (f"[{i}]" if len(tables) > 1 else ""), table, "bias", **where))
+            members.append(self.parameter(f"{base}.bias" + (f"[{i}]" if len(tables) > 1 else ""), table, "bias", graph, **where))
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
         cores = origins(n for c in calls for n in (*c.core.scores, c.core.node))
         self._region(base, unit, block.input, block.exit, members, facts, heads | where | {"calls": cores})
+
+    def _reads_own(self, table: fx.Node, graph: str) -> bool:
+        """Whether a layer reads a shared table under a name of its own (and is not handed what another layer made of it)."""
+        return bool(graph) and any(n.startswith(graph + ".") for n in self.view.tied.get(str(table.target), ()))
 
     def feed_forward(self, base: str, unit: Unit, where: dict[str, Any]) -> None:
         """The region of a feed-forward block, its projections, its router and experts."""
