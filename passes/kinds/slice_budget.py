@@ -8,6 +8,7 @@ from decimal import Decimal
 
 from surgery.model import cost
 from surgery.model.cut import cut
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.dims import Group
 from surgery.model.program import Program
 from surgery.passes.kinds.slice_choice import Counts, Limits, Ranked, group_of
@@ -42,7 +43,9 @@ class Budget:
         if not any(counts):
             return self.now
         group = group_of(self.program.dims, self.targets, self.ranked, counts)
-        if self.quantity == "flops" or self.program.attachments:
+        if self.quantity == "flops" and not self.program.attachments:
+            return cost.count(self.program, cut=NewSizes(group.dims, group.keep)).per_token
+        if self.program.attachments:
             copy = self.program.copy()
             cut(copy, group, self.op.origin)
             return MEASURES[self.quantity](copy)

@@ -154,7 +154,7 @@ def to_budget(
 
         most = len(steps)
     else:
-        shares = sorted({Fraction(k, lim.size // lim.step) for lim in limits for k in range(lim.size // lim.step + 1)})
+        shares = sorted({Fraction(k, n) for n in {lim.size // lim.step for lim in limits} for k in range(n + 1)})
 
         def cut(amount: int) -> Counts:
             return [lim.rounded(int(shares[amount] * (lim.size // lim.step))) for lim in limits]

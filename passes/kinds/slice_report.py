@@ -44,7 +44,7 @@ def tell(
         sizes.setdefault((target.size, target.size - count * target.units.step), []).extend(s.role for s in target.sites)
     for (old, new), roles in list(sizes.items())[:6]:
         where = f" in {', '.join(group_roles(roles)[:4])}" if roles else ""
-        op.tell(f"{old} -> {plural(new, noun)}{where}" if old != new else f"{plural(old, noun)}{where}, unchanged")
+        op.tell(f"{old:,} -> {plural(new, noun)}{where}" if old != new else f"{plural(old, noun)}{where}, unchanged")
     if len(sizes) > 6:
         op.tell(f"and {len(sizes) - 6} more sizes")
     grouped = {t.units.step for t in targets if t.units.outer is not None}

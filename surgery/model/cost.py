@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import ops
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.flat import flatten
 from surgery.model.program import Program, ValueSpec
 
@@ -101,15 +102,16 @@ class Cost:
         return round(self.total / self.tokens)
 
 
-def count(program: Program, length: int = 128) -> Cost:
-    """Operations of every node for one forward pass of batch 1, sequences of ``length``, an empty cache.
+def count(program: Program, length: int = 128, cut: NewSizes | None = None) -> Cost:
+    """Operations of every node for one forward pass of batch 1, sequences of ``length``, an empty cache; with ``cut`` those of the
+    program as a cut of its dimension classes would leave it (of a program with nothing attached).
 
     Open axes of floating inputs other than the batch (audio) keep the size of the trace. Modules without a
     flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
     """
     # while nothing is attached the analysis of classes has the same flat graph already
     graph = flatten(program.graph, program.aliases) if program.attachments else program.dims.graph
-    sizes = Sizes(program, graph, length)
+    sizes = Sizes(program, graph, length, cut)
     pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))
     cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample")
     for node in graph.nodes:
@@ -189,7 +191,8 @@ class _Attribution:
 class Sizes:
     """Values of the size expressions of a graph for batch 1 and one length."""
 
-    def __init__(self, program: Program, graph: fx.Graph, length: int) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, length: int, cut: NewSizes | None = None) -> None:
+        self.cut = cut
         self.values: dict[Any, int] = {}
         self.sequence = False
         self._cache: dict[Any, int] = {}
@@ -229,7 +232,10 @@ class Sizes:
 
     def shape(self, node: Any) -> tuple[int, ...] | None:
         found = ops.shape_of(node) if isinstance(node, fx.Node) else None
-        return None if found is None else tuple(self.of(s) for s in found)
+        if found is None or self.cut is None:
+            return None if found is None else tuple(self.of(s) for s in found)
+        factors = self.cut.factors(node)
+        return tuple(self.of(s) * f.numerator // f.denominator for s, f in zip(found, factors, strict=True))
 
 
 # ---------------------------------------------------------------- operations of one node
