@@ -154,8 +154,10 @@ class RouterTap(nn.Module):
             return logits
         if self.jitter:
             logits = logits + self.jitter * torch.randn_like(logits)
-        if torch.is_grad_enabled() and (self.balance or self.z) and not _recomputing():
-            self.noted.append(self.loss(logits))
+        if torch.is_grad_enabled() and (self.balance or self.z):
+            found = self.loss(logits)  # also when a checkpointed layer runs again: it must save what it saved before
+            if not _recomputing():
+                self.noted.append(found)
         return logits
 
     def loss(self, logits: Tensor) -> Tensor:
