@@ -48,6 +48,8 @@ def test_streamed_outputs_are_those_of_the_whole_model_bit_for_bit(family: str) 
             want = root(*batch.inputs)
         want = want if isinstance(want, tuple) else (want,)
         assert len(want) == len(outputs) and all(torch.equal(a, b) for a, b in zip(outputs, want, strict=True))
+    flat = work.flat_outputs(program, [batch.inputs for batch in samples.batches(program)])
+    assert all(torch.equal(a, b) for x, y in zip(flat, got, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_a_text_model_sees_what_the_live_model_sees() -> None:

@@ -7,7 +7,7 @@ Everything runs on one thread and in a fixed order, so that the same data gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from surgery.model.study_run import (
     Rows,
     Runner,
     Watch,
+    check_finite,
     fit,
     needed,
     root_graph,
@@ -77,12 +78,23 @@ class Study:
         Raises S0752 and S0753 for weights and values that are not finite.
         """
         with one_thread(), torch.no_grad():
-            Pass(self, program, samples, Watch(inputs, outputs, calls), dtype, text).run(settle)
+            Pass(self, program, list(samples.batches(program, dtype=dtype)), Watch(inputs, outputs, calls), dtype, text).run(settle)
 
     def outputs(self, program: Program, samples: Samples, *, dtype: torch.dtype = torch.float32) -> list[tuple[Any, ...]]:
         """The flat outputs of every batch of a streamed forward pass."""
         with one_thread(), torch.no_grad():
-            return Pass(self, program, samples, Watch(), dtype, "running the model").run(None, results=True)
+            return Pass(self, program, list(samples.batches(program, dtype=dtype)), Watch(), dtype, "running the model").run(
+                None, results=True
+            )
+
+    def flat_outputs(
+        self, program: Program, inputs: Iterable[Sequence[Tensor]], *, dtype: torch.dtype = torch.float32
+    ) -> list[tuple[Any, ...]]:
+        """The flat outputs for flat inputs, bit for bit those of :func:`~surgery.model.live.live_root`, without all weights in memory.
+        Values that are not finite are given as they are."""
+        batches = [Batch(list(flat)) for flat in inputs]
+        with one_thread(), torch.no_grad():
+            return Pass(self, program, batches, Watch(), dtype, "running the model", finite=False).run(None, results=True)
 
     def gradients(
         self, program: Program, samples: Samples, names: Iterable[str], consume: Callable[[str, Tensor, int], None], *,
@@ -146,9 +158,11 @@ class Study:
 class Pass:
     """One streamed forward pass."""
 
-    def __init__(self, study: Study, program: Program, samples: Samples, watch: Watch, dtype: torch.dtype, text: str) -> None:
+    def __init__(
+        self, study: Study, program: Program, batches: list[Batch], watch: Watch, dtype: torch.dtype, text: str, finite: bool = True
+    ) -> None:
         self.study, self.program, self.watch, self.dtype, self.text = study, program, watch, dtype, text
-        self.batches: list[Batch] = list(samples.batches(program, dtype=dtype))
+        self.batches, self.finite = batches, finite
         self.graph, table = root_graph(program, dtype)
         self.original = {copy: node for node, copy in table.items()}
         self.memo: dict[str, Any] = {}
@@ -165,7 +179,8 @@ class Pass:
         done = 0
         for node in order:
             if node.op == "output":
-                return [fx.node.map_arg(node.args[0], v.__getitem__) for v in values]  # type: ignore[misc]
+                found = [fx.node.map_arg(node.args[0], v.__getitem__) for v in values]
+                return [tuple(f) if isinstance(f, list | tuple) else (f,) for f in found]
             self._step(node, values, settle, last.get(node, ()))
             for row in values:
                 for gone in dead[node]:
@@ -214,7 +229,7 @@ class Pass:
     def _over(self, node: fx.Node, values: list[dict[fx.Node, Any]], *, watch: bool, again: bool = False) -> None:
         """One call over all batches; ``again``: it may run on the same values once more."""
         path = str(node.target) if node.op == "call_module" else ""
-        part = Part(self.program, self.study.tensors, path, self.dtype) if path else None
+        part = Part(self.program, self.study.tensors, path, self.dtype, finite=self.finite) if path else None
         runner = Runner(self.watch if watch else Watch())
         spare = again and part is not None and part.writes
         for row, batch in zip(values, self.batches, strict=True):
@@ -224,7 +239,8 @@ class Pass:
                 args, kwargs = spared(args), spared(kwargs)
             if part is not None:
                 result = runner.part(part.module, path, args, kwargs, batch)  # type: ignore[arg-type]
-                self._check(node, result, batch)
+                if self.finite:
+                    self._check(node, result, batch)
             else:
                 result = node.target(*args, **kwargs)  # type: ignore[operator,misc]
             row[node] = result
@@ -246,8 +262,12 @@ class Pass:
     def _attribute(self, target: str) -> Tensor:
         name = self.program.aliases.get(target, target)
         holder, _, leaf = target.rpartition(".")
-        recorded = getattr(self.program.graph.get_submodule(holder), leaf)
-        return fit(self.study.tensors.fresh(self.program, name, self.memo), recorded.dtype, self.dtype)
+        owner = self.program.graph.get_submodule(holder)
+        recorded = getattr(owner, leaf)
+        value = fit(self.study.tensors.fresh(self.program, name, self.memo), recorded.dtype, self.dtype)
+        if self.finite and leaf in owner._parameters:
+            check_finite(name, value)
+        return value
 
     def _last_uses_of_parameters(self, order: list[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
         found: dict[str, fx.Node] = {}

@@ -53,8 +53,10 @@ NOTHING = Watch()
 class Part:
     """One module of the root graph with its weights, or the pseudo part of a parameter."""
 
-    def __init__(self, program: Program, tensors: Tensors, path: str, dtype: torch.dtype, trained: Iterable[str] = ()) -> None:
-        """``trained``: names of parameters that are to require gradients. Raises S0752 for weights that are not finite."""
+    def __init__(
+        self, program: Program, tensors: Tensors, path: str, dtype: torch.dtype, trained: Iterable[str] = (), *, finite: bool = True
+    ) -> None:
+        """``trained``: names of parameters that are to require gradients. With ``finite`` raises S0752 for weights that are not."""
         self.module: nn.Module = deepcopy(program.graph.get_submodule(path))
         self.parameters: dict[str, nn.Parameter] = {}
         retarget(self.module, dtype=dtype, device=torch.device("cpu"))
@@ -68,7 +70,8 @@ class Part:
                 name = program.aliases.get(prefix + leaf, prefix + leaf)
                 if name not in self.parameters:
                     value = fit(tensors.fresh(program, name, memo), parameter.dtype, dtype)
-                    check_finite(name, value)
+                    if finite:
+                        check_finite(name, value)
                     self.parameters[name] = nn.Parameter(value, requires_grad=name in wanted and value.is_floating_point())
                 holder._parameters[leaf] = self.parameters[name]
             for leaf, buffer in holder._buffers.items():
