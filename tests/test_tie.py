@@ -262,6 +262,65 @@ def flat() -> list[Tensor]:
     return sample_inputs(_program(), batch=2, length=6, seed=1)
 
 
+QUERIES = [f"layers[{i}].attn.q" for i in range(4)]
+
+
+def fold(program: Program, emit: bool = False) -> list[Any]:
+    sites = tuple({a.site.role: a.site for a in program.attachments}.values())
+    method = registry.get("fold", "all")()
+    origin = Origin(verb="emit" if emit else "fold", method="all")
+    changes: list[Any] = run(program, Resolved("fold", "all", "on", sites, (method,) * max(1, len(sites)), origin))
+    verify(program, "the test")
+    return changes
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_shared_adapter_is_one_for_all_uses_and_folds_into_the_shared_weight(method: str) -> None:
+    program = shared_program()
+    before = parameters(program)
+    run(program, operation(program, "adapt", method, QUERIES, rank=2, shared=True))
+    verify(program, "the test")
+    each = 2 * (32 + 32) + (32 if method == "dora" else 0)
+    assert parameters(program) - before == 2 * each == measure(program, "trainable").value  # two groups of two layers
+    zero_free(program)
+    live_outputs = outputs(program, flat())
+    fold(program)
+    assert not program.attachments and parameters(program) == before
+    assert program.aliases["model.layers.1.self_attn.q_proj.weight"] == "model.layers.0.self_attn.q_proj.weight"
+    for x, y in zip(outputs(program, flat()), live_outputs, strict=True):
+        assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_one_layer_does_not_fold_into_a_shared_weight() -> None:
+    program = shared_program()
+    run(program, operation(program, "adapt", "lora", [*QUERIES, "head"], rank=2))
+    zero_free(program)
+    live_outputs, count = outputs(program, flat()), parameters(program)
+    with pytest.raises(SurgeryError, match=r"changes a weight that it shares with `layers\[1\].attn.q`") as e:
+        fold(program)
+    assert e.value.diagnostics[0].code == "S0489"
+    changes = fold(program, emit=True)  # what an output folds by itself
+    assert sum("folding would undo that" in c.note for c in changes) == 4
+    assert [a.site.role for a in program.attachments] == QUERIES
+    assert parameters(program) == count - 2 * (32 + 99)  # that of the head is folded
+    for x, y in zip(outputs(program, flat()), live_outputs, strict=True):
+        assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shared_rewrite_needs_every_use() -> None:
+    program = shared_program()
+    with pytest.raises(SurgeryError, match="is not selected") as e:
+        run(program, operation(program, "adapt", "pissa", QUERIES[:1], rank=2, shared=True))
+    assert e.value.diagnostics[0].code == "S0489"
+    program = shared_program()
+    before = parameters(program)
+    run(program, operation(program, "adapt", "pissa", QUERIES, rank=2, shared=True))
+    verify(program, "the test")
+    assert parameters(program) - before == 2 * 2 * (32 + 32)
+    for x, y in zip(outputs(program, flat()), outputs(shared_program(), flat()), strict=True):
+        assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_rewriting_a_shared_weight_for_one_layer_says_that_it_is_no_longer_shared() -> None:
     program = shared_program()
     changes = run(program, operation(program, "adapt", "pissa", ["layers[1].attn.q"], rank=2))

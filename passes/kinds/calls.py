@@ -18,8 +18,14 @@ def calls_of(program: Program, site: Site) -> list[tuple[str, fx.Node]]:
     A site's own ``calls`` are used when there are any, so that a tied weight's other uses stay out of it.
     """
     if site.op == "experts":
-        return _readers(program, site.weight)
+        return _readers(program, own_name(program, site))
     return [(ref.graph, program.node(ref)) for ref in site.calls]
+
+
+def own_name(program: Program, site: Site) -> str:
+    """The name that a site's weight has where the site stands: layers that share a weight each have a name for it."""
+    names = (site.weight, *(k for k, v in program.aliases.items() if v == site.weight))
+    return next((n for n in names if n.rpartition(".")[0] == site.path), site.weight)
 
 
 def _readers(program: Program, name: str) -> list[tuple[str, fx.Node]]:

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import fail
-from surgery.core.method import Method
+from surgery.core.method import Method, param
 from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
-from surgery.passes.kinds import attach
+from surgery.passes.kinds import attach, tie_fold
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
 from surgery.passes.kinds.follow import follow_delta
@@ -48,6 +48,8 @@ class DeltaMethod(Method):
     """
 
     kind: ClassVar[str] = "delta"
+
+    shared: bool = param(False, "one adapter for all uses of a weight that layers share, in place of one for each layer")
     fold_class: ClassVar[str] = "merge"
     reads: ClassVar[tuple[str, ...]] = ()
 
@@ -226,9 +228,13 @@ def _attach(
         raise fail("S0271", f"{op.method.name} cannot stand at {site.role}: {why}", op.origin.span, "asked for here")
     rebase = method.rebase(geometry)
     note, copied = method.note(geometry), 0
+    common = method.shared and weight_name in program.aliases.values()
+    again = common and f"{weight_name} {geometry.rows}" in pool
     if rebase:
         _refuse_rebase(program, op, site, own_names)
-        if untie(program, own_names):
+        if common:
+            tie_fold.all_uses_selected(program, op, site, weight_name)
+        elif untie(program, own_names):
             weight_name, copied = own_names[0], torch.Size(source.shape).numel()
             note = "; ".join(filter(None, (note, f"{own_names[0]} is no longer tied, {copied:,} parameters more")))
 
@@ -243,11 +249,16 @@ def _attach(
 
     params = (*_hashable(method.params()), ("site", geometry.pairs()))
     part = part_of(source, site, geometry)
+    specs = method.tensors(geometry)
+    if common:
+        specs = tuple(replace(s, shared=f"{weight_name} {geometry.rows} {s.name} {s.shared}") for s in specs)
+        first_path = pool.setdefault(f"{weight_name} {geometry.rows}", path)
+        note = "; ".join(filter(None, (note, f"one with {first_path}" if again else "")))
     names, added, trainable = attach.add_tensors(
-        program, module, path, method.tensors(geometry), op,
+        program, module, path, specs, op,
         dtype=attach.adapter_dtype(source.dtype), source=part, params=params, pool=pool,
     )  # fmt: skip
-    if rebase:
+    if rebase and not again:
         function, output = rebase
         new = Apply(part.shape, source.dtype, f"{op.verb}/{op.method.name}:{function}", (part,), _seeded(params, op, path), output)
         rewrite(program, weight_name, source, new, geometry)
@@ -332,7 +343,7 @@ def chain(gm: fx.GraphModule, base: fx.Node) -> Iterator[fx.Node]:
 
 
 def _hashable(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items() if k != "seed")
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items() if k not in ("seed", "shared"))
 
 
 # ------------------------------------------------------------------ fold
@@ -356,9 +367,10 @@ def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, b
     return geometry.from_canonical(folded).contiguous()
 
 
-def fold_attachments(program: Program, group: list[Attachment], op: Resolved) -> None:
+def fold_attachments(program: Program, group: list[Attachment], op: Resolved, *, tied: bool = False) -> None:
     """Fold all of ``group`` (attachments on one stored weight, in the order of attaching) and take their modules out.
 
+    A weight with other names is untied first; ``tied`` leaves it shared, for a change that is meant for all its uses.
     Raises S0471 when an adapter that stays reads the weight that would change.
     """
     names = weight_names(program, group[0].site)
@@ -368,7 +380,8 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved) ->
                 "S0471", f"folding {group[0].name} changes the weight of {a.site.role}, on which {a.name} depends", op.origin.span,
                 "folded here", also=[(a.origin.span, f"{a.name} reads this weight")], help=f"fold {a.name} in the same statement",
             )  # fmt: skip
-    untie(program, names)
+    if not tied:
+        untie(program, names)
     name = program.aliases.get(names[0], names[0])
     before = program.weights[name]
     for a in group:

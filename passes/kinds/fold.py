@@ -10,7 +10,7 @@ import torch
 
 from surgery.core.method import Method
 from surgery.model.program import Attachment, Program
-from surgery.passes.kinds import attach
+from surgery.passes.kinds import attach, tie_fold
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.operation import Resolved, SiteChange
 
@@ -33,9 +33,19 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     chosen = attach.attachments_of(program, op)
     changes: list[SiteChange] = []
     groups: dict[tuple[str, ...], list[Attachment]] = {}
+    held: dict[str, str] = {}
     for a in chosen:
-        key = weight_names(program, a.site) if a.method.kind == "delta" else (a.module,)
-        groups.setdefault(key, []).append(a)
+        if not any(b is a for b in program.attachments):
+            continue  # folded with another that it is one with
+        shared = tie_fold.shared_weight(program, a)
+        common = tie_fold.common_adapters(program, shared, chosen) if shared else None
+        if common is not None:
+            _together(program, common, op, changes)
+        elif shared:
+            held[a.module] = tie_fold.refuse_or_reason(program, op, a, shared)
+        if any(b is a for b in program.attachments):
+            key = weight_names(program, a.site) if a.method.kind == "delta" else (a.module,)
+            groups.setdefault(key, []).append(a)
     for names, group in groups.items():
         kind = import_module(f"surgery.passes.kinds.{group[0].method.kind}")
         sizes = {a.module: _count(program, a) for a in group}
@@ -43,6 +53,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         reason = "" if hasattr(kind, "fold_attachments") else "its kind has no fold"
         if group[0].method.fold_class == "none":
             reason = f"{group[0].method.name} has no place in an existing weight"
+        reason = reason or held.get(group[0].module, "")
         reason = reason or kind.fold_attachments(program, list(group), op) or ""
         for a in group:
             shape = a.site.shape
@@ -55,6 +66,23 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             changes.append(SiteChange(a.site.role, a.site.path, a.site.rows, shape, shape, added=copied, removed=removed, note=note))
     program.touch()
     return changes
+
+
+def _together(program: Program, sets: list[list[Attachment]], op: Resolved, changes: list[SiteChange]) -> None:
+    """Fold adapters that are one for all uses of a shared weight into that weight, which stays shared."""
+    kind = import_module("surgery.passes.kinds.delta")
+    if any(members[0].method.fold_class == "none" for members in sets):
+        return
+    before = {a.module: _count(program, a) for members in sets for a in members[:1]}
+    kind.fold_attachments(program, [members[0] for members in sets], op, tied=True)
+    for members in sets:
+        for a in members[1:]:
+            attach.detach(program, a)
+        for i, a in enumerate(members):
+            note = f"{a.name} folded" if i == 0 else f"{a.name} folded with {members[0].site.role}"
+            changes.append(
+                SiteChange(a.site.role, a.site.path, a.site.rows, a.site.shape, a.site.shape, removed=before.get(a.module, 0), note=note)
+            )
 
 
 def _count(program: Program, a: Attachment) -> int:
