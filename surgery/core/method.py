@@ -18,7 +18,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 FOLD_CLASSES = ("merge", "widen", "const", "kvcache", "slice", "none")
 KINDS = (
-    "delta", "insert", "state", "fold", "mask", "slice", "drop", "tie", "route", "replace", "merge",
+    "delta", "insert", "state", "fold", "mask", "slice", "rotate", "drop", "tie", "route", "replace", "merge",
     "schedule", "objective", "measure",
 )  # fmt: skip
 

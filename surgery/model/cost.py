@@ -109,8 +109,9 @@ def count(program: Program, length: int = 128, cut: NewSizes | None = None) -> C
     Open axes of floating inputs other than the batch (audio) keep the size of the trace. Modules without a
     flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
     """
-    # while nothing is attached the analysis of classes has the same flat graph already
-    graph = flatten(program.graph, program.aliases) if program.attachments else program.dims.graph
+    # while nothing stands on top of the model the analysis of classes has the same flat graph already
+    bare = not any(hasattr(module, "edits") for module in program.graph.modules())
+    graph = program.dims.graph if bare else flatten(program.graph, program.aliases)
     sizes = Sizes(program, graph, length, cut)
     pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))
     cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample")

@@ -184,8 +184,8 @@ class _Assembly:
         used = {str(n.target): n for n in self.view.nodes if n.op == "get_attr"}
         left = []
         for name in self.names.parameters:
-            if name in self.builder.claimed:
-                continue
+            if name in self.builder.claimed or hasattr(self.program.module(name.rpartition(".")[0]), "edits"):
+                continue  # what stands on top of the model has no role in it
             node = used.get(name)
             if node is None or not self.view.users(node):
                 left.append(Unresolved(name, "no operation of the captured call reads it"))
