@@ -107,14 +107,14 @@ def within_capacity(chosen: Tensor, experts: int, capacity: float) -> Tensor:
     """1 where a choice ``[tokens, top_k]`` is among the first ``int(capacity * top_k * tokens / experts)`` (at least one) of its
     expert, 0 where it is dropped; all first choices come before the second ones. In float32.
 
-    Source: Xue et al., "Go Wider Instead of Deeper", 2021, arXiv:2107.11817, section 3; the mean load is what uniform routing gives.
+    Source: Xue et al., "Go Wider Instead of Deeper", 2021, arXiv:2107.11817, section 3.
     """
     tokens, k = chosen.shape
-    picked = F.one_hot(chosen.t().reshape(-1), experts)
+    picked = F.one_hot(chosen.transpose(0, 1).reshape(-1), experts)
     place = (picked.cumsum(0) * picked).sum(-1)
-    # the mean over the experts follows by itself when experts are pruned; the small term undoes the rounding of whole numbers
-    limit = torch.clamp(torch.floor(picked.sum(0).float().mean() * capacity + 1e-3), min=1.0)
-    return (place <= limit).reshape(k, tokens).t().float()
+    # the small term undoes the rounding of whole numbers
+    limit = torch.clamp(torch.floor(picked.sum().float() * (capacity / experts) + 1e-3), min=1.0)
+    return (place <= limit).reshape(k, tokens).transpose(0, 1).float()
 
 
 # ------------------------------------------------------------------ losses
@@ -185,6 +185,12 @@ class RouterTap(nn.Module):
     def expand_flat(self, flat: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
         """For the analyses: nothing."""
         return args[0]
+
+    def follow(self, around: Any) -> Any:
+        """When experts are pruned: scores of any number of experts will do."""
+        from surgery.model.cut_attached import Follow
+
+        return Follow(None)
 
     def module_config(self) -> dict[str, Any]:
         return {"top_k": self.top_k, "balance": self.balance, "z": self.z, "jitter": self.jitter}
