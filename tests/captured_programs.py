@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from surgery.model import pytree
 from surgery.model.program import Program
 from surgery.opening import assemble
+from tests import capture_support
 from tests.zoo import ZOO
 
 
 @cache
 def _parts(family: str) -> tuple[Program, list[Tensor], nn.Module]:
-    from surgery.model.capture import capture_config
     from surgery.model.program import ModelInfo
     from surgery.model.weights import Held, Weights
 
     entry = ZOO[family]
-    captured = capture_config(entry.make_config(), entry.architecture)
+    captured = capture_support.captured(family)
     model = entry.make_model()
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     weights = Weights()
     for name in captured.parameters:
         if name not in captured.constants and name not in captured.aliases:
             value = state[name].detach().clone()
-            weights[name] = Held(tuple(value.shape), str(value.dtype).removeprefix("torch."), name, value)
+            weights[name] = Held(tuple(value.shape), str(value.dtype).removeprefix("torch."), f"{family}:{name}", value)
     info = ModelInfo(f"zoo:{family}", family, entry.architecture, entry.plain_config, "float32")
     program = assemble(captured, weights, info)
     example = entry.inputs(2, 9)

@@ -2,8 +2,9 @@
 
 A tensor of a method follows its site where a size of the site appears in its shape: that is found by asking the method for its tensors at
 a slightly larger site, one size at a time. That the method's algebra allows it is then tried on a small instance with random numbers:
-the change of the small weight without some units must equal the small change without them. A method for which that fails may say
-itself what to do (``recut``); otherwise the cut is refused.
+the change of the small weight without some units must equal the small change without them. A method may state what stays of its tensors
+(``kept(site, masks)``, with masks of ``out``, ``in`` and ``experts``); one whose tensors must take other values to stay right says which
+(``recut(site, masks)``, as in :class:`Follow`). Otherwise the cut is refused.
 """
 
 from __future__ import annotations
@@ -107,29 +108,30 @@ def follow_delta(method: Any, site: Any, around: Around) -> Follow | str:
         experts=int(experts.sum()) if experts is not None else site.experts, groups=around.groups if site.op == "conv" else site.groups,
         padding_idx=_padding(site.padding_idx, inner),
     )  # fmt: skip
-    sizes = {"out": ("out", "full_out"), "in": ("inp",)} | ({"experts": ("experts",)} if site.experts else {})
-    steps = {"out": site.groups, "in": site.groups, "experts": 1}
-    axes = followed_axes(method.tensors, site, sizes, steps)
-    if isinstance(axes, str):
-        return axes
+    masks = {"out": own, "in": inner, "experts": experts}
     shapes = {s.name: tuple(s.shape) for s in method.tensors(site)}
-    kept = kept_of(axes, {"out": own, "in": inner, "experts": experts}, shapes)
+    stated = getattr(method, "kept", None)
+    kept = stated(site, masks) if stated is not None else _found(method, site, masks, shapes)
     if isinstance(kept, str):
         return kept
     wrong = fits(method.tensors(new), shapes, kept)
     if wrong:
         return wrong
-    lost = tuple(what for what, mask in (("out", own), ("in", inner), ("experts", experts)) if mask is not None)
-    if (
-        not lost
-        or all(s.follows is not None for s in method.tensors(site))
-        or delta_commutes(method, site.op, site.transposed, site.groups, lost)
-    ):
+    lost = tuple(what for what, mask in masks.items() if mask is not None)
+    trusted = stated is not None or not lost or all(s.follows is not None for s in method.tensors(site))
+    if trusted or delta_commutes(method, site.op, site.transposed, site.groups, lost):
         return Follow(new, kept)
     recut = getattr(method, "recut", None)
     if recut is None:
         return f"{method.name} mixes {' and '.join(lost)} units"
-    return Follow(new, kept, recut(site, {"out": own, "in": inner, "experts": experts}))
+    return Follow(new, kept, recut(site, masks))
+
+
+def _found(method: Any, site: Any, masks: Mapping[str, Mask | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kept] | str:
+    """What stays of a method's tensors, by the sizes of the site in their shapes."""
+    sizes = {"out": ("out", "full_out"), "in": ("inp",)} | ({"experts": ("experts",)} if site.experts else {})
+    axes = followed_axes(method.tensors, site, sizes, {"out": site.groups, "in": site.groups, "experts": 1})
+    return axes if isinstance(axes, str) else kept_of(axes, masks, shapes)
 
 
 def _in_axis(site: Any, rank: int) -> int:

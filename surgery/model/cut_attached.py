@@ -83,7 +83,9 @@ def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) 
         module = program.module(path)
         weight = _weight(program, group, attachment)
         owner = attachment.site.weight.rpartition(".")[0] if attachment else ""
-        seen = [Around(weight, tuple(_kept(group, refs, graph, a) for a in node.args), groups.get(owner, 1)) for graph, node in nodes]
+        seen = [
+            Around(weight, tuple(_kept(program, group, refs, graph, a) for a in node.args), groups.get(owner, 1)) for graph, node in nodes
+        ]
         if not any(a.touched for a in seen):
             continue
         if any(not _equal(a, seen[0]) for a in seen[1:]):
@@ -121,7 +123,7 @@ def _site(program: Program, a: Attachment, geometry: Any) -> Site:
     """The attachment's site with the sizes that it has now."""
     if not a.site.weight or not hasattr(geometry, "rows"):
         return a.site
-    shape = (geometry.out, geometry.inp, *a.site.shape[2:])
+    shape = (geometry.out, geometry.inp // geometry.groups, *a.site.shape[2:])
     if getattr(geometry, "experts", 0):
         shape = (geometry.experts, geometry.out, geometry.inp)
     return replace(a.site, rows=tuple(geometry.rows), shape=shape if a.site.shape else ())
@@ -146,9 +148,20 @@ def _weight(program: Program, group: Group, a: Attachment | None) -> Kept:
     return () if axes is None else tuple(group.keep.mask(axis) for axis in axes)
 
 
-def _kept(group: Group, refs: Mapping[NodeRef, fx.Node], graph: str, arg: Any) -> Kept:
-    flat = refs.get(NodeRef(graph, arg.name)) if isinstance(arg, fx.Node) else None
-    axes = None if flat is None else group.dims.values.get(flat)
+def _kept(program: Program, group: Group, refs: Mapping[NodeRef, fx.Node], graph: str, arg: Any) -> Kept:
+    while isinstance(arg, fx.Node) and arg.op == "call_module":  # what is attached passes on the axes of what it edits
+        edits = getattr(program.module(graph).get_submodule(str(arg.target)), "edits", None)
+        if not isinstance(edits, int):
+            break
+        arg = arg.args[edits]
+    if not isinstance(arg, fx.Node):
+        return ()
+    if arg.op == "get_attr":
+        name = f"{graph}.{arg.target}" if graph else str(arg.target)
+        axes = group.dims.parameters.get(program.aliases.get(name, name))
+    else:
+        flat = refs.get(NodeRef(graph, arg.name))
+        axes = None if flat is None else group.dims.values.get(flat)
     if type(axes) is not tuple:
         return ()
     return tuple(None if group.dims.symbolic(axis) else group.keep.mask(axis) for axis in axes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -17,6 +19,7 @@ from surgery.core.source import Span
 from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
 from surgery.model.dims import Change
 from surgery.model.program import Program, ValueSpec
+from surgery.model.retarget import graphs_of
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default, aten.view_copy.default: aten.reshape.default}  # fmt: skip
@@ -120,8 +123,22 @@ class GraphCut:
                 if node.op == "call_function" and node.target in _VIEWS:
                     node.target = _VIEWS[node.target]  # the cut may change strides
             recompile_later(gm)
+        for _, gm in graphs_of(self.program.graph):
+            self._respec_attached(gm)
         respec_calls(self.program.graph)
         return list(self.constants)
+
+    @staticmethod
+    def _respec_attached(gm: fx.GraphModule) -> None:
+        """Nodes that surgery added after the analysis was made: attached modules pass on what they edit, tensors are read as they are."""
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                tensor = reduce(getattr, str(node.target).split("."), gm)
+                node.meta["spec"] = replace(node.meta["spec"], shape=tuple(tensor.shape))  # type: ignore[arg-type]
+            elif node.op == "call_module":
+                edits = getattr(gm.get_submodule(str(node.target)), "edits", None)
+                if isinstance(edits, int):
+                    node.meta["spec"] = node.args[edits].meta["spec"]
 
 
 def respec_calls(root: fx.GraphModule) -> None:

@@ -179,6 +179,8 @@ class _Flat:
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 self._axes[node] = named.get(str(node.target))
+            elif node.op == "call_module" and isinstance(getattr(node.meta["module"], "edits", None), int):
+                self._axes[node] = self._axes.get(node.args[node.meta["module"].edits])  # type: ignore[arg-type]
             elif node.op != "output":
                 self._axes[node] = next((by_ref[r] for r in node.meta["refs"] if r in by_ref), None)
         self._modules: dict[str, nn.Module] = {}
