@@ -66,12 +66,21 @@ class TransformersBackend:
             found = [] if dtype else _certify(program, architecture, folder, request)
             record = {
                 "schema": "surgery.export/1", "owner": request.spec_digest, "spec": request.spec.text if request.spec else "",
-                "changes": {k: list(v) for k, v in derived.changes.items()}, "certificates": [*request.certificates, *found],
+                "changes": _changes(program if request.base is None else request.base, derived), "certificates": [*request.certificates, *found],
             }  # fmt: skip
             with storage_errors(folder):
                 (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
             written = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
         return Emitted((request.target, *(request.target / n for n in written)), tuple(found))
+
+
+def _changes(base: Program, derived: Derived) -> dict[str, list[Any]]:
+    """What the config says now and what it said before the spec, ``[before, after]`` by name."""
+    before = original(base)
+    old = {} if before is None else before.to_dict()
+    new = derived.config.to_dict()
+    quiet = ("architectures", "dtype", "transformers_version", "_name_or_path")
+    return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v and k not in quiet}
 
 
 @contextmanager

@@ -182,5 +182,10 @@ def _set(out: Derived, owner: Any, name: str, value: Any) -> None:
     old = getattr(owner, name)
     if old == value:
         return
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        setattr(owner, name, value)
+    except StrictDataclassError:  # a list where the family takes one number: the problem is written down already
+        return
     out.changes[name] = (old, value)
-    setattr(owner, name, value)

@@ -114,3 +114,56 @@ def test_the_same_spec_replaces_its_own_output_and_no_other_does(tmp_path: Path,
     write("b.surg", SPEC.format(where="layers[*].attn.k", params=""))
     ran = surgery("compile", "b.surg", ref)
     assert ran.code == 2 and ran.codes == ["S0803"] and tree("out") == first
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "changes"),
+    [
+        ("bert", "prune ffn(ratio = 50%) on layers[*].ffn", {"intermediate_size": [64, 32]}),
+        ("gpt2", "prune ffn(ratio = 25%) on layers[*].ffn", {"n_inner": [None, 96]}),
+        ("llama", "prune kv_groups(keep = 1) on layers[*].attn", {"num_attention_heads": [4, 2], "num_key_value_heads": [2, 1]}),
+        ("llama", "prune heads(keep = 2) on layers[*].attn", {"num_attention_heads": [4, 2]}),
+        ("llama", "prune layers(count = 1, score = magnitude) on layers", {"num_hidden_layers": [3, 2]}),
+        ("mixtral", "prune experts(keep = 2) on layers[*].ffn", {"num_local_experts": [4, 2]}),
+        ("qwen3", "prune ffn(keep = 40) on layers[*].ffn", {"intermediate_size": [64, 40]}),
+        ("t5", "prune ffn(keep = 40) on encoder.layers[*].ffn, decoder.layers[*].ffn", {"d_ff": [64, 40]}),
+        ("bart", "prune ffn(keep = 40) on decoder.layers[*].ffn", {"decoder_ffn_dim": [64, 40]}),
+        ("bart", "prune layers(count = 1, score = magnitude) on decoder.layers", {"decoder_layers": [3, 2]}),
+        ("vit", "prune ffn(keep = 40) on layers[*].ffn", {"intermediate_size": [64, 40]}),
+        ("llama", "convert moe(experts = 4, top_k = 2) on layers[*].ffn", {"num_local_experts": None}),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_config_can_say(
+    family: str, text: str, changes: dict[str, list[int] | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = compiled(family, f'surg 1\n{text}\nemit transformers to "out"\n')
+    claim = next(c for c in result.certificates if c["claim"] == "from_pretrained = program")
+    assert claim["ok"] and claim["max_abs_error"] <= 1e-5
+    config, record = json.loads(Path("out/config.json").read_text()), json.loads(Path("out/surgery-export.json").read_text())
+    for name, pair in changes.items():
+        if pair is None:
+            assert config["model_type"] == "mixtral" and config[name] == 4
+        else:
+            assert config[name] == pair[1] and record["changes"][name] == pair
+    cls = getattr(transformers, config["architectures"][0])
+    loaded = cls.from_pretrained("out", dtype=torch.float32)
+    assert sum(p.numel() for p in loaded.parameters()) == result.plan.totals.params_after
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("bert", "prune heads(keep = 2) on layers[*].attn"),
+        ("llama", "prune ffn(ratio = 50%) on layers[0].ffn"),
+        ("llama", "share layers(groups = 1) on layers[*]"),
+        ("llama", "skip bypass on layers[1].attn"),
+    ],
+)
+def test_what_no_config_can_say_names_the_statement(family: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgeryError) as caught:
+        compiled(family, f'surg 1\n{text}\nemit transformers to "out"\n')
+    (found,) = caught.value.diagnostics
+    assert found.code == "S0862" and any(label.span.text.startswith(text.split("(")[0].split(" on ")[0]) for label in found.labels[1:])
+    assert not Path("out").exists()
