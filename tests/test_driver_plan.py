@@ -83,7 +83,7 @@ def test_values_by_hand(ran: Ran) -> None:
     ]  # fmt: skip
     lora = plan["steps"][0]
     assert lora["span"]["file"] == "full.surg"
-    assert lora["params"] == {"rank": [4, 4, 4, 4, 8, 8], "alpha": 16.0, "dropout": 0.0, "seed": 0}
+    assert lora["params"] == {"rank": [4, 4, 4, 4, 8, 8], "alpha": 16.0, "dropout": 0.0, "seed": 0, "shared": False}
     assert [s["role"] for s in lora["sites"]] == [f"layers[{i}].attn.{x}" for i in range(LAYERS) for x in "qv"]
     assert [s["path"] for s in lora["sites"]][:2] == [f"encoder.layer.0.attention.self.{x}" for x in ("query", "value")]
     for site, rank in zip(lora["sites"], lora["params"]["rank"], strict=True):

@@ -49,7 +49,7 @@ class DeltaMethod(Method):
 
     kind: ClassVar[str] = "delta"
 
-    shared: bool = param(False, "one adapter for all uses of a weight that layers share, in place of one for each layer")
+    shared: bool = param(False, "one adapter for all uses of a weight that layers share, in place of one for each layer", last=True)
     fold_class: ClassVar[str] = "merge"
     reads: ClassVar[tuple[str, ...]] = ()
 

@@ -77,9 +77,11 @@ def param(
     unit: str = "",
     choices: tuple[str, ...] = (),
     per_layer: bool = False,
+    last: bool = False,
 ) -> Any:
-    """A dataclass field that is a parameter of the language (see :class:`ParamInfo`)."""
-    meta = {"help": help, "min": min, "max": max, "unit": unit, "choices": choices, "per_layer": per_layer}
+    """A dataclass field that is a parameter of the language (see :class:`ParamInfo`). A base class lists those with ``last`` behind
+    what its methods add."""
+    meta = {"help": help, "min": min, "max": max, "unit": unit, "choices": choices, "per_layer": per_layer, "last": last}
     if default is REQUIRED:
         return field(metadata={"surgery": meta}, kw_only=True)
     return field(default=default, metadata={"surgery": meta}, kw_only=True)
@@ -113,13 +115,18 @@ class Method:
         return MethodInfo(
             verb=cls.verb, name=cls.name, kind=cls.kind, fold=cls.fold_class, identity=cls.identity,
             version=cls.version, places=cls.places, needs_sites=cls.needs_sites, needs_data=cls.needs_data,
-            params=tuple(_param_info(cls, f) for f in dataclasses.fields(cls) if "surgery" in f.metadata),
+            params=tuple(_param_info(cls, f) for f in _fields(cls)),
             summary=doc.split("\n", 1)[0], doc=doc, takes_data=cls.takes_data or cls.needs_data,
         )  # fmt: skip
 
     def params(self) -> dict[str, Any]:
         """The parameters with their values, as JSON-able data."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "surgery" in f.metadata}
+        return {f.name: getattr(self, f.name) for f in _fields(type(self))}
+
+
+def _fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields that are parameters, in the order in which they are shown."""
+    return sorted((f for f in dataclasses.fields(cls) if "surgery" in f.metadata), key=lambda f: bool(f.metadata["surgery"].get("last")))
 
 
 _TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "list", list: "list"}
