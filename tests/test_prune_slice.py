@@ -1,0 +1,410 @@
+"""Removing units: which go (against direct computations on the weights), how many, budgets, shared units, and what follows a cut."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as T
+from safetensors.torch import save_file
+from torch import Tensor
+
+import surgery
+from surgery.core.diagnostics import Diagnostic, SurgeryError
+from surgery.model import cost
+from surgery.model.live import Tensors
+from surgery.model.program import Origin, Program
+from surgery.model.study import Study
+from surgery.model.weights import Held
+from surgery.passes import registry
+from surgery.passes.kinds import slice as kind
+from surgery.passes.kinds.slice_scores import marginal
+from surgery.passes.operation import Resolved, SiteChange
+from tests.captured_programs import live_model, zoo_program
+from tests.zoo import ZOO
+
+
+class Cutting:
+    """One statement on a captured program; ``told`` and ``warned`` are what it said."""
+
+    def __init__(
+        self, family: str | Program, name: str, roles: list[str], *, study: bool = True, keep: tuple[str, ...] = (), **params: Any
+    ):
+        self.program = zoo_program(family)[0] if isinstance(family, str) else family
+        self.base = {"params": cost.parameters(self.program), "flops": cost.flops_per_token(self.program)}
+        by_role = {s.role: s for s in self.program.anatomy.sites}
+        sites = tuple(by_role[r] for r in roles)
+        each = params.pop("each", None)
+        methods = tuple(registry.get("prune", name)(**params, **(each[i] if each else {})) for i in range(max(1, len(sites))))
+        self.told: list[str] = []
+        self.warned: list[Diagnostic] = []
+        self.claims: list[Any] = []
+        self.op = Resolved(
+            "prune", name, "on", sites, methods, Origin(verb="prune", method=name), keep=tuple(by_role[r] for r in keep),
+            seed=methods[0].params()["seed"], study=Study(Tensors(registry.function)) if study else None,
+            claim=self.claims.append, warn=self.warned.append, tell=self.told.append, base=self.base,
+        )  # fmt: skip
+
+    def run(self) -> list[SiteChange]:
+        return kind.apply(self.program, self.op)
+
+    def value(self, name: str) -> Tensor:
+        return Tensors(registry.function).of(self.program, name)
+
+
+def roles(pattern: str, layers: int = 3) -> list[str]:
+    return [pattern.format(i) for i in range(layers)]
+
+
+def state(family: str) -> dict[str, np.ndarray[Any, Any]]:
+    return {n: p.detach().double().numpy() for n, p in live_model(family).named_parameters()}
+
+
+def kept(after: Tensor, before: np.ndarray[Any, Any], axis: int = 0) -> list[int]:
+    """Which slices of the old tensor stand in the new one, by value."""
+    old = np.moveaxis(before, axis, 0).reshape(before.shape[axis], -1)
+    new = np.moveaxis(after.double().numpy(), axis, 0).reshape(after.shape[axis], -1)
+    width = new.shape[1]
+    assert width == old.shape[1]
+    return [int(np.flatnonzero((old == row).all(1))[0]) for row in new]
+
+
+# ---------------------------------------------------------------- which units
+
+
+@pytest.mark.parametrize("score", ["magnitude", "l2"])
+def test_heads_and_units_are_those_of_a_direct_computation(score: str) -> None:
+    weights, size = state("bert"), (np.abs if score == "magnitude" else np.square)
+    heads = Cutting("bert", "heads", roles("layers[{}].attn"), keep=("layers[1]",), ratio=0.5, score=score)
+    heads.run()
+    units = Cutting("bert", "ffn", roles("layers[{}].ffn"), ratio=0.25, score=score)
+    units.run()
+    for i in range(3):
+        at = f"encoder.layer.{i}.attention."
+        per_head = np.zeros(4)
+        for part in ("self.query", "self.key", "self.value"):
+            per_head += size(weights[f"{at}{part}.weight"]).reshape(4, 8 * 32).sum(1)
+            per_head += size(weights[f"{at}{part}.bias"]).reshape(4, 8).sum(1)
+        per_head += size(weights[f"{at}output.dense.weight"]).reshape(32, 4, 8).sum((0, 2))
+        stay = range(4) if i == 1 else sorted(np.argsort(per_head, kind="stable")[2:])
+        rows = [h * 8 + j for h in stay for j in range(8)]
+        assert kept(heads.value(f"{at}self.value.weight"), weights[f"{at}self.value.weight"]) == rows
+        assert kept(heads.value(f"{at}output.dense.weight"), weights[f"{at}output.dense.weight"], 1) == rows
+        at = f"encoder.layer.{i}."
+        per_unit = size(weights[f"{at}intermediate.dense.weight"]).sum(1) + size(weights[f"{at}intermediate.dense.bias"])
+        per_unit += size(weights[f"{at}output.dense.weight"]).sum(0)
+        assert kept(units.value(f"{at}output.dense.weight"), weights[f"{at}output.dense.weight"], 1) == sorted(np.argsort(per_unit)[16:])
+
+
+def test_every_group_keeps_its_own_query_heads_and_whole_groups_take_everything() -> None:
+    """Grouped attention: the lowest heads of each group by rows of the query and columns of the output; groups by all four."""
+    weights = state("llama")
+    ragged = Cutting("llama", "heads", roles("layers[{}].attn"), ratio=0.5)
+    ragged.run()
+    groups = Cutting("llama", "kv_groups", roles("layers[{}].attn"), keep=(), ratio=0.5)
+    groups.run()
+    different = 0
+    for i in range(3):
+        at = f"model.layers.{i}.self_attn."
+        q, k, v, o = (weights[f"{at}{x}_proj.weight"] for x in "qkvo")
+        head = np.abs(q).reshape(2, 2, 8 * 32).sum(2) + np.abs(o).reshape(32, 2, 2, 8).sum((0, 3))
+        stay = head.argmax(1)
+        different += stay[0] != stay[1]
+        rows = [(2 * g + int(stay[g])) * 8 + j for g in range(2) for j in range(8)]
+        assert kept(ragged.value(f"{at}q_proj.weight"), q) == rows
+        assert kept(ragged.value(f"{at}o_proj.weight"), o, 1) == rows
+        assert kept(ragged.value(f"{at}k_proj.weight"), k) == list(range(16))
+        group = head.sum(1) + np.abs(k).reshape(2, 256).sum(1) + np.abs(v).reshape(2, 256).sum(1)
+        best = int(group.argmax())
+        assert kept(groups.value(f"{at}k_proj.weight"), k) == list(range(8 * best, 8 * best + 8))
+        assert kept(groups.value(f"{at}q_proj.weight"), q) == list(range(16 * best, 16 * best + 16))
+    assert different, "the groups must be free to keep different heads"
+
+
+def test_shared_heads_add_up_over_the_layers_and_the_table() -> None:
+    weights = state("t5")
+    cut = Cutting("t5", "heads", roles("encoder.layers[{}].attn"), keep=(), ratio=0.5)
+    changes = cut.run()
+    total = np.zeros(4)
+    for i in range(3):
+        at = f"encoder.block.{i}.layer.0.SelfAttention."
+        total += sum(np.abs(weights[f"{at}{x}.weight"]).reshape(4, -1).sum(1) for x in "qkv")
+        total += np.abs(weights[f"{at}o.weight"]).reshape(32, 4, 8).sum((0, 2))
+    table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    total += np.abs(weights[table]).sum(0)
+    assert kept(cut.value(table), weights[table], 1) == sorted(np.argsort(total)[2:])
+    assert [c.removed for c in changes] == [3 * 2 * 4 * 8 * 32 + 2 * 8, 0, 0]
+    assert any("one decision" in line for line in cut.told)
+
+
+def test_channels_of_the_stream_count_embeddings_norms_and_heads() -> None:
+    weights = state("gpt2")
+    cut = Cutting("gpt2", "width", [], ratio=0.25)
+    cut.run()
+    total = np.zeros(32)
+    for name, w in weights.items():
+        if name.endswith(("wte.weight", "wpe.weight")) or ".c_proj.weight" in name:
+            total += np.abs(w).sum(0)
+        elif ".c_attn.weight" in name or ".c_fc.weight" in name:
+            total += np.abs(w).sum(1)
+        elif ".ln_" in name or ".c_proj.bias" in name:
+            total += np.abs(w)
+    assert kept(cut.value("transformer.wte.weight"), weights["transformer.wte.weight"], 1) == sorted(np.argsort(total)[8:])
+
+
+def test_equal_scores_go_by_index_and_plans_take_the_last() -> None:
+    program = zoo_program("bert")[0]
+    for name, expr in list(program.weights.items()):
+        program.weights[name] = Held(expr.shape, expr.dtype, f"{name}=1", torch.ones(expr.shape))
+    cut = Cutting(program, "heads", ["layers[0].attn"], ratio=0.5)
+    cut.run()
+    assert "removed: 0, 1 of layers[0].attn" in cut.told
+    plan = Cutting("bert", "heads", ["layers[0].attn"], ratio=0.5, study=False)
+    changes = plan.run()
+    assert (changes[0].shape_before, changes[0].shape_after, changes[0].removed) == ((4,), (2,), 2 * 1048)
+    assert any("compile chooses" in line for line in plan.told) and not plan.claims
+
+
+def test_random_choices_follow_the_seed_of_the_statement() -> None:
+    def removed(seed: int, study: bool) -> str:
+        cut = Cutting("bert", "heads", roles("layers[{}].attn"), ratio=0.5, score="random", seed=seed, study=study)
+        cut.run()
+        return next(line for line in cut.told if line.startswith("removed"))
+
+    assert removed(0, False) == removed(0, True)
+    assert len({removed(seed, False) for seed in range(6)}) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sums_do_not_depend_on_threads_or_layout(dtype: torch.dtype) -> None:
+    value = torch.randn(37, 5, 211, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append([marginal(value, axis, squared=False) for axis in range(3)])
+    finally:
+        torch.set_num_threads(before)
+    exact = value.double().abs()
+    for axis, (one, other) in enumerate(zip(*found, strict=True)):
+        assert np.array_equal(one, other)
+        assert np.allclose(one, exact.sum([a for a in range(3) if a != axis]).numpy(), rtol=1e-12)
+    assert np.allclose(marginal(value, 1, squared=True), value.double().square().sum((0, 2)).numpy(), rtol=1e-12)
+    assert np.allclose(marginal(value.movedim(0, 2), 2, squared=False), found[0][0], rtol=1e-12)
+
+
+# ---------------------------------------------------------------- how many
+
+
+def test_shares_remove_exactly_their_whole_units_and_counts_keep_theirs() -> None:
+    each = [{"ratio": 0.29}, {"ratio": 0.3}, {"ratio": 0.999}]
+    cut = Cutting("bert", "ffn", roles("layers[{}].ffn"), each=each, study=False)
+    assert [c.shape_after for c in cut.run()] == [(64 - int(Fraction("0.29") * 64),), (64 - 19,), (1,)]
+    cut = Cutting("bert", "ffn", roles("layers[{}].ffn"), each=[{"keep": 5}, {"keep": 64}, {"keep": 24}], round_to=8, study=False)
+    assert [c.shape_after for c in cut.run()] == [(8,), (64,), (24,)]
+
+
+def test_all_sites_compete_by_their_normalised_scores() -> None:
+    weights = state("bert")
+    scores = []
+    for i in range(3):
+        at = f"encoder.layer.{i}."
+        up, down = weights[f"{at}intermediate.dense.weight"], weights[f"{at}output.dense.weight"]
+        scores.append(np.abs(up).sum(1) + np.abs(weights[f"{at}intermediate.dense.bias"]) + np.abs(down).sum(0))
+    for how in ("mean", "max", "none"):
+        scale = {"mean": np.mean, "max": np.max, "none": lambda s: 1.0}[how]
+        flat = np.concatenate([s / scale(s) for s in scores])
+        gone = np.bincount(np.argsort(flat, kind="stable")[: 3 * 16] // 64, minlength=3)
+        cut = Cutting("bert", "ffn", roles("layers[{}].ffn"), ratio=0.25, scope="global", normalize=how)
+        assert [c.shape_after for c in cut.run()] == [(64 - n,) for n in gone]
+    even = Cutting("bert", "ffn", roles("layers[{}].ffn"), ratio=0.25, scope="global", study=False)
+    assert [c.shape_after for c in even.run()] == [(48,)] * 3
+
+
+def test_no_site_is_emptied_by_the_others() -> None:
+    program = zoo_program("bert")[0]
+    for name, expr in list(program.weights.items()):
+        if "layer.1.attention" in name:
+            program.weights[name] = Held(expr.shape, expr.dtype, f"{name}=0", torch.zeros(expr.shape))
+    cut = Cutting(program, "heads", roles("layers[{}].attn"), ratio=0.5, scope="global", normalize="none")
+    sizes = [c.shape_after[0] for c in cut.run()]
+    assert sizes[1] == 1 and sum(sizes) == 6, "one head stays, and the rest comes from elsewhere"
+
+
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_budget_is_the_smallest_cut_that_reaches_it(quantity: str, scope: str) -> None:
+    measure = {"params": cost.parameters, "flops": cost.flops_per_token}[quantity]
+    cut = Cutting("llama", "ffn", roles("layers[{}].ffn"), to=0.9, of=quantity, scope=scope)
+    changes = cut.run()
+    limit = 0.9 * cut.base[quantity]
+    assert measure(cut.program) <= limit
+    assert any(line.startswith(f"{quantity}: {measure(cut.program):,} are left, 90% of {cut.base[quantity]:,}") for line in cut.told)
+    sizes = [c.shape_after[0] for c in changes]
+    if scope == "layer":
+        smaller = [{"keep": n + 1} for n in sizes]
+    else:
+        smaller = [{"keep": sizes[0] + 1}, *({"keep": n} for n in sizes[1:])]
+    less = Cutting("llama", "ffn", roles("layers[{}].ffn"), each=smaller, study=False)
+    less.run()
+    assert measure(less.program) > limit
+
+
+def test_llama_7b_at_a_quarter_has_its_published_size(here: Path) -> None:
+    """LLM-Pruner's LLaMA-5.4B: a quarter of heads and hidden units of layers 4 to 29."""
+    config = dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
+    )  # fmt: skip
+    Path("llama.json").write_text(json.dumps(config), "utf-8")
+    text = "surg 1\n\nprune heads(ratio = 25%) on layers[4..29].attn\nprune ffn(ratio = 25%) on layers[4..29].ffn\n"
+    totals = surgery.plan(text, "config:llama.json").totals
+    assert totals is not None
+    assert (totals.params_before, totals.params_after) == (6_738_415_616, 5_422_977_024)
+    assert totals.bytes_after == 4 * totals.params_after
+
+
+# ---------------------------------------------------------------- scores from a file
+
+
+@pytest.mark.parametrize("form", ["json", "safetensors"])
+def test_scores_come_from_a_file(form: str, here: Path) -> None:
+    table = {f"encoder.layers[{i}].attn": [float(x) for x in row] for i, row in enumerate([[4, 1, 2, 3], [0, 5, 0, 0], [0, 0, 9, 0]])}
+    path = Path(f"scores.{form}")
+    if form == "json":
+        path.write_text(json.dumps(table), "utf-8")
+    else:
+        save_file({k: torch.tensor(v) for k, v in table.items()}, str(path))
+    cut = Cutting("t5", "heads", list(table), ratio=0.5, score="file", scores=str(path), study=False)
+    cut.run()
+    assert "removed: 0, 3 of encoder.layers[0..2].attn" in cut.told  # sums 4, 6, 11, 3
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def test_widths_that_kernels_do_not_like_are_warned_of() -> None:
+    def codes(family: str, name: str, role: str, **params: Any) -> list[str]:
+        cut = Cutting(family, name, [role] if role else [], study=False, **params)
+        cut.run()
+        return [d.code for d in cut.warned]
+
+    assert codes("bert", "ffn", "layers[0].ffn", ratio=0.25) == []
+    assert codes("bert", "ffn", "layers[0].ffn", ratio=0.05) == ["S0450"]
+    assert codes("bert", "heads", "layers[0].attn", ratio=0.25) == [], "a head is 8 columns wide"
+    assert codes("bert", "heads", "layers[0].attn", ratio=0.2) == ["S0449"]
+    assert codes("llama", "width", "", ratio=0.25) == []
+    assert codes("bert", "width", "", ratio=0.25) == ["S0452"]
+
+
+# ---------------------------------------------------------------- what follows a cut
+
+
+def sliced(live: T.PreTrainedModel, rows: dict[str, dict[str, list[int]]], **config: Any) -> T.PreTrainedModel:
+    """A live model of a smaller configuration with hand-sliced weights: ``rows`` maps a part of a name to kept rows and columns."""
+    settings = live.config.to_dict() | config
+    small = type(live)(type(live.config)(**settings)).eval()
+    values = {}
+    for name, value in live.state_dict().items():
+        for part, cut in rows.items():
+            if part in name:
+                for axis, keep in cut.items():
+                    value = value.index_select(int(axis), torch.tensor(keep))
+        values[name] = value
+    small.load_state_dict(values)
+    return small
+
+
+def test_a_pruned_llama_generates_as_the_hand_sliced_one(here: Path) -> None:
+    live = ZOO["llama"].make_model()
+    live.save_pretrained("base")  # type: ignore[operator]
+    Path("groups.json").write_text(json.dumps({f"layers[{i}].attn": [1.0, 0.0] for i in range(3)}), "utf-8")
+    units = {f"layers[{i}].ffn": [float(u % 2) for u in range(64)] for i in range(3)}
+    Path("units.json").write_text(json.dumps(units), "utf-8")
+    text = (
+        'surg 1\n\nprune kv_groups(keep = 1, score = file, scores = "groups.json") on layers[*].attn\n'
+        'prune ffn(ratio = 50%, score = file, scores = "units.json") on layers[*].ffn\n\nemit torch to "small"\n'
+    )
+    surgery.compile(text, "base", out=".")
+    module = surgery.load("small")
+    odd, q, kv = list(range(1, 64, 2)), list(range(16)), list(range(8))
+    small = sliced(
+        live,  # type: ignore[arg-type]
+        {
+            "q_proj": {"0": q}, "k_proj": {"0": kv}, "v_proj": {"0": kv}, "o_proj": {"1": q},
+            "gate_proj": {"0": odd}, "up_proj": {"0": odd}, "down_proj": {"1": odd},
+        },
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+    )  # fmt: skip
+    tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (module(tokens).logits - small(tokens).logits).abs().max() <= 1e-5
+        settings: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(tokens), pad_token_id=0)
+        assert torch.equal(module.generate(tokens, **settings), small.generate(tokens, **settings))
+        first = module(tokens[:, :4], use_cache=True)
+        assert first.past_key_values.layers[0].keys.shape == (2, 1, 4, 8)
+
+
+def test_a_pruned_gpt2_generates_as_the_masked_one(here: Path) -> None:
+    live = ZOO["gpt2"].make_model()
+    live.save_pretrained("base")  # type: ignore[operator]
+    Path("heads.json").write_text(json.dumps({f"layers[{i}].attn": [3.0, 0.0, 2.0, 1.0] for i in range(3)}), "utf-8")
+    text = 'surg 1\n\nprune heads(keep = 2, score = file, scores = "heads.json") on layers[*].attn\n\nemit torch to "small"\n'
+    surgery.compile(text, "base", out=".")
+    module = surgery.load("small")
+    with torch.no_grad():
+        for layer in live.transformer.h:  # type: ignore[union-attr]
+            for head in (1, 3):
+                layer.attn.c_proj.weight[head * 8 : head * 8 + 8] = 0
+        tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+        assert (module(tokens).logits - live(tokens).logits).abs().max() <= 1e-5
+        settings: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(tokens), pad_token_id=0)
+        assert torch.equal(module.generate(tokens, **settings), live.generate(tokens, **settings))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("first", ["prune", "adapt"])
+def test_adapters_before_and_after_a_cut_fold_and_export(first: str, here: Path) -> None:
+    """Prune then adapt, and adapt then prune: the same counts; folded equals unfolded; the file computes what the module computes."""
+    import onnxruntime
+
+    Path("bert.json").write_text(json.dumps({"architectures": ["BertModel"], **ZOO["bert"].plain_config}), "utf-8")
+    lines = ["prune heads(ratio = 50%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn"]
+    adapt = "adapt lora(rank = 2) on layers[*].attn.{q, v, o}, layers[*].ffn.{up, down}"
+    lines = [*lines, adapt] if first == "prune" else [adapt, *lines]
+    added = 3 * 2 * (3 * (32 + 16) + 2 * (32 + 48))
+    text = (
+        "surg 1\n\n" + "\n".join(lines) + f'\n\nexpect trainable == {added}\nexpect runs(batch = 2, length = 9)\n\nemit torch to "live"\n'
+    )
+    result = surgery.compile(text, "config:bert.json", out=".")
+    assert all(c["ok"] for c in result.certificates)
+    module = surgery.load("live")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    surgery.save(module, "trained")
+    text = 'surg 1\n\nfold all on **\n\nexpect same_output(at = fold)\n\nemit torch to "folded"\nemit onnx to "folded.onnx"\n'
+    surgery.compile(text, "trained", out=".")
+    inputs = ZOO["bert"].inputs(2, 9)
+    with torch.no_grad():
+        expected = module(**inputs)
+        found = surgery.load("folded")(**inputs)
+    assert (found.last_hidden_state - expected.last_hidden_state).abs().max() <= 1e-5
+    session = onnxruntime.InferenceSession("folded.onnx", providers=["CPUExecutionProvider"])
+    given = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+    out = session.run(None, given)[0]
+    assert np.abs(out - expected.last_hidden_state.numpy()).max() <= 1e-4
+
+
+def test_a_refused_cut_leaves_the_program_as_it_was() -> None:
+    cut = Cutting("llama", "heads", roles("layers[{}].attn"), ratio=0.25)
+    before = dict(cut.program.weights)
+    with pytest.raises(SurgeryError, match="S0444"):
+        cut.run()
+    assert dict(cut.program.weights) == before and not cut.claims
