@@ -32,7 +32,7 @@ def sample(cls: type[Method]) -> dict[str, object]:
     for p in cls.info().params:
         if p.required:
             values[p.name] = p.choices[0] if p.choices else {"int": int(p.min or 0) + 3, "float": 0.5, "bool": True, "str": "x"}[p.type]
-        elif p.type == "int" and isinstance(p.default, int) and p.default > 4 and p.name in ("rank", "width"):
+        elif p.type == "int" and isinstance(p.default, int) and p.default > 4 and p.name in ("rank", "width", "block"):
             values[p.name] = 4
     return values
 

@@ -1,0 +1,61 @@
+"""Classes of every captured family, cut from the whole program and compared with the original under masks.
+
+``SURGERY_FULL_SWEEP=1`` cuts every free class by one and by two units; otherwise a few of each family are taken.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.captured_programs import zoo_program
+from tests.cut_support import FULL, NORMALISED, difference, free, observed_specs, remove, same_classes, sample, some_units
+from tests.zoo import CAPTURABLE
+
+# free classes that the family must have: fewer means that a rule froze something it should not
+FREE = {
+    "bert": 14, "roberta": 14, "distilbert": 13, "albert": 7, "deberta-v2": 13, "gpt2": 13, "llama": 15, "qwen3": 15, "gemma3_text": 27,
+    "phi3": 15, "mixtral": 18, "t5": 28, "bart": 34, "whisper": 36, "vit": 14, "swin": 26, "clip": 27, "wav2vec2-conformer": 21, "resnet": 15,
+    "convnext": 8, "audio-spectrogram-transformer": 13,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CAPTURABLE)
+def test_a_cut_program_equals_the_masked_original(family):
+    program, inputs = zoo_program(family)
+    leaves = free(program.dims)
+    assert len(leaves) == FREE[family]
+    moved = 0
+    chosen = sample(leaves)
+    for i, leaf in enumerate(chosen):
+        for units in ([leaf.size - 1], [0, leaf.size - 2]) if FULL and leaf.size > 2 else (some_units(leaf, i),):
+            if "picks" in program.dims.remove({leaf: units}).refusal:
+                continue
+            done = remove(program, {leaf: units})
+            assert done.error(inputs) <= 1e-5, str(done.group)
+            if not leaf.flags & NORMALISED:
+                assert done.literal_error(inputs) <= 1e-5, str(done.group)
+            same_classes(done)
+            moved += bool(done.result.removed)
+            assert all(n > 0 for n in done.result.removed.values())
+    assert moved >= len(chosen) - 1
+
+
+@pytest.mark.parametrize("family", ["bert", "phi3", "t5", "swin", "mixtral", "resnet"])
+def test_several_classes_go_at_once_and_specs_say_what_runs(family):
+    program, inputs = zoo_program(family)
+    before = remove(program, {}).run(inputs)
+    units = {leaf: some_units(leaf, i) for i, leaf in enumerate(free(program.dims)) if leaf.size > 2}
+    for leaf in list(units):
+        if program.dims.picks(leaf.axis):
+            units[leaf] = [0]
+    done = remove(program, units)
+    assert done.error(inputs) <= 1e-5
+    from surgery.model import oracle
+
+    assert list(observed_specs(done.after, oracle.cut_inputs(done.group, inputs))) == []
+    if [t.shape for t in done.run(inputs)] == [t.shape for t in before]:
+        assert difference(done.run(inputs), before) > 1e-3, "the cut changes nothing: the comparison would prove nothing"
+    # cut again what is left, from the second analysis
+    again = [leaf for leaf in free(done.after.dims) if leaf.size > 2][:3]
+    twice = remove(done.after, {leaf: [1] for leaf in again})
+    assert twice.error(oracle.cut_inputs(done.group, inputs)) <= 1e-5
