@@ -16,7 +16,7 @@ from surgery.core.near import near, quoted
 from surgery.core.plan import group_roles, plural, size
 from surgery.core.site import Site
 from surgery.core.source import Source
-from surgery.dimensions import dims_json, dims_text
+from surgery.dimensions import dims_json, dims_text, groups_json, groups_text
 from surgery.grammar.parser import parse
 from surgery.model.program import Program
 from surgery.opening import open_program
@@ -162,9 +162,11 @@ class Selected:
     selector: str
     sites: list[Site]
     program: Program
+    dims: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        return {"schema": "surgery.select/1", "selector": self.selector, "sites": [site_json(s) for s in self.sites]}
+        found: dict[str, Any] = {"schema": "surgery.select/1", "selector": self.selector, "sites": [site_json(s) for s in self.sites]}
+        return found | {"classes": groups_json(self.program, self.sites)} if self.dims else found
 
     def render_text(self) -> str:
         lines = [f"{self.selector}: {plural(len(self.sites), 'site')}"]
@@ -176,7 +178,8 @@ class Selected:
                 f"  {s.role:<{width}}  {s.op:<9} {' x '.join(map(str, s.shape)):<14} {s.path}{rows}"
                 + (f"  (+{extra} added)" if extra else "")
             )
-        return "\n".join(line.rstrip() for line in lines) + "\n"
+        text = "\n".join(line.rstrip() for line in lines) + "\n"
+        return f"{text}\n{groups_text(self.program, self.sites)}" if self.dims else text
 
 
 def parse_selector(text: str) -> ast.Selector:
@@ -192,13 +195,14 @@ def parse_selector(text: str) -> ast.Selector:
     return node.selectors[0]
 
 
-def select(selector: str, model: Any, *, allow_code: bool = False, use_cache: bool = True) -> Selected:
-    """The sites that a selector names on a model. Raises S03xx with the counts of each step when it names nothing."""
+def select(selector: str, model: Any, *, dims: bool = False, allow_code: bool = False, use_cache: bool = True) -> Selected:
+    """The sites that a selector names on a model, with ``dims`` also what goes together with their units. Raises S03xx with the counts of
+    each step when it names nothing."""
     from surgery.core.selector import select as find
 
     tree = parse_selector(selector)
     program, _ = open_program(model, allow_code=allow_code, use_cache=use_cache)
-    return Selected(selector, list(find(program.anatomy, tree, created(program))), program)
+    return Selected(selector, list(find(program.anatomy, tree, created(program))), program, dims)
 
 
 @dataclass

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
         step("opening the model")
         from surgery import driver
 
-        found = driver.select(args.selector, args.model, allow_code=args.allow_code, use_cache=not args.no_cache)
+        found = driver.select(args.selector, args.model, dims=args.dims, allow_code=args.allow_code, use_cache=not args.no_cache)
     return present(report, found)
 
 
@@ -28,6 +28,11 @@ COMMAND = Command(
     "list what a selector names in a model",
     run,
     (Argument("selector", "a selector, in quotes for the shell", files=False),),
-    (Option("model", "the model, as for `plan`", "MODEL"), NO_CACHE, ALLOW_CODE),
+    (
+        Option("model", "the model, as for `plan`", "MODEL"),
+        Option("dims", "the dimension classes of the sites, and everything that goes together with one unit of each"),
+        NO_CACHE,
+        ALLOW_CODE,
+    ),
     examples=("surgery select 'layers[*].attn.{q, v}' --model minilm", "surgery select 'layers[-1].**' --model build/minilm-lora"),
 )
