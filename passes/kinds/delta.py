@@ -28,6 +28,7 @@ from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, tie_fold
 from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.blocks import fold_by_rows
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
 from surgery.passes.kinds.follow import follow_delta
 from surgery.passes.kinds.geometry import Geometry, geometry_of, take
@@ -71,6 +72,11 @@ class DeltaMethod(Method):
         """The canonical weight with the change in it."""
         return weight + self.delta(site, t, weight)
 
+    def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
+        """The tensors with which :meth:`fold` changes rows ``[start:stop)`` of the canonical weight alone, given only these rows;
+        None where a row depends on others."""
+        return None
+
     def rebase(self, site: Geometry) -> tuple[str, int] | None:
         """Function and output number that give the rewritten base weight, for methods that move a part of it out."""
         return None
@@ -99,6 +105,10 @@ class DeltaMethod(Method):
         if keep is not None:
             delta = torch.where(keep, delta, delta.new_zeros(())).to(out.dtype)
         return out + site.spread(site.apply(x, delta), axis=1 if site.op == "conv" else -1)
+
+    def on_linear(self, site: Geometry, t: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor | None:
+        """Base product and change of a linear site together, for methods that have less work that way; None: not here."""
+        return None
 
     def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
         """The stored expert tensor with this method's change (of the canonical ``weight`` of the site's rows)."""
@@ -167,6 +177,11 @@ class DeltaModule(nn.Module):
             keep = site.to_canonical(site.select(keep))
             return method.through_weight(site, self.tensors(), x, out, more, self.training, keep)
         return method.forward(site, self.tensors(), x, out, more, self.training)
+
+    def with_base(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        """``self(x, base(x))`` in one step where the method has one for the pair, else None."""
+        plain = self.active and not self.masked and not self.site.rows and self.site.op == "linear" and type(base) is nn.Linear
+        return self.method.on_linear(self.site, self.tensors(), x, base.weight, base.bias, self.training) if plain else None  # type: ignore[arg-type,union-attr]
 
     def surgery_events(self) -> tuple[Method, nn.Module]:
         """Who acts during training on whose behalf (see ``surgery.train``)."""
@@ -362,6 +377,8 @@ def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, b
     origin = geometry.to_canonical(rest.pop(0).to(wide)) if base else None
     names = [s.name for s in method.tensors(geometry)]
     t = {n: v.to(wide) for n, v in zip(names, rest, strict=True)}
+    if origin is None and (done := fold_by_rows(method, geometry, t, current, wide)) is not None:
+        return done
     weight = geometry.to_canonical(current.to(wide))
     folded = method.fold(geometry, t, weight) if origin is None else weight + method.delta(geometry, t, origin)
     return geometry.from_canonical(folded).contiguous()

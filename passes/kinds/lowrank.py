@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.passes.kinds import lowrank_linear
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.delta import DeltaMethod, Tensors
 from surgery.passes.kinds.geometry import Geometry
@@ -60,11 +61,26 @@ class LowRankMethod(DeltaMethod):
         a, b = self.factors(site, t)
         return self.scale() * product(site, a, b)
 
+    def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
+        own = type(self)
+        if own.delta is not LowRankMethod.delta or own.factors is not LowRankMethod.factors or own.fold is not DeltaMethod.fold:
+            return None  # a gate, a norm or a core between the factors may look at all rows
+        return {**t, "B": t["B"][start:stop]}
+
     def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
         a, b = self.factors(site, t)
         if self.dropout and training and site.op != "embedding":
             x = F.dropout(x, self.dropout)
         return add_low_rank(site, x, out, a, b, self.scale())
+
+    def on_linear(self, site: Geometry, t: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor | None:
+        if type(self).forward is not LowRankMethod.forward:
+            return None
+        a, b = self.factors(site, t)
+        if not lowrank_linear.fits(x, weight, bias, a, b):
+            return None
+        dropped = F.dropout(x, self.dropout) if self.dropout and training else None
+        return lowrank_linear.LowRankLinear.apply(x, dropped, weight, bias, a, b, self.scale())  # type: ignore[no-any-return,no-untyped-call]
 
     def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
         if type(self).delta is not LowRankMethod.delta:  # more than the product: the general way

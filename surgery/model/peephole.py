@@ -1,7 +1,8 @@
 """What the running module does differently from the recorded graph, with the same result: less copied, less kept.
 
-The recorded graph serves every length of a cache and states repeated key heads; at run time an empty cache needs no
-concatenation, and the attention kernel reads grouped heads as they are. The stored graph, analyses and exports never see this.
+The recorded graph serves every length of a cache and every mask and states repeated key heads; at run time an empty cache needs
+no concatenation, the attention kernel reads grouped heads as they are, a mask that masks nothing is left out, and a frozen
+projection and its adapter are one step. The stored graph, analyses and exports never see this.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+from surgery.model.attend import attend
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -22,14 +25,56 @@ def append(past: Tensor, new: Tensor, dim: int) -> Tensor:
     return torch.cat([past, new], dim)
 
 
+def beside(base: nn.Module, added: nn.Module, x: Tensor) -> Tensor:
+    """``added(x, base(x))``; by the way that ``added`` has for both together while nobody looks between them."""
+    together = getattr(added, "with_base", None)
+    if together is not None and not torch.compiler.is_compiling() and not _watched(base) and not _watched(added):
+        out: Tensor | None = together(x, base)
+        if out is not None:
+            return out
+    result: Tensor = added(x, base(x))
+    return result
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks of this module, or of all modules, want to see its call."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    )  # fmt: skip
+
+
 def tune(graph: fx.Graph) -> None:
     """Rewrites a copy of a recorded graph in place."""
     for node in list(graph.nodes):
         if node.target is aten.cat.default:
             _append(graph, node)
+        elif node.op == "call_module":
+            _join(graph, node)
     for node in list(graph.nodes):
         if node.target is _SDPA:
             _group(graph, node)
+            if len(node.args) > 3 or "attn_mask" in node.kwargs:
+                node.target = attend
+                node.kwargs = {("mask" if k == "attn_mask" else k): v for k, v in node.kwargs.items()}
+
+
+def _join(graph: fx.Graph, node: fx.Node) -> None:
+    """``added(x, base(x))``, where nothing else reads ``base(x)``."""
+    if len(node.args) != 2 or node.kwargs:
+        return
+    x, out = node.args
+    if not isinstance(x, fx.Node) or not isinstance(out, fx.Node) or out.op != "call_module":
+        return
+    if out.args != (x,) or out.kwargs or set(out.users) != {node}:
+        return
+    with graph.inserting_before(node):
+        modules = [graph.create_node("get_attr", str(n.target)) for n in (out, node)]
+        made = graph.call_function(beside, (*modules, x))
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    graph.erase_node(out)
 
 
 def _append(graph: fx.Graph, node: fx.Node) -> None:
