@@ -26,6 +26,7 @@ from surgery.model.program import Origin, Program
 from surgery.model.study import Study
 from surgery.passes import registry
 from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
+from surgery.passes.kinds import tie_config
 from surgery.passes.operation import Resolved, SiteChange
 from surgery.passes.resolve import build, pick, resolve
 from surgery.passes.verify import verify
@@ -175,7 +176,9 @@ def operate(session: Session, checked: Checked, position: int) -> None:
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Runs the kind's machinery; every kind is one module of ``passes/kinds``."""
     kind = importlib.import_module(f"surgery.passes.kinds.{op.method.kind}")
+    ties = dict(program.aliases)
     changes: list[SiteChange] = kind.apply(program, op)
+    tie_config.settle(program, ties)
     return changes
 
 

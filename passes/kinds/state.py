@@ -102,8 +102,13 @@ def norm_parameters(program: Program) -> set[str]:
 def trains(program: Program, name: str) -> bool:
     """Whether a tensor of an attachment is a parameter that its method trains (buffers and fixed tensors never change state)."""
     owner, _, leaf = name.rpartition(".")
-    parameter = dict(program.module(owner).named_parameters(recurse=False)).get(leaf)
-    return parameter is not None and parameter.requires_grad
+    module = program.module(owner)
+    if leaf not in module._parameters:
+        return False
+    method, site = getattr(module, "method", None), getattr(module, "site", None)
+    if method is not None and hasattr(method, "tensors"):  # a graph that was read back does not say it of its parameters
+        return any(s.name == leaf and s.trainable for s in method.tensors(site))
+    return bool(module._parameters[leaf].requires_grad)  # type: ignore[union-attr]
 
 
 def _within(site: Site, own: Site) -> bool:
