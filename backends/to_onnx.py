@@ -9,6 +9,7 @@ import math
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
+
+BFLOAT16 = 16
+"""TensorProto.BFLOAT16"""
 
 INLINE_LIMIT = 1 << 30
 """Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
@@ -59,8 +63,50 @@ def session(data: bytes | str) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
+class Reference:
+    """The standard's own evaluator with the interface of a session: slow and complete, for types that onnxruntime's CPU has no kernels for."""
+
+    def __init__(self, model: Any) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        self.inner = ReferenceEvaluator(model)
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name=n) for n in self.inner.input_names]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=n) for n in self.inner.output_names]
+
+    def run(self, names: None, feeds: dict[str, Any]) -> list[Any]:
+        found: list[Any] = self.inner.run(names, feeds)
+        return found
+
+
+def as_numpy(tensor: torch.Tensor) -> Any:
+    """An array of the same values; numpy has no bfloat16 of its own."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
 def checked_session(model: Any) -> Any:
-    """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder."""
+    """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder.
+
+    onnxruntime's CPU provider has few operations in bfloat16: a graph that needs others is run by :class:`Reference`.
+    """
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    try:
+        return _session(model)
+    except NoKernel:
+        if weight_bytes(model) > INLINE_LIMIT or not any(i.data_type == BFLOAT16 for i in model.graph.initializer):
+            raise
+        return Reference(model)
+
+
+def _session(model: Any) -> Any:
     import onnx
 
     if weight_bytes(model) <= INLINE_LIMIT:
@@ -78,7 +124,7 @@ def checked_session(model: Any) -> Any:
         return session(str(path))
 
 
-def inexpressible(exc: Exception, span: Span | None) -> SurgeryError:
+def inexpressible(exc: Exception, span: Span | None, opset: int) -> SurgeryError:
     """S0841 with the operations that have no translation, else with the exporter's own first lines."""
     text, cause = str(exc), exc.__cause__
     while cause is not None:
@@ -89,9 +135,12 @@ def inexpressible(exc: Exception, span: Span | None) -> SurgeryError:
     lines = [
         line.strip() for line in plain.splitlines() if line.strip() and not line.strip().startswith(("#", "- If ", "Failed to convert"))
     ]
+    help = "emit torch instead, or try another opset"
+    if "bfloat16" in plain and opset < 22:
+        help = "write `opset = 22`: older ones have no convolutions and poolings in bf16"
     what = f"ONNX has no operation for {', '.join(dict.fromkeys(missing))}" if missing else "the exporter cannot express this model in ONNX"
     return fail(
-        "S0841", what, span, "asked for here", notes=() if missing else tuple(lines[:3]) or (type(exc).__name__,), help="emit torch instead, or try another opset"
+        "S0841", what, span, "asked for here", notes=() if missing else tuple(lines[:3]) or (type(exc).__name__,), help=help
     )  # fmt: skip
 
 
@@ -109,7 +158,7 @@ def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: flo
         with one_thread(), torch.no_grad():
             expected = root(*inputs)
         expected = expected if isinstance(expected, (tuple, list)) else (expected,)
-        feeds = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in read}
+        feeds = {n: as_numpy(t) for n, t in zip(names, inputs, strict=True) if n in read}
         for name, want, got in zip(outs, expected, run.run(None, feeds), strict=True):
             want_np = want.detach().double().numpy()
             error_abs = float(abs(want_np - got.astype("float64")).max()) if want_np.size else 0.0
@@ -118,6 +167,7 @@ def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: flo
                 {
                     "claim": "torch = onnx", "case": case, "output": name, "batch": batch, "length": length,
                     "max_abs_error": error_abs, "tolerance": tolerance * scale, "ok": error_abs <= tolerance * scale and math.isfinite(error_abs),
+                    **({"runtime": "onnx reference evaluator"} if isinstance(run, Reference) else {}),
                 }
             )  # fmt: skip
     return found
@@ -137,15 +187,16 @@ class OnnxBackend:
         """
         require_onnx(request.span)
         precision = str(request.params.get("precision") or "fp32")
+        opset = int(request.params.get("opset") or 20)
         root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
         try:
-            model = export(program, root, opset=int(request.params.get("opset") or 20))
+            model = export(program, root, opset=opset)
             report("emitting onnx: checking the graph", 3, STEPS)
             run = checked_session(model)
         except SurgeryError:
             raise
         except Exception as exc:
-            raise inexpressible(exc, request.span) from exc
+            raise inexpressible(exc, request.span, opset) from exc
         report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
         certificates = certify(program, root, run, tolerance=TOLERANCE[precision])
         bad = [c for c in certificates if not c["ok"]]

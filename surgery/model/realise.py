@@ -123,9 +123,17 @@ class Realiser(Mapping[str, torch.Tensor]):
         )
         if isinstance(expr, Held) or not value.is_contiguous() or value.untyped_storage().nbytes() != value.numel() * value.element_size():
             value = value.clone(memory_format=torch.contiguous_format)
-        elif isinstance(expr, Apply | MatMul):
-            value = value.clone()  # the cache must not share memory with what a caller may change
+        elif isinstance(expr, Apply | MatMul) and self._is_shared(value, expr):
+            value = value.clone()  # what a caller may change must not be what is kept here
         return value
+
+    def _is_shared(self, value: torch.Tensor, expr: Expr) -> bool:
+        """Whether the memory of a result is also that of a kept result or of a tensor that the expression holds."""
+        if self._memo is not None:
+            return True
+        place = value.untyped_storage().data_ptr()
+        kept = [t for results in self._cache.values() for t in results] + [n.tensor for n in nodes(expr) if isinstance(n, Held)]
+        return any(t.untyped_storage().data_ptr() == place for t in kept)
 
     # ------------------------------------------------------------ evaluation
 

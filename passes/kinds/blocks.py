@@ -1,0 +1,42 @@
+"""Folding a change whose rows do not depend on each other, block by block of rows.
+
+A fold of a whole matrix makes three or four matrices of its size on the way (the wide copy, the product, its scaled copy, the sum), and
+for large ones the time goes into fresh pages of memory and not into arithmetic. Blocks that fit into a core's cache use the same
+few pages again. Blocks have a fixed number of rows, so the bits do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from surgery.passes.kinds.geometry import Geometry
+
+if TYPE_CHECKING:
+    from surgery.passes.kinds.delta import DeltaMethod, Tensors
+
+BLOCK = 1 << 16
+"""Elements of a block: 256 KiB in float32, small enough that the allocator gives the same memory again."""
+
+
+def spans(rows: int, width: int) -> list[tuple[int, int]]:
+    """The rows that are computed at once: a multiple of 16, the unit of products; what is left over belongs to the last block, because
+    libraries compute a product of one or two rows in another order."""
+    step = max(16, BLOCK // max(1, width) // 16 * 16)
+    starts = list(range(0, max(1, rows // step) * step, step))
+    return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor, wide: torch.dtype) -> Tensor | None:
+    """The folded weight in the dtype of ``stored``, rounded once from ``wide``; None where the method or the layout needs all rows
+    at once. ``stored`` is the site's part of the weight, ``t`` the method's tensors in ``wide``."""
+    if site.op != "linear" or site.transposed or site.experts or stored.ndim != 2 or method.rows(site, t, 0, 1) is None:
+        return None
+    out = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    for start, stop in spans(*stored.shape):
+        own = method.rows(site, t, start, stop)
+        assert own is not None
+        out[start:stop] = method.fold(site, own, stored[start:stop].to(wide))
+    return out
