@@ -1,7 +1,7 @@
 """The cases: one Markdown file each, a spec on a tiny model and the plan that surgery shows for it.
 
-```` ```surg plan model=config:bert ```` (or ``compile``) is run in an empty folder and must end with exit code 0; the ```` ```text ```` block behind
-it is the exact plan. ``pytest --update-golden`` writes it.
+```` ```surg plan model=config:bert ```` (or ``compile``) is run in a folder of its own (with the files of
+```` ```text file=NAME ```` blocks) and must end with exit code 0; the ```` ```text ```` block behind it is the exact plan. ``pytest --update-golden`` writes it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def test_case(path: Path, tmp_path: Path, update_golden: bool) -> None:
     blocks = [Block(m[1], m[2].split(), m[3], m.start(), m.end()) for m in FENCE.finditer(page)]
     specs = [i for i, b in enumerate(blocks) if b.language == "surg"]
     assert specs, "a case has a ```surg block"
+    for block in blocks:
+        if block.get("file"):
+            (tmp_path / block.get("file")).write_text(block.body, "utf-8")
     for i in reversed(specs):
         shown = planned(blocks[i], tmp_path).rstrip()
         expected = blocks[i + 1] if i + 1 < len(blocks) and blocks[i + 1].language == "text" else None
