@@ -18,6 +18,7 @@ from surgery.core.diagnostics import SurgeryError
 from surgery.model import graphjson, masked, oracle
 from surgery.model.cost import flops_by_site, flops_per_token, parameters
 from surgery.model.cut import cut
+from surgery.model.decouple import decouple
 from surgery.model.dims import Leaf
 from surgery.model.program import Origin, Program
 from surgery.model.realise import held
@@ -211,3 +212,32 @@ def test_a_refused_cut_changes_nothing():
     inner = remove(program, {named(program, "encoder.layer.1.intermediate.dense.weight", 0, "F"): [2]})
     verify(inner.after, "the cut")
     same_classes(inner)
+
+
+# ---------------------------------------------------------------- heads of one layer behind a shared bias
+
+
+def test_layers_behind_a_shared_bias_can_be_decoupled(tmp_path: Path):
+    program, inputs = zoo_program("t5")
+    before = remove(program, {}).run(inputs)
+    heads = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    together = program.dims.coupled(heads, 0, range(8))
+    assert len({m.parameter for m in together.members}) == 3 * 4 + 1  # every layer of the stack, and the table
+    for name in (heads, heads.replace("encoder", "decoder"), "decoder.block.0.layer.1.EncDecAttention.q.weight"):
+        leaf = named(program, name, 0, "H")
+        assert len(decouple(program, leaf, Origin(verb="prune"))) == 3
+        assert decouple(program, leaf, Origin()) == ()
+    verify(program, "decouple")
+    assert all(torch.equal(a, b) for a, b in zip(remove(program, {}).run(inputs), before, strict=True))
+    assert {s.role for s in program.anatomy.sites} == {s.role for s in zoo_program("t5")[0].anatomy.sites}
+
+    units = {named(program, heads, 0, "H"): [1], named(program, heads.replace("encoder.block.1", "decoder.block.2"), 0, "H"): [0, 3]}
+    done = remove(program, units)
+    assert done.result.removed[heads] == 8 * 32
+    assert not any("block.0.layer.0.SelfAttention.q" in name for name in done.result.removed)
+    assert done.error(inputs) <= 1e-5 and done.literal_error(inputs) <= 1e-5
+    same_classes(done)
+    module: Any = surgery.load(emitted(done.after, tmp_path / "artifact"))
+    assert difference(oracle.floats(module.run_flat(oracle.cut_inputs(done.group, inputs))), done.run(inputs)) <= 1e-6
+    table = program.dims.coupled("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 1, [0])
+    assert "picked by numbers" in table.refusal
