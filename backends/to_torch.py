@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from surgery.backends import streaming
 from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import fail
 from surgery.model import artifact
 from surgery.model.atomic import AtomicOutput
 from surgery.model.live import live_root
 from surgery.model.program import Program
-from surgery.model.realise import Realiser
 from surgery.model.record import Methods
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
-KEPT_BYTES = 1 << 30
-"""Up to this size weights that were realised for earlier checks are used again; above, they are streamed."""
-CHECKED_PARAMS = 500_000_000
-"""Above this size the written module is not run once more."""
-
-
-class _Weights(Mapping[str, torch.Tensor]):
-    def __init__(self, program: Program, tensors: Any) -> None:
-        self.program, self.tensors = program, tensors
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.tensors.of(self.program, name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.program.weights)
-
-    def __len__(self) -> int:
-        return len(self.program.weights)
 
 
 class TorchBackend:
@@ -50,8 +28,8 @@ class TorchBackend:
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
         """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right)."""
-        dtype = DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
-        weights = self._weights(program, request)
+        dtype = streaming.DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
+        weights = streaming.weights(program, request.tensors)
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
             written = artifact.write_artifact(
                 folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,
@@ -65,17 +43,10 @@ class TorchBackend:
         return Emitted((request.target, *(request.target / n for n in names)), tuple(found), ())
 
     @staticmethod
-    def _weights(program: Program, request: EmitRequest) -> Mapping[str, Any]:
-        sizes = (torch.Size(e.shape).numel() for e in program.weights.values())
-        if 4 * sum(sizes) <= KEPT_BYTES:
-            return _Weights(program, request.tensors)
-        return Realiser(program.weights, request.tensors.functions)
-
-    @staticmethod
     def _certify(program: Program, folder: Path, request: EmitRequest, dtype: str) -> list[dict[str, Any]]:
         """The written module against the program itself, in fp32, on a padded batch."""
-        if sum(torch.Size(e.shape).numel() for e in program.weights.values()) > CHECKED_PARAMS:
-            return []
+        if not streaming.is_small(program):
+            return []  # running the program and the module beside each other would take more memory than writing did
         inputs = sample_inputs(program, batch=2, length=13, seed=11, padding=True)
         with one_thread(), torch.no_grad():
             want = live_root(program, request.tensors, dtype=torch.float32).eval()(*inputs)

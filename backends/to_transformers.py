@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from surgery.backends import streaming
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
 from surgery.backends.transformers_config import Derived, derive, original
 from surgery.backends.transformers_moe import as_mixtral
@@ -26,9 +27,6 @@ from surgery.model.sample import sample_inputs
 from surgery.model.shards import write_safetensors
 from surgery.model.weights import DTYPE_BYTES, is_float
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
-CHECKED_PARAMS = 500_000_000
-"""Above this size the written checkpoint is not loaded and run; names and shapes are compared at any size."""
 CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
 
 
@@ -60,7 +58,7 @@ class TransformersBackend:
             names = {name: renamed.get(name, target) for name, target in names.items()}
         derived = derive(program, config)
         _agree(program, derived, architecture, names, span)
-        dtype = DTYPES[str(request.params.get("dtype") or "")]
+        dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
             _write(program, derived, architecture, names, dtype, folder, request)
             found = [] if dtype else _certify(program, architecture, folder, request)
@@ -216,12 +214,10 @@ def _write(
     shapes = {name: program.weights[source].shape for name, source in stored}
     dtypes = {name: _dtype(program.weights[source].dtype, dtype) for name, source in stored}
 
-    def make(source: str, wanted: str) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            value: torch.Tensor = request.tensors.of(program, source)
-            return value.to(getattr(torch, wanted))
+    values = streaming.weights(program, request.tensors)
 
-        return run
+    def make(source: str, wanted: str) -> Callable[[], torch.Tensor]:
+        return lambda: values[source].to(getattr(torch, wanted))
 
     total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
     write_safetensors(
@@ -245,8 +241,8 @@ def _certify(program: Program, architecture: str, folder: Path, request: EmitReq
     """``from_pretrained`` on the written folder against the program, in fp32, on random and padded inputs."""
     import transformers
 
-    if sum(math.prod(e.shape) for e in program.weights.values()) > CHECKED_PARAMS:
-        return []
+    if not streaming.is_small(program):
+        return []  # names and shapes were compared; running two copies would take more memory than writing did
     root = live_root(program, request.tensors, dtype=torch.float32).eval()
     cls = getattr(transformers, architecture)
     with _quiet():

@@ -1,0 +1,127 @@
+"""Merging sharded checkpoints beside mergekit and a plain copy of the same bytes.
+
+Two random Llama-shaped checkpoints (0.45B parameters, bfloat16, 5 shards) are merged by each method; the arms take turns, every run is a
+process of its own, the median counts. The highest resident memory is the process's own, less what it has after its imports.
+
+mergekit wants packages of other versions, so it lives in an environment of its own:
+
+    python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit
+    python -m benchmarks.merge --mergekit mk/bin/mergekit-yaml --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SHARD = 180_000_000
+
+OURS = {
+    "linear": "merge linear of one, two",
+    "slerp": "merge slerp(t = 0.5) of one, two",
+    "ties": "merge ties(density = 50%, trim = tensor, elect = weighted, divide = weight) of one, two",
+    "dare_ties": "merge dare_ties(density = 50%, rescale = l1, elect = weighted, divide = weight) of one, two",
+}
+THEIRS = {
+    "linear": {"merge_method": "linear", "models": [{"model": "one", "parameters": {"weight": 1}}, {"model": "two", "parameters": {"weight": 1}}]},
+    "slerp": {"merge_method": "slerp", "base_model": "one", "models": [{"model": "one"}, {"model": "two"}], "parameters": {"t": 0.5}},
+    "ties": {
+        "merge_method": "ties", "base_model": "base", "parameters": {"density": 0.5, "weight": 1.0},
+        "models": [{"model": "one"}, {"model": "two"}],
+    },
+    "dare_ties": {
+        "merge_method": "dare_ties", "base_model": "base", "parameters": {"density": 0.5, "weight": 1.0},
+        "models": [{"model": "one"}, {"model": "two"}],
+    },
+}  # fmt: skip
+
+
+def write_models(folder: Path) -> None:
+    """Three seeded checkpoints of one shape."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures", "dtype")}))
+        model.to(torch.bfloat16).save_pretrained(folder / name, max_shard_size=SHARD)
+
+
+def timed(command: list[str], folder: Path, threads: int) -> tuple[float, float]:
+    """Seconds and the highest resident MiB of a process."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    before = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - before
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr.read() if process.stderr else ''}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def copied(folder: Path) -> float:
+    """Seconds of reading and writing the bytes of two checkpoints, as a plain copy does, to disk."""
+    target = folder / "copy"
+    shutil.rmtree(target, ignore_errors=True)
+    before = time.perf_counter()
+    for name in ("one", "two"):
+        shutil.copytree(folder / name, target / name)
+    subprocess.run(["sync", "-f", str(target)], check=True)
+    return time.perf_counter() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mergekit", help="path of mergekit-yaml; without it only surgery and the copy are measured")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", default=list(OURS))
+    args = parser.parse_args()
+    kit = os.path.abspath(args.mergekit) if args.mergekit else None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(folder)
+        inputs = 'model "base"\ncheckpoint one = load("one")\ncheckpoint two = load("two")\n'
+        start = [sys.executable, "-c", "import surgery.driver, surgery.backends.to_transformers, transformers.models.llama.modeling_llama"]
+        idle = timed(start, folder, args.threads)
+        results: dict[str, list[tuple[float, float]]] = {}
+        for _ in range(args.rounds):
+            results.setdefault("copy of both", []).append((copied(folder), 0.0))
+            for method in args.methods:
+                (folder / "ours.surg").write_text(f'surg 1\n{inputs}{OURS[method]}\nemit transformers to "ours"\n')
+                command = [sys.executable, "-m", "surgery", "compile", "ours.surg", "--force", "--quiet"]
+                results.setdefault(f"{method}: surgery", []).append(timed(command, folder, args.threads))
+                if kit:
+                    (folder / "theirs.yml").write_text(json.dumps({**THEIRS[method], "dtype": "bfloat16"}))
+                    shutil.rmtree(folder / "theirs", ignore_errors=True)
+                    command = [kit, "theirs.yml", "theirs", "--no-copy-tokenizer", "--lazy-unpickle"]
+                    results.setdefault(f"{method}: mergekit", []).append(timed(command, folder, args.threads))
+        print(f"imports alone: {idle[0]:.1f} s, {idle[1]:.0f} MiB; {resource.getpagesize()} bytes a page")
+        print("| what | s | peak MiB |\n|---|---|---|")
+        for what, runs in results.items():
+            peak = statistics.median(r[1] for r in runs)
+            print(f"| {what} | {statistics.median(r[0] for r in runs):.1f} | {f'{peak:.0f}' if peak else ''} |")
+
+
+if __name__ == "__main__":
+    main()
