@@ -6,7 +6,6 @@ units of a statement go in one cut (:func:`surgery.model.cut.cut`), which compil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -87,7 +86,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     counts = _counts(program, op, method, targets, ranked, scores is not None)
     _report_small(op, method, targets, counts)
     if not any(counts):
-        return report.unchanged(program, op, targets)
+        return report.unchanged(program, targets)
     group = group_of(program.dims, targets, ranked, counts)
     report.warn_widths(program, op, method, targets, counts)
     before = report.Costs.of(program)
@@ -166,12 +165,13 @@ def _changes(
 ) -> list[SiteChange]:
     """One entry a site; what a decision removed stands at the first of the sites that share it."""
     removed = report.removed_by(program, targets, result, sizes)
-    changes = []
+    changes: list[SiteChange] = []
+    seen: set[str] = set()
     for target, count, gone in zip(targets, counts, removed, strict=True):
         after = target.size - count * target.units.step
         if not target.sites:
             changes.append(SiteChange("", "", (), (target.size,), (after,), removed=gone))
         for i, site in enumerate(target.sites):
-            trainable = sum(math.prod(program.weights[n].shape) for n in report.own(program, site) if n not in program.frozen)
+            trainable = report.trains(program, site, seen)
             changes.append(SiteChange(site.role, site.path, (), (target.size,), (after,), removed=0 if i else gone, trainable=trainable))
     return changes

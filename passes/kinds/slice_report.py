@@ -73,16 +73,19 @@ def _change(before: int, after: int) -> str:
     return f"{100 * (after - before) / before:+.3g}%" if before else "0%"
 
 
-def unchanged(program: Program, op: Resolved, targets: Sequence[Target]) -> list[SiteChange]:
+def unchanged(program: Program, targets: Sequence[Target]) -> list[SiteChange]:
     """Nothing goes: the sites as they are."""
+    seen: set[str] = set()
     return [
-        SiteChange(s.role, s.path, (), (t.size,), (t.size,), trainable=_trains(program, s))
-        for t in targets for s in t.sites
+        SiteChange(s.role, s.path, (), (t.size,), (t.size,), trainable=trains(program, s, seen)) for t in targets for s in t.sites
     ]  # fmt: skip
 
 
-def _trains(program: Program, site: Site) -> int:
-    return sum(math.prod(program.weights[n].shape) for n in own(program, site) if n not in program.frozen)
+def trains(program: Program, site: Site, seen: set[str]) -> int:
+    """How many parameters of a site train; those in ``seen`` belong to a site before and count there."""
+    names = [n for n in own(program, site) if n not in seen]
+    seen.update(names)
+    return sum(math.prod(program.weights[n].shape) for n in names if n not in program.frozen)
 
 
 def own(program: Program, site: Site) -> list[str]:
