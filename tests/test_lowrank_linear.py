@@ -65,17 +65,6 @@ def test_same_numbers_and_gradients(cls: Any, dropout: float, shape: tuple[int, 
     assert torch.equal(beside(base, added, x), added(x, base(x)))
 
 
-def test_gradients_of_gradients() -> None:
-    base, added = pair()
-    a, b = added.A, added.B
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: lowrank_linear.LowRankLinear.apply(x, None, base.weight, base.bias, a, b, 2.0), (leaf(2, 4, 12), a, b)
-    )
-    assert torch.autograd.gradgradcheck(
-        lambda x, a, b: lowrank_linear.LowRankLinear.apply(x, None, base.weight, base.bias, a, b, 2.0), (leaf(2, 3, 12), a, b)
-    )
-
-
 def kept(run: Any) -> int:
     """Bytes of distinct storages that autograd keeps."""
     found: dict[int, int] = {}
@@ -90,10 +79,25 @@ def kept(run: Any) -> int:
     return sum(found.values())
 
 
-def test_keeps_no_more_than_two_steps() -> None:
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_second_derivatives_with_a_fixed_dropout(p: float) -> None:
     base, added = pair()
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(4)
+        out: Tensor = lowrank_linear.LowRankLinear.apply(x, base.weight, base.bias, a, b, 2.0, p)
+        return out
+
+    assert torch.autograd.gradcheck(run, (leaf(2, 3, 12), added.A, added.B))
+    assert torch.autograd.gradgradcheck(run, (leaf(2, 3, 12), added.A, added.B))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_keeps_less_than_two_steps(dropout: float) -> None:
+    base, added = pair(dropout)
     x = leaf(64, 12)
-    assert kept(lambda: beside(base, added, x)) <= kept(lambda: added(x, base(x)))
+    mine, theirs = kept(lambda: beside(base, added, x)), kept(lambda: added(x, base(x)))
+    assert mine <= theirs if not dropout else mine < 0.7 * theirs
 
 
 @pytest.mark.parametrize("why", ["hook", "hook on the base", "trainable base", "autocast", "other dtype", "inactive", "vmap", "A frozen"])

@@ -79,8 +79,8 @@ class LowRankMethod(DeltaMethod):
         a, b = self.factors(site, t)
         if not lowrank_linear.fits(x, weight, bias, a, b):
             return None
-        dropped = F.dropout(x, self.dropout) if self.dropout and training else None
-        return lowrank_linear.LowRankLinear.apply(x, dropped, weight, bias, a, b, self.scale())  # type: ignore[no-any-return,no-untyped-call]
+        p = self.dropout if training else 0.0
+        return lowrank_linear.LowRankLinear.apply(x, weight, bias, a, b, self.scale(), p)  # type: ignore[no-any-return,no-untyped-call]
 
     def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
         if type(self).delta is not LowRankMethod.delta:  # more than the product: the general way

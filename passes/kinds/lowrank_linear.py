@@ -1,7 +1,8 @@
 """A frozen linear map and its low-rank change as one step of autograd: ``y = x W^T + b + s (d A^T) B^T``.
 
-``d`` is ``x`` or a dropped-out copy. Against two steps: the change is added into the base product where it lies, and in backward
-``g W`` and ``s (g B) A`` meet in one tensor, so no value of full size is written only to be added to another.
+``d`` is ``x``, or ``x`` with inputs dropped out. Against two steps: the change is added into the base product where it lies, and in
+backward ``g W`` and ``s (g B) A`` meet in one tensor, so no value of full size is written only to be added to another. Of a
+dropout one byte an element is kept beside ``x``, which the adapters of one input share; ``d`` is made again in backward.
 """
 
 from __future__ import annotations
@@ -31,42 +32,47 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -
 
 
 class LowRankLinear(torch.autograd.Function):
-    """``apply(x, d, W, b, A, B, s)``: ``x`` and ``d`` [..., in] (``d`` None: ``x`` itself), ``W`` [out, in], ``b`` [out] or None,
-    ``A`` [r, in], ``B`` [out, r]; gives [..., out]. ``W`` and ``b`` get no gradient."""
+    """``apply(x, W, b, A, B, s, p)``: ``x`` [..., in], ``W`` [out, in], ``b`` [out] or None, ``A`` [r, in], ``B`` [out, r], ``p`` the
+    probability with which the change does not see an input; gives [..., out]. ``W`` and ``b`` get no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        source = x if dropped is None else dropped
-        thin = F.linear(source, a).reshape(-1, a.shape[0])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+        # drawn as F.dropout draws; what is left is divided by 1 - p in the thin value
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
+        scale = scale / (1 - p)
+        thin = F.linear(_kept(x, keep), a).reshape(-1, a.shape[0])
         out = F.linear(x, weight, bias)
         if not out.is_contiguous():
             out = out.contiguous()
         out.view(-1, out.shape[-1]).addmm_(thin, b.t(), alpha=scale)
-        ctx.save_for_backward(source if ctx.needs_input_grad[4] else None, thin if ctx.needs_input_grad[5] else None, weight, a, b)
-        ctx.scale, ctx.own = scale, dropped is not None
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, keep, thin if ctx.needs_input_grad[4] else None, weight, a, b)
+        ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        source, thin, weight, a, b = ctx.saved_tensors
-        for_x, for_dropped, _, _, for_a, for_b, _ = ctx.needs_input_grad
+        x, keep, thin, weight, a, b = ctx.saved_tensors
+        for_x, _, _, for_a, for_b, _, _ = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])
         again = torch.is_grad_enabled()  # someone takes gradients of these gradients: nothing may be changed in place
         if again and for_b:
-            thin = F.linear(source, a).reshape(-1, a.shape[0])  # the kept one has no history
+            thin = F.linear(_kept(x, keep), a).reshape(-1, a.shape[0])  # the kept one has no history
         change = (flat @ b) * ctx.scale
-        grad_x = grad_dropped = grad_a = grad_b = None
+        grad_x = grad_a = grad_b = None
         if for_x:
             grad_x = flat @ weight
-            if not ctx.own:
+            if keep is None:
                 grad_x = torch.addmm(grad_x, change, a) if again else grad_x.addmm_(change, a)
+            else:
+                more = _kept(change @ a, keep.reshape(grad_x.shape))
+                grad_x = grad_x + more if again else grad_x.add_(more)
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
-        if for_dropped:
-            grad_dropped = (change @ a).view(*grad.shape[:-1], weight.shape[1])
         if for_a:
-            grad_a = change.t() @ source.reshape(-1, source.shape[-1])
+            grad_a = change.t() @ _kept(x, keep).reshape(-1, a.shape[1])
         if for_b:
             grad_b = flat.t() @ thin * ctx.scale
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else torch.where(keep, x, x.new_zeros(()))
