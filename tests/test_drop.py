@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import surgery
 from surgery.core.diagnostics import SurgeryError
 from surgery.core.site import Site
 from surgery.core.source import NOWHERE
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Program
+from surgery.model.realise import held
 from surgery.model.runtime import build_module
+from surgery.model.sample import sample_inputs
 from surgery.passes import registry
 from surgery.passes.kinds.drop_extract import Extraction, is_layer
 from surgery.passes.kinds.drop_oracle import Bypassed
 from surgery.passes.verify import verify
 from tests.captured_programs import zoo_program
-from tests.programs import LM, TEXT, ids, live, program_for
+from tests.programs import LM, TEXT, emitted, ids, live, program_for
+from tests.workbench import operation, run
 from tests.zoo import CAPTURABLE
 
 TENSORS = Tensors(registry.function)
@@ -254,3 +260,86 @@ def test_equals_the_live_model_without_these_layers(family: str) -> None:
         assert program.info.config[key] == ([2, 2] if family == "swin" else count - 2)
         others = {k: v for k, v in program.info.config.items() if k.endswith("layers") and k != key and isinstance(v, int)}
         assert all(v == getattr(config, k) for k, v in others.items() if k in ("encoder_layers", "decoder_layers", "num_decoder_layers"))
+
+
+# ------------------------------------------------------------------ what stands on the layers
+
+
+def test_adapters_move_up_with_their_layers(tmp_path: Path) -> None:
+    """Trained adapters and inserted modules stay where they were; those of what goes go; the artifact opens and chains."""
+    model, _, _ = causal("llama")
+    program = original(model).copy()
+    run(program, operation(program, "adapt", "lora", [f"layers[{i}].attn.{x}" for i in range(4) for x in "qo"], rank=2))
+    run(
+        program,
+        operation(program, "insert", "bottleneck", [f"layers[{i}].{b}" for i in range(4) for b in ("attn", "ffn")], "after", width=4),
+    )
+    for i, name in enumerate(sorted({t for a in program.attachments for t in a.tensors})):
+        value = torch.randn(program.weights[name].shape, generator=torch.Generator().manual_seed(i)) * 0.1
+        program.weights[name] = held(value)
+    before = program.copy()
+    flat = sample_inputs(program, batch=2, length=6, seed=1)
+    gone = [s for s in program.anatomy.sites if s.role in ("layers[1]", "layers[2].attn")]
+    out = took(program, gone)
+    verify(program, "the test")
+    want = [t for i, t in enumerate(Bypassed(before, out.layers, out.branches).run(TENSORS, flat)) if i not in out.outputs]
+    got = live_root(program, TENSORS, dtype=torch.float32).eval()(*(t for i, t in enumerate(flat) if i not in out.inputs))
+    for x, y in zip(floats(want), floats(got), strict=True):
+        assert torch.allclose(x, y, atol=1e-5, rtol=1e-5)
+    roles = sorted(a.site.role for a in program.attachments if a.method.name == "lora")
+    assert roles == ["layers[0].attn.o", "layers[0].attn.q", "layers[2].attn.o", "layers[2].attn.q"]
+    assert {a.module.split(".")[2] for a in program.attachments} == {"0", "1", "2"}
+    folder = emitted(program, tmp_path / "out")
+    loaded: Any = surgery.load(folder)
+    tokens = ids(2, 5)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, build_module(program, TENSORS.all(program))(tokens).logits)
+    plan = surgery.plan("surg 1\n\nprune layers(count = 1, score = magnitude) on layers[1..2]\nfold all\n", str(folder))
+    assert plan.totals is not None and plan.ok
+
+
+# ------------------------------------------------------------------ scores
+
+
+def test_block_influence_of_layers_and_branches(tmp_path: Path) -> None:
+    """Against hooks on the live model: 1 - mean cos(x, y), of a layer from input to output, of a branch around its sum."""
+    model, _, _ = causal("llama")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokens = ids(6, 9)
+    save_file({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tmp_path / "calib.safetensors")
+    into: list[Tensor] = []
+    middle: list[Tensor] = []
+    out: list[Tensor] = []
+    hooks = []
+    for layer in model.get_submodule("model.layers").children():
+        hooks.append(layer.register_forward_pre_hook(lambda _, args: into.append(args[0])))
+        norm = layer.get_submodule("post_attention_layernorm")
+        hooks.append(norm.register_forward_pre_hook(lambda _, args: middle.append(args[0])))
+        hooks.append(layer.register_forward_hook(lambda _, args, result: out.append(result[0] if isinstance(result, tuple) else result)))
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+
+    def influence(a: list[Tensor], b: list[Tensor]) -> list[float]:
+        return [1 - float(torch.cosine_similarity(x.double(), y.double(), dim=-1).mean()) for x, y in zip(a, b, strict=True)]
+
+    layers, attn = influence(into, out), influence(into, middle)
+    cosines = [torch.cosine_similarity(into[i][:, -1].double(), out[i + 1][:, -1].double(), dim=-1) for i in range(3)]
+    angles = [float((c.arccos() / torch.pi).mean()) for c in cosines]
+
+    def chosen(statement: str) -> list[str]:
+        spec = f'surg 1\n\ndata text = tensors("calib.safetensors")\n{statement} using text\n'
+        (tmp_path / "s.surg").write_text(spec, "utf-8")
+        return [s.role for s in surgery.compile(tmp_path / "s.surg", str(folder), out=tmp_path).plan.steps[0].sites]
+
+    lowest = min(range(4), key=layers.__getitem__)
+    assert chosen("prune layers(count = 1) on layers") == [f"layers[{lowest}]"]
+    ranked = sorted(range(4), key=attn.__getitem__)[:2]
+    assert chosen("skip bypass(count = 2) on layers[*].attn") == [f"layers[{i}].attn" for i in sorted(ranked)]
+    start = min(range(3), key=angles.__getitem__)
+    assert chosen("prune layers(count = 2, score = angular) on layers") == [f"layers[{start}]", f"layers[{start + 1}]"]
+    pairs = [layers[i] + layers[i + 1] for i in range(1, 3)]
+    start = 1 + min(range(2), key=pairs.__getitem__)
+    assert chosen("prune layers(count = 2, contiguous = true) on layers keep layers[0]") == [f"layers[{start}]", f"layers[{start + 1}]"]

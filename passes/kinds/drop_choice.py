@@ -6,12 +6,10 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.near import quoted
@@ -20,6 +18,8 @@ from surgery.core.site import NodeRef, Site
 from surgery.core.source import Span
 from surgery.model.program import Program
 from surgery.passes.kinds.attach import seed_of
+from surgery.passes.kinds.drop_extract import is_layer
+from surgery.passes.kinds.drop_graph import branch_cut
 from surgery.passes.operation import Resolved
 
 FROM_DATA = ("block_influence", "angular")
@@ -163,7 +163,15 @@ def _scores(program: Program, op: Resolved, free: Sequence[Site], score: str, fi
         return [_magnitude(program, op, s) for s in free]
     from surgery.model.scores import layer_scores
 
-    return list(layer_scores(op.study, program, op.data, list(free)))
+    return list(layer_scores(op.study, program, op.data, [_stream(program, op, s) for s in free]))
+
+
+def _stream(program: Program, op: Resolved, site: Site) -> Site:
+    """What a part changes is the stream: a layer from its input to its output, a branch from in front of the sum to behind it."""
+    if is_layer(site):
+        return site
+    cut = branch_cut(program, site, op.origin.span)
+    return replace(site, input=NodeRef(cut.graph, cut.instead.name), output=NodeRef(cut.graph, cut.node.name))
 
 
 def _magnitude(program: Program, op: Resolved, site: Site) -> float:
@@ -175,49 +183,21 @@ def _magnitude(program: Program, op: Resolved, site: Site) -> float:
 
 def _angular(program: Program, op: Resolved, free: Sequence[Site], gone: int) -> tuple[list[Site], float]:
     """The run of ``gone`` neighbours between whose first input and last output the angle at the last token is smallest."""
+    from surgery.model.scores import run_scores
+
+    branch = next((s.role for s in free if not is_layer(s)), "")
+    if branch:
+        raise fail(
+            "S0475", f"{branch} is no whole layer, and `angular` compares what enters and leaves runs of layers", span_of(op, "score"),
+            "for layers", help="choose blocks by block_influence",
+        )  # fmt: skip
     assert op.study is not None
-    into: dict[str, list[Tensor]] = {s.role: [] for s in free}
-    out: dict[str, list[Tensor]] = {s.role: [] for s in free}
-
-    stores: dict[NodeRef, list[list[Tensor]]] = {}  # what leaves one layer may be the very node that enters the next
-    for site in free:
-        assert site.input is not None and site.output is not None
-        stores.setdefault(site.input, []).append(into[site.role])
-        stores.setdefault(site.output, []).append(out[site.role])
-
-    def look_at(store: list[list[Tensor]]) -> Any:
-        def look(value: Tensor, keep: Tensor | None) -> None:
-            last = _last(value, keep)
-            for each in store:
-                each.append(last)
-
-        return look
-
-    op.study.observe(program, op.data, outputs={ref: look_at(store) for ref, store in stores.items()})
-    best: tuple[float, int] | None = None
-    for i in range(len(free) - gone + 1):
-        window = free[i : i + gone]
-        if not _neighbours(window):
-            continue
-        a, b = torch.cat(into[window[0].role]).double(), torch.cat(out[window[-1].role]).double()
-        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).nan_to_num(0.5)
-        angle = float((torch.arccos(cosine) / math.pi).mean())
-        if best is None or angle < best[0]:
-            best = angle, i
-    if best is None:
+    angles = run_scores(op.study, program, op.data, list(free), gone) if gone <= len(free) else []
+    runs = [(angle, i) for i, angle in enumerate(angles) if _neighbours(free[i : i + gone])]
+    if not runs:
         raise _no_run(op, gone, free)
-    return list(free[best[1] : best[1] + gone]), best[0]
-
-
-def _last(value: Tensor, keep: Tensor | None) -> Tensor:
-    """The row of the last real token of each sample: ``[batch, tokens, width]`` to ``[batch, width]``."""
-    value = value.reshape(value.shape[0], -1, value.shape[-1])
-    if keep is None:
-        return value[:, -1].clone()
-    keep = keep.reshape(value.shape[:2])
-    places = torch.arange(value.shape[1]).expand_as(keep)
-    last = torch.where(keep, places, torch.full_like(places, -1)).amax(1).clamp(min=0)
-    return value[torch.arange(value.shape[0]), last].clone()
+    angle, first = min(runs)
+    return list(free[first : first + gone]), angle
 
 
 # ------------------------------------------------------------------ scores from a file

@@ -101,27 +101,28 @@ def branch_cut(program: Program, site: Site, span: Span) -> Cut:
     """
     if site.output is None:
         raise fail("S0473", f"{site.role} cannot be bypassed: the graph shows no single output of it", span, "selected here")
-    graph = program.module(site.output.graph)
-    node = program.node(site.output)
-    while True:
-        users = list(node.users)
-        attached = [u for u in users if u.op == "call_module" and hasattr(graph.get_submodule(str(u.target)), "edits")]
-        if len(users) != 1:
-            break
-        if attached and users[0].args[graph.get_submodule(str(users[0].target)).edits] is node:
-            node = users[0]
-            continue
-        if _moves(users[0], node):
-            node = users[0]
-            continue
-        rest = _rest_of_sum(users[0], node)
-        if rest is not None:
-            return _fitting(Cut(site, site.output.graph, users[0], None, rest), span)
-        break
+    end = branch_end(program, site)
+    user = next(iter(end.users), None)
+    rest = _rest_of_sum(user, end) if user is not None and len(end.users) == 1 else None
+    if user is not None and rest is not None:
+        return _fitting(Cut(site, site.output.graph, user, None, rest), span)
     raise fail(
         "S0473", f"{site.role} cannot be bypassed: it is not a branch that is added to something beside it", span, "selected here",
         help="select a whole layer, or an attention or feed-forward block with a residual connection",
     )  # fmt: skip
+
+
+def branch_end(program: Program, site: Site) -> fx.Node:
+    """The value of a branch behind everything that was attached to its output."""
+    assert site.output is not None
+    graph, node = program.module(site.output.graph), program.node(site.output)
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        edits = getattr(graph.get_submodule(str(user.target)), "edits", None) if user.op == "call_module" else None
+        if not (_moves(user, node) or (edits is not None and user.args[edits] is node)):
+            break
+        node = user
+    return node
 
 
 def _moves(user: fx.Node, node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """What a model without some parts must compute: the model before, run as it was, with those parts bypassed as it runs.
 
 Written against values, not graphs: a layer's result is replaced by what went in, a branch's result by zeros. So it shares nothing
-with the rewriting that it judges.
+with the rewriting that it judges, except where a branch ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from surgery.core.source import Span
 from surgery.model.claims import Claim, Outputs
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Program
+from surgery.passes.kinds.drop_graph import branch_end
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Bypassed:
         zero: dict[str, set[str]] = {}
         for site in self.branches:
             assert site.output is not None
-            zero.setdefault(site.output.graph, set()).add(site.output.node)
+            zero.setdefault(site.output.graph, set()).add(branch_end(self.before, site).name)
         for path in {*into, *zero} - {""}:
             module = root.get_submodule(path)
             module.register_forward_hook(_hook(into.get(path, {}), zero.get(path, set())), with_kwargs=True)

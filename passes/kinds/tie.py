@@ -181,11 +181,11 @@ def _agree(program: Program, op: Resolved, group: Sequence[Site], names: Sequenc
                 also=[(origin.span, "shared here")] if origin else (), help="put all layers that are to share into one group of one statement",
             )  # fmt: skip
     shared = {program.aliases.get(n, n) for n in inside}
-    for a in program.attachments:
-        if a.method.kind == "delta" and program.aliases.get(a.site.weight, a.site.weight) in shared:
+    for added in program.attachments:
+        if added.method.kind == "delta" and program.aliases.get(added.site.weight, added.site.weight) in shared:
             raise fail(
-                "S0486", f"{a.name} on {a.site.role} was made for a weight that this statement would replace", op.origin.span, "shared here",
-                also=[(a.origin.span, f"{a.name} is attached here")], help=f"share first: put this statement above `{a.origin.verb} {a.method.name}`",
+                "S0486", f"{added.name} on {added.site.role} was made for a weight that this statement would replace", op.origin.span, "shared here",
+                also=[(added.origin.span, f"{added.name} is attached here")], help=f"share first: put this statement above `{added.origin.verb} {added.method.name}`",
             )  # fmt: skip
     hidden = [n for n in inside if masked.mask_of(program, n) is not None]
     if hidden and op.method.params()["weights"] == "mean":
