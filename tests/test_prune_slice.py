@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -408,3 +409,68 @@ def test_a_refused_cut_leaves_the_program_as_it_was() -> None:
     with pytest.raises(SurgeryError, match="S0444"):
         cut.run()
     assert dict(cut.program.weights) == before and not cut.claims
+
+
+# ---------------------------------------------------------------- scores from data
+
+
+def test_element_scores_sum_over_members_and_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed scores are added within a tensor and count by their size; scores of some axes count on those axes alone."""
+    names: list[str] = []
+
+    def signed(study: Study, program: Program, samples: Any, score: str, wanted: list[str], *, span: Any = None) -> Any:
+        for name in wanted:
+            names.append(name)
+            size = torch.Size(program.weights[name].shape)
+            if score == "activation":
+                if name.endswith("output.dense.weight"):
+                    yield name, torch.arange(64, 0, -1, dtype=torch.float64), (1,)
+                continue
+            values = torch.zeros(size, dtype=torch.float64)
+            if name.endswith("intermediate.dense.weight"):
+                values[:, 0] = torch.arange(1.0, 65.0)
+                values[3, 1] = -4.0  # 4 - 4: the unit is worth nothing
+            elif name.endswith("output.dense.weight"):
+                values[0, 0], values[0, 3] = -100.0, 1.0
+            yield name, values, tuple(range(len(size)))
+
+    monkeypatch.setattr("surgery.model.scores.element_scores", signed)
+    for score, gone in (("taylor_signed", [1, 2, 3, 4]), ("activation", [60, 61, 62, 63])):
+        cut = Cutting("bert", "ffn", ["layers[0].ffn"], keep=(), ratio=0.0625, score=score)
+        cut.op = replace(cut.op, data=object())
+        cut.run()
+        assert f"removed: {', '.join(map(str, gone))} of layers[0].ffn" in cut.told
+    assert names[:3] == [f"encoder.layer.0.{x}" for x in ("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight")]
+
+
+def test_a_spec_with_data_cuts_by_gradients(here: Path) -> None:
+    Path("bert.json").write_text(json.dumps({"architectures": ["BertModel"], **ZOO["bert"].plain_config}), "utf-8")
+    save_file({"input_ids": torch.randint(3, 90, (6, 8), generator=torch.Generator().manual_seed(0))}, "ids.safetensors")
+    text = (
+        'surg 1\n\ndata few = tensors("ids.safetensors")\n\n'
+        "prune heads(ratio = 50%, score = taylor, scope = global) on layers[*].attn using few keep layers[0]\n"
+    )
+    result = surgery.compile(text, "config:bert.json")
+    step = result.plan.steps[0]
+    assert [s.role for s in step.sites] == ["layers[1].attn", "layers[2].attn"]
+    assert sum(s.shape_before[0] - s.shape_after[0] for s in step.sites) == 4
+    assert sum(s.removed for s in step.sites) == 4 * 1048
+    assert [c["ok"] for c in result.certificates if c["claim"] == "removed = masked"] == [True]
+    assert surgery.compile(text, "config:bert.json").plan.steps[0].facts == step.facts
+
+
+# ---------------------------------------------------------------- after other statements
+
+
+def test_shared_layers_are_one_decision_and_the_message_shows_who_shared_them(here: Path) -> None:
+    Path("bert.json").write_text(json.dumps({"architectures": ["BertModel"], **ZOO["bert"].plain_config}), "utf-8")
+    share = "surg 1\n\nshare layers(groups = pairs) on layers[0..1]\n"
+    with pytest.raises(SurgeryError) as error:
+        surgery.compile(share + "prune heads(ratio = 25%) on layers[0].attn\n", "config:bert.json")
+    found = error.value.diagnostics[0]
+    assert found.code == "S0445"
+    assert [(label.span.line, label.text) for label in found.labels] == [
+        (4, "not selected: `layers[1].attn`"), (3, "shared by this statement"),
+    ]  # fmt: skip
+    plan = surgery.plan(share + "prune heads(ratio = 25%) on layers[*].attn\n", "config:bert.json")
+    assert [s.removed for s in plan.steps[1].sites] == [1048, 0, 1048]
