@@ -19,7 +19,7 @@ from surgery.model.runtime import build_module
 from surgery.model.study import Study
 from surgery.passes import registry
 from surgery.passes.expect import parameter_sizes
-from surgery.passes.kinds.rotate import ShortcutModule
+from surgery.passes.kinds.rotate_write import ShortcutModule
 from surgery.passes.prune.slicegpt import Slicegpt
 from surgery.passes.verify import verify
 from tests.captured_programs import live_model, zoo_program

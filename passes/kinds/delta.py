@@ -11,15 +11,14 @@ add up, ``W' = W + sum_i dW_i(W)``. So their order does not matter, DoRA's inclu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import fail
-from surgery.core.method import Method, param
+from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.cut_attached import Around, Follow
@@ -27,98 +26,17 @@ from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, tie_fold
-from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.blocks import fold_by_rows
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
+from surgery.passes.kinds.delta_method import DeltaMethod, Tensors
 from surgery.passes.kinds.follow import follow_delta
 from surgery.passes.kinds.geometry import Geometry, geometry_of, take
 from surgery.passes.kinds.parts import part_of, rewrite, size_of, untie
 from surgery.passes.operation import Resolved, SiteChange
 
-Tensors = Mapping[str, Tensor]
 MODULE_TAG = "surgery.delta"
 
-
-@dataclass(frozen=True)
-class DeltaMethod(Method):
-    """Base of the methods that change one weight.
-
-    Give either :meth:`delta` or :meth:`fold`; each is made from the other. ``reads`` names what the live module needs
-    besides the site's input and output: ``weight`` (stored weight), ``bias``, ``base`` (the output before any adapter). A method
-    whose change depends on the weight must read it.
-    """
-
-    kind: ClassVar[str] = "delta"
-
-    shared: bool = param(False, "one adapter for all uses of a weight that layers share, in place of one for each layer", last=True)
-    fold_class: ClassVar[str] = "merge"
-    reads: ClassVar[tuple[str, ...]] = ()
-
-    # -------------------------------------------------------------- mathematics of the method
-
-    def tensors(self, site: Geometry) -> tuple[TensorSpec, ...]:
-        """The tensors added at a site, in order."""
-        raise NotImplementedError
-
-    def count(self, site: Geometry) -> int:
-        """How many parameters are added at a site, by the method's published formula."""
-        raise NotImplementedError
-
-    def delta(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
-        """The change of the canonical ``weight`` (see :class:`Geometry`), same shape."""
-        return self.fold(site, t, weight) - weight
-
-    def fold(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
-        """The canonical weight with the change in it."""
-        return weight + self.delta(site, t, weight)
-
-    def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
-        """The tensors with which :meth:`fold` changes rows ``[start:stop)`` of the canonical weight alone, given only these rows;
-        None where a row depends on others."""
-        return None
-
-    def rebase(self, site: Geometry) -> tuple[str, int] | None:
-        """Function and output number that give the rewritten base weight, for methods that move a part of it out."""
-        return None
-
-    def check(self, site: Geometry) -> str:
-        """Why the method cannot stand at this site, or an empty text."""
-        return ""
-
-    def note(self, site: Geometry) -> str:
-        """A remark about this site for the plan, or an empty text."""
-        return ""
-
-    def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
-        """The site's output ``out`` with this method's change, from the site's input ``x``; methods give a faster one."""
-        return self.through_weight(site, t, x, out, extra, training)
-
-    def through_weight(
-        self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool, keep: Tensor | None = None
-    ) -> Tensor:
-        """:meth:`forward` by way of the change itself, which is zero where ``keep`` (canonical, None: nowhere) is false."""
-        weight = extra.get("weight")
-        dropout = getattr(self, "dropout", 0.0)
-        if dropout and training and site.op != "embedding":
-            x = F.dropout(x, dropout)
-        delta = self.delta(site, t, None if weight is None else weight.to(out.dtype))  # type: ignore[arg-type]
-        if keep is not None:
-            delta = torch.where(keep, delta, delta.new_zeros(())).to(out.dtype)
-        return out + site.spread(site.apply(x, delta), axis=1 if site.op == "conv" else -1)
-
-    def on_linear(self, site: Geometry, t: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor | None:
-        """Base product and change of a linear site together, for methods that have less work that way; None: not here."""
-        return None
-
-    def on_weight(self, site: Geometry, t: Tensors, stored: Tensor, weight: Tensor) -> Tensor:
-        """The stored expert tensor with this method's change (of the canonical ``weight`` of the site's rows)."""
-        t = {k: v.to(weight.dtype) for k, v in t.items()}
-        change = site.from_canonical(self.delta(site, t, weight))
-        return stored + site.spread(change, axis=site.out_axis)
-
-    def wants_weight(self) -> bool:
-        """Whether the change depends on the stored weight, so that nothing else may rewrite that weight under it."""
-        return "weight" in self.reads
+__all__ = ["DeltaMethod", "DeltaModule", "Tensors", "apply", "chain", "end_of_chain", "fold", "fold_attachments"]
 
 
 class DeltaModule(nn.Module):
@@ -316,7 +234,7 @@ def _insert(program: Program, graph: str, base: fx.Node, site: Site, module: Del
     target = attach.relative(path, graph)
     if target is None:
         raise fail("S0571", f"{site.role} is used from {graph or 'the root'}, where {path} cannot be reached", op.origin.span)
-    current = end_ofchain(gm, base)
+    current = end_of_chain(gm, base)
     x = None if module.site.op == "experts" else operand(base)
 
     def read(name: str) -> fx.Node:
@@ -338,7 +256,7 @@ def _insert(program: Program, graph: str, base: fx.Node, site: Site, module: Del
     return node
 
 
-def end_ofchain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
+def end_of_chain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
     """The value that the rest of the graph reads as the site's output: behind all adapters that are already there."""
     return [base, *chain(gm, base)][-1]
 
