@@ -15,6 +15,7 @@ from torch import Tensor
 
 import surgery
 from surgery.core.diagnostics import SurgeryError
+from surgery.model import masked
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Origin, Program
 from surgery.model.realise import held
@@ -328,6 +329,51 @@ def test_rewriting_a_shared_weight_for_one_layer_says_that_it_is_no_longer_share
     assert "no longer tied" in changes[0].note and changes[0].added == 32 * 32 + 2 * (32 + 32)
     for x, y in zip(outputs(program, flat()), outputs(shared_program(), flat()), strict=True):
         assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ with other statements
+
+
+def test_pruning_what_is_shared_is_one_decision(tmp_path: Path) -> None:
+    """Heads and hidden units of shared layers go together, count once, and the result equals the masked model."""
+    from tests.zoo import ZOO
+
+    ZOO["bert"].make_model().save_pretrained(tmp_path / "bert")  # type: ignore[operator]
+    text = """surg 1
+
+share layers(groups = pairs) on layers[0..1] keep own norm
+prune heads(keep = 3, score = magnitude) on layers[*].attn
+prune ffn(keep = 48, score = magnitude) on layers[*].ffn
+adapt lora(rank = 2) on layers[*].attn.q
+
+emit torch to "out"
+"""
+    (tmp_path / "s.surg").write_text(text, "utf-8")
+    result = surgery.compile(tmp_path / "s.surg", str(tmp_path / "bert"), out=tmp_path)
+    assert [c["claim"] for c in result.certificates if c["ok"]].count("removed = masked") == 2
+    module: Any = surgery.load(tmp_path / "out")
+    query = [module.get_parameter(f"encoder.layer.{i}.attention.self.query.weight") for i in range(3)]
+    assert query[0] is query[1] and [tuple(q.shape) for q in query] == [(24, 32)] * 3
+    d, f, inner = 32, 48, 24
+    block = 3 * (inner * d + inner) + inner * d + d + 2 * d * f + f + d
+    norms = 4 * d
+    adapters = 2 * (32 + 24)
+    rest = 32_032 - 3 * 8_544
+    assert sum(p.numel() for p in module.parameters()) == rest + 2 * block + 3 * norms + 3 * adapters
+
+
+def test_masks_go_with_the_weights_that_win() -> None:
+    program = _program().copy()
+    name = "model.layers.{}.mlp.up_proj.weight"
+    keep = held(torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) > 0.5)
+    masked.set_mask(program, [name.format(0)], keep, Origin(verb="prune", method="mask"))
+    two = program.copy()
+    share(program, ["layers[0]", "layers[1]"])
+    zeros = int((~TENSORS.of(program, masked.mask_name(name.format(1)))).sum())
+    assert zeros == int((TENSORS.of(program, name.format(1)) == 0).sum()) > 900
+    refused(two, ["layers[0]", "layers[1]"], "S0487", "the mean of masked weights", weights="mean")
+    share(two, ["layers[0]", "layers[1]"], weights="last")
+    assert int((TENSORS.of(two, name.format(0)) == 0).sum()) == 0 and not masked.masks(two)
 
 
 # ------------------------------------------------------------------ what is refused
