@@ -18,6 +18,7 @@ from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.program import Program
 from surgery.model.realise import held
+from surgery.model.study_run import check_finite
 from surgery.model.weights import Apply, Expr, Masked, Update
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.calls import call_config, calls_of, ties_outside, weight_names, weight_of
@@ -82,18 +83,9 @@ def keep(
     known = rest.pop(0) if statistic else None
     before = geometry.to_canonical(rest.pop(0)) if old else None
     weight = geometry.to_canonical(part.double() if part.dtype == torch.float64 else part.float())
-    if not bool(torch.isfinite(weight).all()):
-        raise not_finite(tensor, weight)
+    check_finite(tensor, weight)
     stays = cls(**params).drop(geometry, weight, known, None if before is None else before.logical_not()).logical_not()
     return geometry.from_canonical(stays if before is None else stays & before).contiguous()
-
-
-def not_finite(name: str, weight: Tensor) -> Exception:
-    count = int((~torch.isfinite(weight)).sum())
-    return fail(
-        "S0752", f"the weight `{name}` holds {count} values that are not finite", notes=(f"{count} of {weight.numel():,} elements are NaN or infinite",),
-        help="scores and calibration need finite weights: mend or train the checkpoint again",
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ apply
@@ -261,8 +253,7 @@ def _solve(
 
     before = None if old is None else geometry.to_canonical(realise(old, functions=registry.function))
     weight = geometry.to_canonical(part.double() if part.dtype == torch.float64 else part.float())
-    if not bool(torch.isfinite(weight).all()):
-        raise not_finite(name, weight)
+    check_finite(name, weight)
     found = method.solve(geometry, weight, statistic, None if before is None else before.logical_not())
     if found is None:
         return None

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from surgery.core.site import Site
+from surgery.model import masked
 from surgery.model.program import Attachment, Program, ValueSpec
 from surgery.model.weights import Add, Apply, Cast, Concat, Expr, Init, Scale
 from surgery.passes.kinds import attach
@@ -135,6 +136,8 @@ def _widen(
             program.frozen.add(name)
         weights[name] = expr
         program.journal.fold(name, a.origin, op.origin)
+    masked.reshape_mask(program, up.weight, lambda keep: _longer(keep, width, 0))
+    masked.reshape_mask(program, down.weight, lambda keep: _longer(keep, width, 1))
     for name in (up.weight, down.weight):
         _replace_linear(program, name.rpartition(".")[0], weights[name].shape)
     attach.detach(program, a)
@@ -143,6 +146,14 @@ def _widen(
         if isinstance(spec, ValueSpec):
             node.meta["spec"] = replace(spec, shape=(*spec.shape[:-1], ff + width))
     program.touch()
+
+
+def _longer(keep: Expr, width: int, axis: int) -> Expr:
+    """A mask of a weight that became longer: nothing of what was added is masked."""
+    shape = list(keep.shape)
+    more = Init((*shape[:axis], width, *shape[axis + 1 :]), "bool", "ones")
+    shape[axis] += width
+    return Concat(tuple(shape), "bool", (keep, more), axis)
 
 
 def _replace_linear(program: Program, path: str, shape: tuple[int, ...]) -> None:
