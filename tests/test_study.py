@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -15,10 +16,11 @@ from surgery.model.data import Samples
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Program
 from surgery.model.realise import held, no_functions, one_thread
+from surgery.model.retarget import graphs_of
 from surgery.model.study import Study
 from surgery.model.study_grad import names_in
 from surgery.model.study_loss import Objective
-from surgery.model.study_run import writes
+from surgery.model.study_run import in_order, writes
 from surgery.opening import capture
 from tests.captured_programs import live_model, zoo_program
 from tests.data_support import codes, zoo_samples
@@ -316,18 +318,48 @@ def test_shared_parameters_settle_at_their_last_use() -> None:
     assert seen == 2 and len(inside) == 1
 
 
-def test_thread_count_and_batch_order_change_nothing() -> None:
-    program, _ = zoo_program("bert")
+@pytest.mark.parametrize("family", ["bert", "mixtral"])
+def test_the_number_of_threads_changes_no_bit(family: str) -> None:
+    """Outputs, what hooks see and in which order, and gradients; with two threads two batches run side by side."""
+    program, _ = zoo_program(family)
+    samples, names = zoo_samples(program, family, 5, batch=1), parameters(program)[:12]
+    refs = [
+        NodeRef(path, node.name) for path, module in graphs_of(program.graph) if path
+        for node in module.graph.nodes if node.op == "call_module"
+    ]  # fmt: skip
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            found.append(study().outputs(program, zoo_samples(program, "bert")))
+            seen: list[Tensor] = []
+            study().observe(program, samples, inputs=dict.fromkeys(refs, lambda value, keep, seen=seen: seen.append(value)))
+            outputs = [t for out in study().outputs(program, samples) for t in out]
+            gradients = [g for _, g, _ in study().each_gradient(program, samples, names)]
+            found.append([*seen, *outputs, *gradients])
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True))
+    assert len(found[0]) == len(found[1]) > 60
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_work_side_by_side_comes_in_order_and_errors_come_out() -> None:
+    running, most = 0, 0
+
+    def work(i: int) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01 * (3 - i % 3))
+        running -= 1
+        if i == 7:
+            raise ValueError("seven")
+        return i
+
+    assert list(in_order(work, 6, 3)) == list(range(6)) and most == 3
+    with pytest.raises(ValueError, match="seven"):
+        list(in_order(work, 9, 3))
 
 
 def test_progress_counts_parts() -> None:

@@ -2,7 +2,8 @@
 
 The model runs part by part (a layer, or a module outside the layers): all samples go through a part before the next part's
 weights are read. So the memory is that of one part's weights and of the values between the parts, whatever the model's size.
-Everything runs on one thread and in a fixed order, so that the same data gives the same bits on any machine.
+Each batch runs on one thread (several batches side by side where there are more), and sums are made in the order of the batches, so that
+the same data gives the same bits on any machine.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from surgery.model.realise import one_thread
 from surgery.model.study_grad import Backward, names_in
 from surgery.model.study_loss import Objective
 from surgery.model.study_run import (
+    NOTHING,
     CallHook,
     Hook,
+    Later,
     Part,
     Rows,
     Runner,
     Watch,
     check_finite,
     fit,
+    in_order,
+    lanes,
     needed,
     root_graph,
     serve,
@@ -72,13 +77,14 @@ class Study:
         to ``hook(arguments, result, keep)`` with ``keep(i)`` for argument ``i``. Do not change values in place. What nothing depends on is not run.
 
         ``settle`` makes the pass sequential: after a part saw all samples it is called with the names of the parameters
-        whose last use this was. It may replace their expressions in ``program.weights`` (True says that it did); the part then
+        whose last use this was (at the end for parameters that the root graph reads itself). It may replace their expressions in ``program.weights`` (True says that it did); the part then
         runs again with the new weights, and the parts behind see what it gives now. Hooks see each batch once.
 
         Raises S0752 and S0753 for weights and values that are not finite.
         """
+        work = Pass(self, program, list(samples.batches(program, dtype=dtype)), Watch(inputs, outputs, calls), dtype, text)
         with one_thread(), torch.no_grad():
-            Pass(self, program, list(samples.batches(program, dtype=dtype)), Watch(inputs, outputs, calls), dtype, text).run(settle)
+            work.run(settle)
 
     def outputs(self, program: Program, samples: Samples, *, dtype: torch.dtype = torch.float32) -> list[tuple[Any, ...]]:
         """The flat outputs of every batch of a streamed forward pass."""
@@ -93,8 +99,9 @@ class Study:
         """The flat outputs for flat inputs, bit for bit those of :func:`~surgery.model.live.live_root`, without all weights in memory.
         Values that are not finite are given as they are."""
         batches = [Batch(list(flat)) for flat in inputs]
+        work = Pass(self, program, batches, Watch(), dtype, "running the model", finite=False)
         with one_thread(), torch.no_grad():
-            return Pass(self, program, batches, Watch(), dtype, "running the model", finite=False).run(None, results=True)
+            return work.run(None, results=True)
 
     def gradients(
         self, program: Program, samples: Samples, names: Iterable[str], consume: Callable[[str, Tensor, int], None], *,
@@ -163,9 +170,11 @@ class Pass:
     ) -> None:
         self.study, self.program, self.watch, self.dtype, self.text = study, program, watch, dtype, text
         self.batches, self.finite = batches, finite
+        self.lanes = lanes()
         self.graph, table = root_graph(program, dtype)
         self.original = {copy: node for node, copy in table.items()}
         self.memo: dict[str, Any] = {}
+        self.read_by_root: list[str] = []
 
     def run(self, settle: Settle | None, *, results: bool = False) -> list[tuple[Any, ...]]:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
@@ -188,6 +197,8 @@ class Pass:
             if node.op == "call_module":
                 done += 1
                 self.study.progress(self.text, done, parts)
+        if settle and self.read_by_root:
+            settle(tuple(self.read_by_root))
         return []
 
     def _looked_at(self, node: fx.Node) -> bool:
@@ -230,22 +241,31 @@ class Pass:
         """One call over all batches; ``again``: it may run on the same values once more."""
         path = str(node.target) if node.op == "call_module" else ""
         part = Part(self.program, self.study.tensors, path, self.dtype, finite=self.finite) if path else None
-        runner = Runner(self.watch if watch else Watch())
+        watched = self.watch if watch and path and self.watch.inside(path) else NOTHING
         spare = again and part is not None and part.writes
-        for row, batch in zip(values, self.batches, strict=True):
-            args = fx.node.map_arg(node.args, row.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, row.__getitem__)
+        # hooks that wait see what a later operation made of a value: then they do not wait
+        many = self.lanes if part is not None and not (watched is not NOTHING and part.writes) else 1
+
+        def work(i: int) -> tuple[Any, Any, Later]:
+            args = fx.node.map_arg(node.args, values[i].__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values[i].__getitem__)
+            later: Later = []
+            if part is None:
+                return args, node.target(*args, **kwargs), later  # type: ignore[operator,misc]
             if spare:
                 args, kwargs = spared(args), spared(kwargs)
-            if part is not None:
-                result = runner.part(part.module, path, args, kwargs, batch)  # type: ignore[arg-type]
-                if self.finite:
-                    self._check(node, result, batch)
-            else:
-                result = node.target(*args, **kwargs)  # type: ignore[operator,misc]
-            row[node] = result
+            with torch.no_grad():
+                result = Runner(watched, later if many > 1 else None).part(part.module, path, args, kwargs, self.batches[i])  # type: ignore[arg-type]
+            if self.finite:
+                self._check(node, result, self.batches[i])
+            return args, result, later
+
+        for i, (args, result, later) in enumerate(in_order(work, len(self.batches), many)):
+            for hook in later:
+                hook()
+            values[i][node] = result
             if watch:
-                self._serve(node, args, result, batch)
+                self._serve(node, args, result, self.batches[i])
         if part is not None:
             part.release()
 
@@ -274,6 +294,8 @@ class Pass:
         for node in order:
             for name in names_in(self.program, node):
                 found[name] = node
+        # what the root reads itself is used somewhere behind: the end of the pass is behind every use
+        self.read_by_root = [name for name, node in found.items() if node.op == "get_attr"]
         out: dict[fx.Node, list[str]] = {}
         for name, node in found.items():
             out.setdefault(node, []).append(name)

@@ -17,7 +17,7 @@ from surgery.model.data import Batch
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.study_loss import Objective
-from surgery.model.study_run import Part, Runner, check_finite, fit, needed, root_graph, spared, writes
+from surgery.model.study_run import Part, Runner, check_finite, fit, in_order, lanes, needed, root_graph, spared, writes
 
 Leaf = tuple[fx.Node, int]
 """One tensor of a root value: the value's node and which of its tensors."""
@@ -45,6 +45,7 @@ class Backward:
         self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self.grads: list[dict[Leaf, Tensor]] = [{} for _ in batches]
         self.memo: dict[str, Any] = {}
+        self.lanes = lanes()
 
     def _active(self) -> set[fx.Node]:
         """What depends on a wanted parameter."""
@@ -71,19 +72,26 @@ class Backward:
                 break
             part = self._part(node, trained=False)
             spare = node.op == "call_module" and node in self.active and part.writes  # it runs again on the way back
-            for row, batch in zip(self.values, self.batches, strict=True):
+
+            def work(i: int, node: fx.Node = node, part: Any = part, spare: bool = spare) -> Any:
                 if node.op == "placeholder":
-                    row[node] = batch.inputs[places[node]]
-                else:
-                    args, kwargs = _given(node, row.__getitem__)
+                    return self.batches[i].inputs[places[node]]
+                with torch.no_grad():
+                    args, kwargs = _given(node, self.values[i].__getitem__)
                     if spare:
                         args, kwargs = spared(args), spared(kwargs)
-                    row[node] = self._call(node, part, args, kwargs, batch)
+                    return self._call(node, part, args, kwargs, self.batches[i])
+
+            for row, value in zip(self.values, in_order(work, len(self.batches), self._lanes(node)), strict=True):
+                row[node] = value
                 for gone in last[node]:
                     row.pop(gone, None)
             if node.op == "call_module":
                 part.release()
                 progress()
+
+    def _lanes(self, node: fx.Node) -> int:
+        return self.lanes if node.op == "call_module" else 1
 
     def _part(self, node: fx.Node, *, trained: bool) -> Any:
         if node.op == "call_module":
@@ -124,8 +132,13 @@ class Backward:
                 self._start(scale)
                 continue
             part = self._part(node, trained=True)
-            for i, batch in enumerate(self.batches):
-                for name, gradient in self._one(node, part, i, batch):
+
+            def work(i: int, node: fx.Node = node, part: Any = part) -> list[tuple[str, Tensor]]:
+                return list(self._one(node, part, i, self.batches[i]))
+
+            for i, found in enumerate(in_order(work, len(self.batches), self._lanes(node))):
+                batch = self.batches[i]
+                for name, gradient in found:
                     key = (name, batch.first if per_sample else -1)
                     wide = gradient if per_sample else gradient.double()
                     totals[key] = totals[key].add_(wide) if key in totals else (wide.clone() if wide is gradient else wide)

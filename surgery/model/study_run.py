@@ -6,9 +6,12 @@ graphs are interpreted node by node, so that any value inside can be looked at; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +25,8 @@ from surgery.model.retarget import retarget, retarget_graph
 
 MODEL_DTYPE = torch.bfloat16
 """What captured graphs write for the model's own dtype."""
+
+T = TypeVar("T")
 
 Hook = Callable[[Tensor, Tensor | None], None]
 """``hook(value, keep)``: a value of one batch, and which of its rows are real tokens (None: all)."""
@@ -122,11 +127,15 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return out
 
 
-class Runner:
-    """Interprets graphs of one batch. ``watch`` is served as values appear."""
+Later = list[Callable[[], None]]
 
-    def __init__(self, watch: Watch = NOTHING) -> None:
+
+class Runner:
+    """Interprets graphs. ``watch`` is served as values appear; with ``later`` the calls of hooks are put there instead."""
+
+    def __init__(self, watch: Watch = NOTHING, later: Later | None = None) -> None:
         self.watch = watch
+        self.later = later
         self._last: dict[int, tuple[fx.Graph, dict[fx.Node, list[fx.Node]]]] = {}
 
     def part(self, module: nn.Module, path: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Batch) -> Any:
@@ -151,7 +160,7 @@ class Runner:
                 own_kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
                 values[node] = self._one(module, path, node, own_args, own_kwargs, batch)  # type: ignore[arg-type]
             if rows is not None:
-                serve(self.watch, NodeRef(path, node.name), node, own_args, values[node], rows)
+                serve(self.watch, NodeRef(path, node.name), node, own_args, values[node], rows, self.later)
             for gone in dead[node]:
                 values.pop(gone, None)
         raise AssertionError("a graph ends with its output")
@@ -222,19 +231,54 @@ class Rows:
 _PICKS = (torch.ops.aten.index.Tensor,)
 
 
-def serve(watch: Watch, ref: NodeRef, node: fx.Node, args: tuple[Any, ...], value: Any, rows: Rows) -> None:
+def serve(
+    watch: Watch, ref: NodeRef, node: fx.Node, args: tuple[Any, ...], value: Any, rows: Rows, later: Later | None = None
+) -> None:  # fmt: skip
     """Calls the hooks of one node."""
     rows.follow(node, args, value)
     if isinstance(value, tuple | list) and node.args and isinstance(node.args[0], fx.Node) and node.args[0] in rows.known:
         rows.known[node] = rows.known[node.args[0]]  # chunks keep the number of rows
     if hook := watch.inputs.get(ref):
         first = args[0] if args else value
-        hook(first, rows.of(node.args[0] if node.args else node, first))
+        _tell(later, hook, first, rows.of(node.args[0] if node.args else node, first))
     if hook := watch.outputs.get(ref):
         result = value[0] if isinstance(value, tuple | list) else value
-        hook(result, _rows_of_result(node, result, value, rows))
+        _tell(later, hook, result, _rows_of_result(node, result, value, rows))
     if call := watch.calls.get(ref):
-        call(args, value, lambda i: rows.of(node.args[i], args[i]))
+        keeps = [rows.of(source, given) for source, given in zip(node.args, args, strict=True)]
+        _tell(later, call, args, value, keeps.__getitem__)
+
+
+def _tell(later: Later | None, hook: Callable[..., None], *what: Any) -> None:
+    if later is None:
+        hook(*what)
+    else:
+        later.append(partial(hook, *what))
+
+
+def in_order(work: Callable[[int], T], count: int, lanes: int) -> Iterator[T]:
+    """``work(0), work(1), ...`` in this order, up to ``lanes`` of them at a time in threads of their own, each with one thread inside:
+    the results are those of one lane, bit for bit."""
+    if lanes <= 1 or count <= 1:
+        yield from (work(i) for i in range(count))
+        return
+    pending: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(min(lanes, count), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for i in range(count):
+                pending.append(pool.submit(work, i))
+                if len(pending) >= lanes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def lanes() -> int:
+    """How many batches run at a time: as many as torch may use threads, at most eight, since each holds its own activations."""
+    return min(8, torch.get_num_threads())
 
 
 def _rows_of_result(node: fx.Node, result: Any, value: Any, rows: Rows) -> Tensor | None:

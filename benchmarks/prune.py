@@ -1,0 +1,290 @@
+"""Pruning: the cut beside torch-pruning's, and a sharded checkpoint beside a plain copy of it.
+
+    python -m benchmarks.prune cut [--rounds 7] [--threads 2]
+    python -m benchmarks.prune shards [--rounds 3] [--layers 12]
+
+``cut`` removes the same quarter of the hidden units of every feed-forward block (chosen by number, without scores), on three models with random weights. Ours is the
+analysis of a captured program and the rewriting of graph and weights, with and without computing the new tensors; theirs is
+the dependency graph and the pruning of the live module (``pip install torch-pruning``; its arm is left out without it). Both results
+run on the same inputs and are compared.
+
+``shards`` writes a Llama-shaped checkpoint in bf16 and prunes it without data, by magnitude. Each figure is of a process of its own: a plain copy
+of the files (read and written), choosing and writing (``prune`` and the emission alone), and the whole ``compile`` with its claims measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import child, peak_mib, table
+from surgery.model.weights import Select
+
+SPEC = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\n"
+
+
+# ---------------------------------------------------------------- the cut
+
+
+def models() -> dict[str, tuple[nn.Module, dict[str, Any], list[tuple[str, ...]]]]:
+    """Name -> (module, example inputs, for each block the paths of the projections whose outputs are hidden units)."""
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 1000, (2, 16))
+    bert = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).eval()
+    vit = ViTModel(ViTConfig()).eval()
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, use_cache=False, **shape)).eval()
+    return {
+        "MiniLM (BERT, 6 layers, 384 wide)": (bert, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, blocks(bert)),
+        "ViT-base (12 layers, 768 wide)": (vit, {"pixel_values": torch.randn(2, 3, 224, 224)}, blocks(vit)),
+        "Llama-shaped (32 layers, 512 wide)": (llama, {"input_ids": ids}, blocks(llama)),
+    }
+
+
+def blocks(model: nn.Module) -> list[tuple[str, ...]]:
+    """The first projections of each feed-forward block, by their sizes: they widen what the layer carries."""
+    width = model.config.intermediate_size  # type: ignore[union-attr]
+    up = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == width]
+    gated = any(n.endswith("gate_proj") for n in up)
+    return [tuple(up[i : i + 2]) for i in range(0, len(up), 2)] if gated else [(n,) for n in up]
+
+
+def ours(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """(a fresh program with nothing analysed, the statement) as functions, from one capture."""
+    from surgery.driver import load_spec
+    from surgery.opening import capture
+
+    program = capture(model, inputs)
+    return program, load_spec(SPEC).statements[0]
+
+
+def cut(program: Any, statement: Any) -> None:
+    from surgery.passes.resolve import resolve
+    from surgery.session import apply
+
+    apply(program, resolve(program, statement))
+
+
+def realised(program: Any, before: Any) -> dict[str, torch.Tensor]:
+    """The tensors that the cut changed."""
+    from surgery.model.realise import Realiser
+
+    changed = {n: e for n, e in program.weights.items() if e is not before.weights[n]}
+    values = Realiser(changed)
+    return {name: values[name] for name in changed}
+
+
+def removed(program: Any, path: str) -> list[int]:
+    """The outputs of a projection that the cut took."""
+    expr = program.weights[f"{path}.weight"]
+    assert isinstance(expr, Select) and expr.axis == 0
+    kept = {i for start, stop in expr.ranges for i in range(start, stop)}
+    return [i for i in range(expr.source.shape[0]) if i not in kept]
+
+
+def theirs(model: nn.Module, inputs: dict[str, Any], units: dict[str, list[int]]) -> None:
+    import torch_pruning as tp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it lists every norm that is no module of torch
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
+    for path, gone in units.items():
+        graph.get_pruning_group(model.get_submodule(path), tp.prune_linear_out_channels, idxs=gone).prune()
+
+
+def outputs_of(module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = module(**inputs)[0]
+    return found
+
+
+def compare_cuts(rounds: int) -> None:
+    try:
+        import torch_pruning  # noqa: F401
+
+        peer = True
+    except ImportError:
+        peer = False
+        print("torch-pruning is not installed: its column is empty", file=sys.stderr)
+    rows: list[tuple[str, ...]] = [
+        ("model", "ours: analysis + cut", "ours: with tensors", "torch-pruning", "theirs / ours", "outputs differ by")
+    ]
+    for name, (model, inputs, paths) in models().items():
+        program, statement = ours(model, inputs)
+        times: dict[str, list[float]] = {"cut": [], "tensors": [], "peer": []}
+        for _ in range(rounds):
+            mine = program.copy()
+            start = time.perf_counter()
+            cut(mine, statement)
+            times["cut"].append(time.perf_counter() - start)
+            realised(mine, program)
+            times["tensors"].append(time.perf_counter() - start)
+            if peer:
+                live, units = deepcopy(model), {first: removed(mine, first) for first, *_ in paths}
+                start = time.perf_counter()
+                theirs(live, inputs, units)
+                times["peer"].append(time.perf_counter() - start)
+        middle = {k: statistics.median(v) for k, v in times.items() if v}
+        row = [name, f"{middle['cut']:.3f} s", f"{middle['tensors']:.3f} s", "", "", ""]
+        if peer:
+            gap = (outputs_of(live, inputs) - outputs_of(module_of(mine), inputs)).abs().max()
+            row[3:] = [f"{middle['peer']:.3f} s", f"{middle['peer'] / middle['tensors']:.1f}", f"{float(gap):.1e}"]
+        rows.append(tuple(row))
+        print(row, file=sys.stderr)
+    print(table(rows))
+
+
+def module_of(program: Any) -> nn.Module:
+    from surgery.model.live import Tensors
+    from surgery.model.realise import no_functions
+    from surgery.model.runtime import build_module
+
+    return build_module(program, Tensors(no_functions).all(program)).eval()
+
+
+# ---------------------------------------------------------------- a sharded checkpoint
+
+
+def checkpoint(folder: Path, layers: int, shard: int = 256 << 20) -> tuple[int, int]:
+    """A Llama-shaped bf16 checkpoint with random values; (bytes of all tensors, bytes of the largest)."""
+    from safetensors.torch import save_file
+
+    hidden, inner, vocab = 2048, 5632, 32000
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocab,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        shapes |= {at + f"self_attn.{p}_proj.weight": (hidden if p in "qo" else hidden // 4, hidden) for p in "qkvo"}
+        shapes |= {at + "mlp.gate_proj.weight": (inner, hidden), at + "mlp.up_proj.weight": (inner, hidden)}
+        shapes |= {at + "mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {at + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        each = 2 * torch.Size(shape).numel()
+        if size + each > shard and groups[-1]:
+            groups.append({})
+            size = 0
+        groups[-1][name] = shape
+        size += each
+    files = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        save_file({n: (0.02 * torch.randn(s, generator=generator)).bfloat16() for n, s in group.items()}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(group, file)
+    total = sum(2 * torch.Size(s).numel() for s in shapes.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}))
+    return total, max(2 * torch.Size(s).numel() for s in shapes.values())
+
+
+def copied(source: Path, target: Path) -> None:
+    """Every byte read and written, 8 MiB at a time (no reflink, no copy inside the kernel)."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        with open(path, "rb") as read, open(target / path.name, "wb") as write:
+            while block := read.read(8 << 20):
+                write.write(block)
+
+
+def arm(name: str, source: Path, target: Path) -> dict[str, float]:
+    """One arm in this process: seconds of its work, peak MiB, and MiB when its imports were done."""
+    from benchmarks.common import resident_mib
+
+    if name == "copy":
+        start = time.perf_counter()
+        copied(source, target)
+        return {"seconds": time.perf_counter() - start, "peak": peak_mib(), "before": 0.0}
+    import surgery
+    from surgery import driver
+
+    spec = target.with_suffix(".surg")
+    spec.write_text(SPEC + f'emit torch to "{target.name}"\n')
+    driver.load_spec(spec)
+    if name == "compile":
+        before = resident_mib()
+        start = time.perf_counter()
+        surgery.compile(spec, str(source), out=target.parent)
+    else:
+        from surgery.backends import registry as backends
+        from surgery.compiling import Compilation
+        from surgery.core.lock import Lock
+
+        session, opened = driver._walk(driver.load_spec(spec), str(source), keep_base=False)  # imports, capture and plan
+        before = resident_mib()
+        start = time.perf_counter()
+        session, opened = driver._walk(driver.load_spec(spec), str(source), keep_base=True)
+        assert backends.get("torch") is not None
+        work = Compilation(session, opened, target.parent, False, Lock(spec.name, 1, {}), lambda *what: None, lambda: ([], ""))
+        for emission in session.emissions:
+            work.emit(emission)
+    return {"seconds": time.perf_counter() - start, "peak": peak_mib(), "before": before}
+
+
+def compare_shards(rounds: int, layers: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "model"
+        total, largest = checkpoint(source, layers)
+        found: dict[str, list[dict[str, Any]]] = {"copy": [], "prune": [], "compile": []}
+        for _ in range(rounds):
+            for which in found:
+                target = folder / f"out-{which}"
+                found[which].append(child("prune", which, str(source), str(target)))
+                shutil.rmtree(target)
+        rows: list[tuple[str, ...]] = [("what", "seconds", "MiB read / s", "share of the copy", "peak, MiB", "of it imports")]
+        plain = statistics.median(r["seconds"] for r in found["copy"])
+        for which, results in found.items():
+            seconds = statistics.median(r["seconds"] for r in results)
+            peak, before = (statistics.median(r[k] for r in results) for k in ("peak", "before"))
+            text = {"copy": "plain copy", "prune": "choose, cut and write", "compile": "the whole compile, claims measured"}[which]
+            rows.append(
+                (text, f"{seconds:.2f}", f"{total / seconds / 2**20:.0f}", f"{plain / seconds:.0%}", f"{peak:.0f}", f"{before:.0f}")
+            )
+    print(
+        f"{total / 2**30:.2f} GiB in bf16, largest tensor {largest / 2**20:.0f} MiB: 3 x largest + 0.5 GiB = {3 * largest / 2**20 + 512:.0f} MiB"
+    )
+    print(table(rows))
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        which, source, target = sys.argv[sys.argv.index("--child") + 1 :]
+        print(json.dumps(arm(which, Path(source), Path(target))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cut", "shards"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "cut":
+        compare_cuts(args.rounds)
+    else:
+        compare_shards(args.rounds, args.layers)
+
+
+if __name__ == "__main__":
+    main()
