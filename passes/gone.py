@@ -13,7 +13,7 @@ from surgery.core.selector import select
 from surgery.core.site import Site
 from surgery.model.program import Gone, Program
 
-MISSING = ("S0301", "S0302", "S0303")
+MISSING = ("S0301", "S0302", "S0303", "S0314")
 """The errors of a selector that does not find all that it names."""
 
 
@@ -41,7 +41,7 @@ def explain(program: Program, selector: ast.Selector, names: Mapping[str, Sequen
         span = next(g.origin.span for g in lost.values() if id(g.origin) == origin)
         also.append((span, f"{', '.join(names_)} {'was' if len(names_) == 1 else 'were'} {how} here"))
     left = [s.role for s in found if s.role not in lost]
-    heirs = _heirs([lost[s.role] for s in missing])
+    heirs = _heirs(program, selector, [lost[s.role] for s in missing])
     text = ", ".join([*([short(left)] if left else []), *heirs])
     help = f"name what is there now: `{text}`" if text else "leave the selector out: nothing of what it names is left"
     return SurgeryError(
@@ -74,12 +74,17 @@ def _count(some: int, of: int) -> str:
     return f"{some} {'is' if some == 1 else 'are'}"
 
 
-def _heirs(gone: Sequence[Gone]) -> list[str]:
-    """What selects the successors: ``@name.experts[*].{up, down}``."""
+def _heirs(program: Program, selector: ast.Selector, gone: Sequence[Gone]) -> list[str]:
+    """What selects the successors: ``@name.experts[*].{up, down}``; where another spec made them, by their roles."""
     words: dict[str, dict[str, None]] = {}
     for g in gone:
-        if g.heir:
-            words.setdefault(g.heir, {})[g.site.role.rpartition(".")[2]] = None
+        heir = g.heir
+        if heir and g.origin.span.source is not selector.span.source:
+            label, _, rest = heir.removeprefix("@").partition(".")
+            places = short([r for r in program.named.get(label, ()) if g.site.role.startswith(f"{r}.")])
+            heir = f"{places}.{rest.replace('[*]', '')}" if places else ""
+        if heir:
+            words.setdefault(heir, {})[g.site.role.rpartition(".")[2]] = None
     return [f"{heir}.{_set(list(parts))}" for heir, parts in words.items()]
 
 

@@ -42,7 +42,9 @@ def by_hand(made: MoeBlock, x: Tensor) -> Tensor:
             if load[expert] > limit:
                 continue
             chosen = p[token, order[token]]
-            weight = {"mixtral": p[token, expert] / chosen.sum(), "switch": p[token, expert], "sum": torch.ones(())}[layout.router] * layout.scale
+            weight = {"mixtral": p[token, expert] / chosen.sum(), "switch": p[token, expert], "sum": torch.ones(())}[
+                layout.router
+            ] * layout.scale
             name = "gate_up_proj" if layout.gated else "up_proj"
             h = getattr(e, name)[expert] @ x[token]
             h = h + getattr(e, f"{name}_bias")[expert] if layout.up_bias else h
@@ -175,7 +177,9 @@ def test_a_division_is_the_same_whatever_the_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
-    other = realise(Apply((512,), "int64", "convert/moe:shuffle", (), (("width", 512), ("parts", 8), ("seed", 5))), functions=registry.function)
+    other = realise(
+        Apply((512,), "int64", "convert/moe:shuffle", (), (("width", 512), ("parts", 8), ("seed", 5))), functions=registry.function
+    )
     assert torch.equal(other.sort().values, torch.arange(512)) and not torch.equal(other, found[0])
 
 

@@ -79,8 +79,8 @@ def program_of(record: Mapping[str, Any], weights: Weights, methods: Methods, *,
         info=ModelInfo(**{k: _tuples(v) if k == "notes" else v for k, v in info.items() if k in known}), aliases=dict(record["aliases"]), journal=journal,
         attachments=[_read_attachment(a, sources, methods) for a in record["attachments"]], frozen=set(record["frozen"]),
         schedules=[(read_method(s["method"], methods), tuple(s["targets"])) for s in record["schedules"]],
-        named={label: tuple(roles) for label, roles in record.get("named", {}).items()},
-        gone={g.site.role: g for g in (_read_gone(data, sources) for data in record.get("gone", ()))},
+        named={label: tuple(roles) for label, roles in (record.get("named") or {}).items()},
+        gone={g.site.role: g for g in (_read_gone(data, sources) for data in record.get("gone") or ())},
     )  # fmt: skip
 
 
