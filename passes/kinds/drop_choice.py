@@ -20,9 +20,10 @@ from surgery.model.program import Program
 from surgery.passes.kinds.attach import seed_of
 from surgery.passes.kinds.drop_extract import is_layer
 from surgery.passes.kinds.drop_graph import branch_cut
+from surgery.passes.kinds.drop_latent import distances
 from surgery.passes.operation import Resolved
 
-FROM_DATA = ("block_influence", "angular")
+FROM_DATA = ("block_influence", "angular", "latent_distance")
 FROM_WEIGHTS = ("magnitude",)
 
 
@@ -86,7 +87,7 @@ def choose(program: Program, op: Resolved, free: Sequence[Site], gone: int) -> t
     Scores need weights or data, which ``plan`` does not read: it takes the first ones and says so.
     """
     params = op.method.params()
-    score, together = params["score"], bool(params["contiguous"]) or params["score"] == "angular"
+    score, together = params["score"], bool(params.get("contiguous")) or params["score"] == "angular"
     _data_fits(op, score)
     file = _file(op, score)
     if op.study is None and score in (*FROM_DATA, *FROM_WEIGHTS):
@@ -159,6 +160,8 @@ def _scores(program: Program, op: Resolved, free: Sequence[Site], score: str, fi
     if score == "random":
         return [seed_of(op.seed, op.name, s.role) / 2**63 for s in free]
     assert op.study is not None
+    if score == "latent_distance":
+        return distances(program, op, free)
     if score == "magnitude":
         return [_magnitude(program, op, s) for s in free]
     from surgery.model.scores import layer_scores
@@ -205,7 +208,7 @@ def _angular(program: Program, op: Resolved, free: Sequence[Site], gone: int) ->
 
 def _file(op: Resolved, score: str) -> dict[str, float]:
     """The numbers of ``scores = "file.json"`` by role. Raises S0276 to S0278 for what is not there or not numbers."""
-    path = op.method.params()["scores"]
+    path = op.method.params().get("scores")
     if score != "file":
         if path:
             raise fail(
