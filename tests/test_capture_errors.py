@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.model import graphjson
 from surgery.model.capture import capture_config, capture_module, materialise
 from surgery.model.capture.stacks import find_stacks
 from tests.capture_support import captured
@@ -140,3 +141,27 @@ def test_twins_that_differ_are_traced_apart() -> None:
     capture = capture_module(model, (torch.randn(2, 4),))
     x = torch.randn(5, 4)
     assert torch.equal(materialise(capture, model.state_dict())(x)[0], model(x))
+
+
+class Parts(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+        self.scales = nn.ParameterDict({name: nn.Parameter(torch.full((4,), 1.5)) for name in names})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name, part in self.parts.items():
+            x = part(x) * self.scales[name]
+        return x
+
+
+def test_names_are_refused_before_any_work_or_survive_storing() -> None:
+    x = torch.randn(3, 4)
+    for name in ("b b", "class", "__x", "ä", "a/b"):
+        with pytest.raises(SurgeryError) as caught:
+            capture_module(Parts("a", name), (x,))
+        assert caught.value.diagnostics[0].code == "S0511" and repr(name) in caught.value.diagnostics[0].message
+    module = Parts("a-b", "0", "In", "c_d").eval()
+    capture = capture_module(module, (x,))
+    capture.graph = graphjson.load(graphjson.dump(capture.graph))
+    assert torch.equal(materialise(capture, module.state_dict())(x)[0], module(x))

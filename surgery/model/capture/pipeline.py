@@ -18,6 +18,7 @@ from surgery.model.capture.inputs import hf_call
 from surgery.model.capture.normalise import Normaliser, draws
 from surgery.model.capture.template import Cutter
 from surgery.model.capture.tree import Tensors, stand_up
+from surgery.model.graphnames import is_word
 from surgery.model.program import Signature
 
 
@@ -167,6 +168,7 @@ def _open_axes(call: Call, dynamic: str | dict[str, Axes]) -> tuple[dict[str, Ax
 
 def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> Captured:
     """The capture of a model that is on meta, called like ``call``; ``values`` are its buffers' values by name."""
+    _refuse_names(model)
     wanted = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     tensors = Tensors(model, wanted)
     for parameter in model.parameters():
@@ -186,6 +188,18 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
         raise fail(
             "S0501", f"{type(model).__name__} cannot be captured: {fallback}", help="report this with the model's config"
         ) from fallback
+
+
+def _refuse_names(model: nn.Module) -> None:
+    """S0511 for a module or tensor whose name cannot be a step of a path in a stored graph."""
+    for path, module in model.named_modules():
+        names = [*([path.rpartition(".")[2]] if path else []), *module._parameters, *module._buffers]
+        for name in names:
+            if not is_word(name):
+                raise fail(
+                    "S0511", f"{type(model).__name__} has a part called {name!r}" + (f" (at {path})" if path else "") + ", which no stored graph can name",
+                    help="rename it: letters, digits, `_` and `-`, no Python keyword, no `__` in front",
+                )  # fmt: skip
 
 
 def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors, traced: Trace, reason: str) -> Captured:
