@@ -24,14 +24,16 @@ MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes and operations per token of a program as it is."""
+    """Bytes and operations per ``unit`` (token, image) of a program as it is."""
 
     bytes: int
     flops: int
+    unit: str = "token"
 
     @staticmethod
     def of(program: Program) -> Costs:
-        return Costs(cost.bytes_of(program), cost.flops_per_token(program))
+        counted = cost.count(program)
+        return Costs(cost.bytes_of(program), counted.per_token, counted.unit)
 
 
 def tell(
@@ -61,7 +63,7 @@ def tell(
     after = Costs.of(program)
     op.tell(
         f"bytes {size(before.bytes)} -> {size(after.bytes)} ({_change(before.bytes, after.bytes)}), "
-        f"flops per token {flops(before.flops)} -> {flops(after.flops)} ({_change(before.flops, after.flops)})"
+        f"flops per {before.unit} {flops(before.flops)} -> {flops(after.flops)} ({_change(before.flops, after.flops)})"
     )
 
 
