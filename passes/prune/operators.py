@@ -9,7 +9,7 @@ from surgery.passes.kinds.drop import DropMethod
 
 @dataclass(frozen=True)
 class Operators(DropMethod):
-    """Take out the operators whose absence moves the model's result least: layers, residual, attention or feed-forward blocks.
+    """Take out the parts whose absence moves the result least: layers, residual, attention or feed-forward blocks.
 
     Each selected part is bypassed alone and the model runs on all samples. With ``O`` the original results and ``M`` those without
     the part, averages and deviations taken by element over the samples:
