@@ -6,6 +6,7 @@ spec: it names the pass that ran last so that the report is of use.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
@@ -16,6 +17,7 @@ from torch import fx
 
 from surgery.core.diagnostics import SurgeryError, error
 from surgery.core.source import Span
+from surgery.model.cut_leaves import refit
 from surgery.model.program import Program, ValueSpec
 
 Rule = Callable[[Program], Iterable[str]]
@@ -102,8 +104,20 @@ def specs_present(program: Program) -> Iterable[str]:
                 yield f"graph `{path}`: node {node.name} has no spec"
 
 
+def leaves_fit(program: Program) -> Iterable[str]:
+    """What a leaf module says of its sizes is what its tensors have: a stored program is built from the former."""
+    for path, module in program.graph.named_modules():
+        if next(iter(module._parameters.values()), None) is not None:
+            fitted = copy.copy(module)
+            refit(fitted)
+            wrong = [k for k, v in fitted.__dict__.items() if isinstance(v, int) and module.__dict__.get(k) != v]
+            if wrong:
+                said = ", ".join(f"{k} = {module.__dict__.get(k)}, not {fitted.__dict__[k]}" for k in wrong)
+                yield f"module `{path}` says {said}"
+
+
 RULES: tuple[Rule, ...] = (
-    well_formed, targets_exist, tensors_owned, no_accidental_aliases, attachments_live, frozen_known, specs_present,
+    well_formed, targets_exist, tensors_owned, no_accidental_aliases, attachments_live, frozen_known, specs_present, leaves_fit,
 )  # fmt: skip
 
 

@@ -64,7 +64,9 @@ def test_several_classes_go_at_once_and_specs_say_what_runs(family):
 
 
 # Families beyond the zoo, captured as live modules with example inputs. The suite takes the plain modules; a full sweep all of them.
-FURTHER = [name for name in MODELS if name.replace("_", "-") not in CAPTURABLE]
+NO_VALUES = {"falcon", "falcon_mqa"}
+"""Their code indexes with a Python list, whose values a capture on meta tensors does not keep."""
+FURTHER = [name for name in MODELS if name.replace("_", "-") not in CAPTURABLE and name not in NO_VALUES]
 PLAIN = ["shuffle", "dense", "encoder"]
 IN_PLACE = {"deepseek_v3"}
 """Writes into slices of an empty tensor: masking a value does not reach its views, so only literal zeroing is an oracle there."""

@@ -18,6 +18,7 @@ from surgery.core.site import NodeRef
 from surgery.core.source import Span
 from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
 from surgery.model.dims import Change
+from surgery.model.dims.context import name_of
 from surgery.model.program import Program, ValueSpec
 from surgery.model.retarget import graphs_of
 
@@ -95,10 +96,20 @@ class GraphCut:
             if node.op == "output" or node not in self.sizes.dims.values:
                 continue
             factors = self.sizes.factors(node)
+            if node.op == "call_function" and name_of(node.target)[1] == "aten.squeeze":
+                self._still_squeezes(node)
             for ref in node.meta["refs"]:
                 if self.specs.setdefault(ref, factors) != factors:
                     raise self._shared(ref.graph)
         self.specs = {ref: f for ref, f in self.specs.items() if touched(f)}
+
+    def _still_squeezes(self, node: fx.Node) -> None:
+        """An axis of which one unit is left would be taken for one that has always been single."""
+        source: Any = node.args[0]
+        for axis, factor in zip(self.sizes.dims.axes(source), self.sizes.factors(source), strict=True):
+            if factor != 1 and axis.size * factor == 1:
+                why = f"{node.name} drops axes of size one, and only one unit would be left"
+                raise fail("S0430", f"these units cannot be removed: {why}", self.span, "removed here")
 
     # ---------------------------------------------------------------- writing
 

@@ -33,6 +33,7 @@ class NewSizes:
         self.keep = keep
         self.lost: set[fx.Node] = set()
         self._factors: dict[fx.Node, Any] = {}
+        self._factor: dict[Any, Fraction] = {}
         self._integers: dict[fx.Node, Any] = {}
         for node in dims.graph.nodes:
             spec = node.meta.get("spec")
@@ -50,8 +51,11 @@ class NewSizes:
         return self._factors[node]
 
     def factor(self, axis: Any) -> Fraction:
-        old = self.dims.size(axis)
-        return Fraction(self.keep.size(axis), old) if old else Fraction(1)
+        root = self.dims.root(axis)
+        known = self._factor.get(root)
+        if known is None:
+            known = self._factor[root] = Fraction(self.keep.size(root), root.size) if root.size else Fraction(1)
+        return known
 
     def integer(self, node: fx.Node) -> Any:
         """The value (an integer or an expression over symbols) that an integer node has by itself after the cut."""

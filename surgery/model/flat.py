@@ -187,12 +187,23 @@ def _conv(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:
     x = args[0]
     padding = m.padding
     if m.padding_mode != "zeros":
-        x = f.call(aten.pad.default, (x, list(m._reversed_padding_repeated_twice), m.padding_mode), None)
+        amounts = list(m._reversed_padding_repeated_twice)
+        x = f.call(aten.pad.default, (x, amounts, m.padding_mode), _padded(x.meta.get("spec"), amounts))
         padding = (0,) * rank
     packet = getattr(aten, f"conv{rank}d")
     op, padding = (packet.padding, padding) if isinstance(padding, str) else (packet.default, list(padding))
     tail = (list(m.stride), padding, list(m.dilation), m.groups)
     return f.call(op, (x, f.own(m, "weight"), f.own(m, "bias"), *tail), spec)
+
+
+def _padded(spec: Any, amounts: list[int]) -> Any:
+    """A spec whose last axes grow by pairs of amounts, the last axis first."""
+    if spec is None:
+        return None
+    shape = list(spec.shape)
+    for i in range(len(amounts) // 2):
+        shape[-1 - i] = shape[-1 - i] + amounts[2 * i] + amounts[2 * i + 1]
+    return ValueSpec(spec.kind, spec.dtype, tuple(shape))
 
 
 def _conv_transpose(f: Flattener, m: Any, args: Any, kwargs: Any, spec: Any) -> Any:

@@ -38,7 +38,11 @@ class Leaf:
 
     @property
     def reason(self) -> str:
-        return "" if self.frozen is None else self.frozen if self.node is None else f"{self.frozen} (at {self.node.name})"
+        """Why the class is fixed, with the operation and the layer that it is in."""
+        if self.frozen is None or self.node is None:
+            return self.frozen or ""
+        graph = getattr(self.node.meta.get("origin"), "graph", "")
+        return f"{self.frozen} (at {self.node.name}{' of ' + graph if graph else ''})"
 
 
 @dataclass(frozen=True)
