@@ -42,6 +42,35 @@ def test_bytes_do_not_depend_on_the_run_or_the_threads(emitted: tuple[Path, Path
     assert [name for name in one if one[name] != two[name]] == []
 
 
+CHOSEN = """surg 1
+
+data ids = tensors("ids.safetensors")
+
+prune heads(ratio = 50%, score = taylor) on layers[*].attn using ids
+prune mask(ratio = 50%, score = sparsegpt) on layers[*].ffn.{up, down} using ids
+adapt lora(rank = 4) on layers[*].attn.{q, v}
+fold all on layers[*].attn.{q, v}
+emit torch to "out"
+"""
+
+
+def test_choices_by_data_do_not_depend_on_the_threads(here: Path) -> None:
+    """Gradients, second moments, masks and their certificates: everything that is computed from samples."""
+    import torch
+    from safetensors.torch import save_file
+
+    ids = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "ids.safetensors")
+    write("a.surg", CHOSEN)
+    folder = checkpoint("bert")
+    for threads in (1, 2):
+        run = start("compile", "a.surg", f"./{folder}", "--out", f"t{threads}", threads=threads, cwd=here)
+        _, err = run.communicate(timeout=300)
+        assert run.returncode == 0, err
+    one, two = tree("t1"), tree("t2")
+    assert one and sorted(one) == sorted(two) and [name for name in one if one[name] != two[name]] == []
+
+
 def test_the_report_needs_nothing_else(emitted: tuple[Path, Path]) -> None:
     page = (emitted[0] / "out.html").read_text("utf-8")
     assert page.lower().startswith("<!doctype html>")
