@@ -260,6 +260,21 @@ def test_shared_layers_share_their_experts(folder: Path) -> None:
     assert difference(outputs(alone), before) <= 1e-5
 
 
+def test_units_and_experts_can_be_cut(folder: Path) -> None:
+    """The classes of a converted block are free: an expert goes with its router row and biases, a unit with its gate."""
+    program = opened("bert", folder).copy()
+    convert(program, split="widenet", capacity=1.2)
+    at = "encoder.layer.1.moe"
+    group = program.dims.coupled(f"{at}.experts.down_proj", 0, [2])
+    assert {(m.parameter, m.axis) for m in group.members} == {
+        (f"{at}.{n}", 0) for n in ("gate.weight", "experts.up_proj", "experts.up_proj_bias", "experts.down_proj", "experts.down_proj_bias")
+    }
+    group = program.dims.coupled(f"{at}.experts.down_proj", 2, [5])
+    assert {(m.parameter, m.axis) for m in group.members} == {
+        (f"{at}.experts.up_proj", 1), (f"{at}.experts.up_proj_bias", 1), (f"{at}.experts.down_proj", 2)
+    }  # fmt: skip
+
+
 def test_equal_blocks_are_captured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from surgery.passes.kinds import route_splice
 

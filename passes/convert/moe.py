@@ -26,8 +26,8 @@ class Moe(RouteMethod):
 
     ``split`` says what the experts are:
 
-        upcycle      copies of the whole block (``noise`` adds N(0, noise) to each)
-        widenet      copies, with ``router = switch`` when no other is named
+        upcycle      copies of the whole block (noise adds N(0, noise) to each)
+        widenet      copies, with the router switch when no other is named
         moefication  the f units in experts of exactly f / experts: balanced clusters of the rows of W1 (gate rows where there is a gate)
         kmeans       another name of moefication
         random       the same with a random partition
@@ -92,6 +92,10 @@ class Moe(RouteMethod):
     @property
     def wants_data(self) -> bool:
         return self.init == "data"
+
+    @property
+    def reads_data(self) -> bool:
+        return self.init in ("auto", "data")
 
     def _unchanged(self) -> bool:
         if self.capacity or self.noise:

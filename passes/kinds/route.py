@@ -53,6 +53,16 @@ class RouteMethod(Method):
 
     kind: ClassVar[str] = "route"
 
+    @property
+    def wants_data(self) -> bool:
+        """Cannot do without the data of a statement; methods answer by their parameters."""
+        return False
+
+    @property
+    def reads_data(self) -> bool:
+        """Looks at the data of a statement that names some."""
+        return False
+
     def layout(self, dense: Dense) -> Layout:
         """Sizes and routing of the block. Raises ValueError when the dense block cannot be divided so."""
         raise NotImplementedError
@@ -89,6 +99,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     route_faults.converted(program, op)
     unchanged = "unchanged" if exact else "changes by design"
     op.tell(f"output at init: {unchanged}; folds: none")
+    if op.statement is not None and op.statement.using:
+        op.tell(f"routers start from what enters the blocks on `{op.statement.using}`")
     if before is not None:
         op.claim(same_as_dense(before, program.copy(), op.origin.span))
     return changes

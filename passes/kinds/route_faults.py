@@ -19,10 +19,21 @@ def check(program: Program, op: Resolved) -> None:
     _adapted(program, op)
     _masked(program, op)
     _sizes(op)
-    if getattr(op.method, "wants_data", False) and (op.statement is None or not op.statement.using):
+    _data(op)
+
+
+def _data(op: Resolved) -> None:
+    using = op.statement.using if op.statement is not None else ""
+    method: Any = op.method
+    if method.wants_data and not using:
         raise fail(
             "S0415", "routers that start from data need data", op.origin.span, "`init = data` without `using`",
             help='define data, `data text = lines("calib.txt")`, and write `using text`; or leave `init` out',
+        )  # fmt: skip
+    if using and not method.reads_data:
+        raise fail(
+            "S0420", f"routers that start from {method.init} look at no data", op.origin.span, f"`init = {method.init}` with `using {using}`",
+            help="leave `using` out, or `init`",
         )  # fmt: skip
 
 
