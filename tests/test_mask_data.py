@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -265,6 +266,23 @@ def test_from_a_spec_with_lines_of_text(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         torch.set_num_threads(1)
     assert Path("again/out/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are read where Linux shows them")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_what_was_computed_is_kept_in_a_file_of_its_own(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from surgery.model.realise import held, realise
+    from surgery.model.spill import spilled
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mapped = lambda: sum(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())  # noqa: E731
+    value = (torch.randn(1200, 900, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    expr, plain = spilled(value), held(value)
+    assert expr == plain and expr.identity == plain.identity and torch.equal(realise(expr), value)
+    assert mapped() == 1 and not list(tmp_path.iterdir())  # the file has no name any more
+    assert torch.equal(spilled(value[:3]).tensor, value[:3]) and mapped() == 1  # small ones stay in memory
+    del expr
+    assert mapped() == 0
 
 
 def test_a_deep_copy_of_a_statistic_is_not_shared() -> None:

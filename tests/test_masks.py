@@ -143,6 +143,27 @@ def test_a_mask_over_adapters_masks_base_and_change(role: str) -> None:
     assert difference(outputs(program), expected) <= 1e-5 and held(program) == held(plain)
 
 
+def test_masked_adapters_compile_and_run_in_half_precision() -> None:
+    program = prune(bench_program(), *LINEAR, ratio=0.5)
+    anatomy = program.anatomy
+    for name in ("lora", "dora"):
+        run(program, operation(program, "adapt", name, list(LINEAR), rank=4))
+    program._anatomy = anatomy
+    perturb(program)
+    expected = outputs(program)
+    got = outputs(program, dtype=torch.bfloat16)
+    assert all(o.dtype == torch.bfloat16 for o in got) and difference(got, expected) < 0.06
+    module = live(program).train()
+    sum(o.square().mean() for o in module(*inputs())).backward()
+    grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    sum(o.square().mean() for o in torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs())).backward()
+    assert {n for n, p in module.named_parameters() if p.grad is not None} == set(grads)
+    for name, parameter in module.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-4)
+
+
 def test_a_mask_behind_a_fold_ranks_what_was_folded() -> None:
     program = bench_program()
     run(program, operation(program, "adapt", "lora", ["layers[0].ffn.up"], rank=4))

@@ -18,6 +18,7 @@ from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.program import Program
 from surgery.model.realise import held
+from surgery.model.spill import spilled
 from surgery.model.study_run import check_finite
 from surgery.model.weights import Apply, Expr, Masked, Update
 from surgery.passes.kinds import attach
@@ -233,7 +234,7 @@ def put(
         stays: Expr = Apply(part.shape, "bool", f"{op.verb}/{op.method.name}:keep", tuple(args), pairs)
         value: Expr | None = None
     else:
-        stays, new = held(solved[0]), held(solved[1].to(getattr(torch, source.dtype)))
+        stays, new = spilled(solved[0]), spilled(solved[1].to(getattr(torch, source.dtype)))
         value = Update(source.shape, source.dtype, source, new, geometry.out_axis, geometry.rows) if geometry.rows else new
     whole = masked.spread(stays, old, source.shape, geometry.out_axis, geometry.rows)
     if value is None and isinstance(source, Masked) and source.keep is old:

@@ -19,7 +19,7 @@ from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.live import live_root
 from surgery.model.program import Program
-from surgery.model.realise import held
+from surgery.model.spill import spilled
 from surgery.model.weights import Expr, Init
 from surgery.passes.expect import parameter_sizes
 from surgery.passes.kinds import attach
@@ -217,7 +217,7 @@ def _bases(program: Program, op: Resolved, stream: Stream) -> list[Expr]:
         outputs={p.ref: hook(g) for p, g in zip(stream.positions, grams, strict=True)},
         text=f"reading the stream for {op.name}",
     )
-    return [held(method.basis(g).float()) for g in grams]
+    return [spilled(method.basis(g).float()) for g in grams]
 
 
 def _claim(before: Program, whole: Program, op: Resolved) -> Claim:
