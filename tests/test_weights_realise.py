@@ -348,3 +348,14 @@ def test_random_trees_agree_with_node_by_node_evaluation(tmp_path_factory: pytes
     for _ in range(2):
         for name, expr in weights.items():
             assert torch.equal(realiser[name], plain(expr)), describe(expr)
+
+
+def test_results_of_functions_are_kept_within_bounds() -> None:
+    from surgery.model.live import Results
+
+    kept = Results(100)
+    for i in range(5):
+        kept[str(i)] = (torch.zeros(10),)
+    assert list(kept) == ["3", "4"] and kept.bytes == 80
+    kept["large"] = (torch.zeros(1000),)
+    assert list(kept) == ["large"]

@@ -17,6 +17,26 @@ from surgery.model.realise import realise
 from surgery.model.retarget import retarget
 
 
+class Results(OrderedDict[str, tuple[torch.Tensor, ...]]):
+    """Results of functions by the identity of their call, up to ``max_bytes``: what goes is computed again when it is needed."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.bytes = 0
+
+    def __setitem__(self, key: str, value: tuple[torch.Tensor, ...]) -> None:
+        super().__setitem__(key, value)
+        self.bytes += _size(value)
+        while self.bytes > self.max_bytes and len(self) > 1:
+            _, old = self.popitem(last=False)
+            self.bytes -= _size(old)
+
+
+def _size(tensors: tuple[torch.Tensor, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 class Tensors:
     """Realised tensors by the identity of their expression, so that programs that share weights share memory.
 
@@ -28,7 +48,7 @@ class Tensors:
         self.max_bytes = max_bytes
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._memo: dict[str, Any] = {}
+        self._memo = Results(max_bytes // 4)
 
     def of(self, program: Program, name: str) -> torch.Tensor:
         """One tensor by its name or a tied name. Do not change it in place."""
