@@ -16,7 +16,7 @@ from surgery.core.diagnostics import Severity, error, fail
 from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model import masked
-from surgery.model.program import Program
+from surgery.model.program import Attachment, Program
 from surgery.model.realise import held
 from surgery.model.spill import spilled
 from surgery.model.study_run import check_finite
@@ -102,6 +102,8 @@ class Target:
     names: tuple[str, ...]
     note: str = ""
     added: int = 0
+    standing: tuple[Attachment, ...] = ()
+    """Adapters on this weight and no other."""
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
@@ -155,11 +157,17 @@ def _targets(program: Program, op: Resolved) -> tuple[list[Target], list[tuple[S
     for site in op.sites:
         names = weight_names(program, site) if site.weight else ("",)
         names_of.setdefault(masked.first(program, names[0]), {}).update(dict.fromkeys(names))
+    standing: dict[str, list[tuple[Attachment, set[str]]]] = {}
+    for a in program.attachments:
+        if a.method.kind == "delta":
+            own = set(weight_names(program, a.site))
+            for name in own:
+                standing.setdefault(name, []).append((a, own))
     seen: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
     targets, twins = [], []
     for site, method in zip(op.sites, op.methods, strict=True):
         assert isinstance(method, MaskMethod)
-        target = _target(program, op, site, method, names_of)
+        target = _target(program, op, site, method, names_of, standing)
         key = masked.first(program, target.names[0]), target.geometry.rows
         if key in seen:
             twins.append((site, seen[key]))
@@ -169,7 +177,10 @@ def _targets(program: Program, op: Resolved) -> tuple[list[Target], list[tuple[S
     return targets, twins
 
 
-def _target(program: Program, op: Resolved, site: Site, method: MaskMethod, names_of: dict[str, dict[str, None]]) -> Target:
+def _target(
+    program: Program, op: Resolved, site: Site, method: MaskMethod, names_of: dict[str, dict[str, None]],
+    standing: dict[str, list[tuple[Attachment, set[str]]]],
+) -> Target:  # fmt: skip
     span = op.origin.span
     calls = calls_of(program, site) if site.op in ("linear", "conv1d", "conv", "experts") and site.weight else []
     if not calls:
@@ -184,15 +195,15 @@ def _target(program: Program, op: Resolved, site: Site, method: MaskMethod, name
     fault = method.faults(geometry)
     if fault is not None:
         raise fail("S0460", f"{site.role}: {fault[0]}", span, "asked for here", help=fault[1])
-    for a in program.attachments:
-        if a.method.kind == "delta" and set(weight_names(program, a.site)) & set(names):
-            module = program.module(a.module)
-            if isinstance(module, DeltaModule) and module.method.rebase(module.site):
-                raise fail(
-                    "S0462", f"a part of the weight of {site.role} is in the adapter {a.name}, so that its entries cannot be ranked", span,
-                    "masked here", also=[(a.origin.span, "the part was moved here")], help=f"put this statement in front of {a.name}, or fold it first",
-                )  # fmt: skip
-    target = Target(site, method, geometry, names)
+    here = {a.module: (a, own) for n in names for a, own in standing.get(n, ())}
+    for a, _ in here.values():
+        module = program.module(a.module)
+        if isinstance(module, DeltaModule) and module.method.rebase(module.site):
+            raise fail(
+                "S0462", f"a part of the weight of {site.role} is in the adapter {a.name}, so that its entries cannot be ranked", span,
+                "masked here", also=[(a.origin.span, "the part was moved here")], help=f"put this statement in front of {a.name}, or fold it first",
+            )  # fmt: skip
+    target = Target(site, method, geometry, names, standing=tuple(a for a, own in here.values() if own <= set(names)))
     outside = ties_outside(program, names)
     if outside:
         shared = next((o for n in names for o in program.journal.of(n) if o.verb == "share"), None)
@@ -242,7 +253,7 @@ def put(
     masked.set_mask(program, names, whole, op.origin, value)
     program.journal.record(name, op.origin)
     if wire:
-        put_under_mask(program, names)
+        put_under_mask(program, target)
 
 
 def _solve(
@@ -263,12 +274,10 @@ def _solve(
     return geometry.from_canonical(stays).contiguous(), geometry.from_canonical(found[1]).contiguous()
 
 
-def put_under_mask(program: Program, names: tuple[str, ...]) -> None:
-    """The adapters that stand on a weight (all of whose names are in ``names``) respect its mask from here on."""
+def put_under_mask(program: Program, target: Target) -> None:
+    """The adapters that stand on the weight of a target respect its mask from here on."""
     modules: list[DeltaModule] = []
-    for site in {a.site.role: a.site for a in program.attachments if a.method.kind == "delta"}.values():
-        if not set(weight_names(program, site)) <= set(names):
-            continue
+    for site in {a.site.role: a.site for a in target.standing}.values():
         for graph, base in calls_of(program, site):
             gm = program.module(graph)
             for node in list(chain(gm, base)):

@@ -89,7 +89,7 @@ def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None
     calls: dict[NodeRef, list[Any]] = {}
     sums: dict[tuple[Any, ...], Statistic] = {}
     used: dict[str, list[tuple[Target, Statistic]]] = {}
-    late: list[tuple[str, ...]] = []
+    late: list[Target] = []
     for target in targets:
         geometry = target.geometry
         name = masked.first(program, target.names[0])
@@ -126,9 +126,9 @@ def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None
                 put(program, op, target, value, weight, wire=False)
                 # adapters in the root graph are told when the pass over it is done: it runs a copy of that graph
                 if any(not graph for graph, _ in calls_of(program, target.site)):
-                    late.append(target.names)
+                    late.append(target)
                 else:
-                    put_under_mask(program, target.names)
+                    put_under_mask(program, target)
                 changed = True
         return changed
 
@@ -137,8 +137,8 @@ def study_targets(program: Program, op: Resolved, targets: list[Target]) -> None
         settle=settle, text=f"masking for {op.name}",
     )  # fmt: skip
     settle(tuple(used))
-    for names in late:
-        put_under_mask(program, names)
+    for target in late:
+        put_under_mask(program, target)
 
 
 def _all(hooks: list[Any]) -> Callable[..., None]:

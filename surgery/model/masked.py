@@ -142,14 +142,16 @@ def first(program: Program, name: str) -> str:
     return program.aliases.get(name, name)
 
 
+def _names(program: Program, weight: str) -> list[str]:
+    """All names of a weight, the one given and the first one in front."""
+    head = first(program, weight)
+    return list(dict.fromkeys((weight, head, *(k for k, v in program.aliases.items() if v == head))))
+
+
 def key_of(program: Program, weight: str) -> str | None:
     """The first name of a weight's mask, whichever of its names the weight is called by; None for a weight without one."""
-    head = first(program, weight)
-    for name in (weight, head, *(k for k, v in program.aliases.items() if v == head)):
-        key = first(program, mask_name(name))
-        if key in program.weights:
-            return key
-    return None
+    keys = (first(program, mask_name(name)) for name in _names(program, weight))
+    return next((key for key in keys if key in program.weights), None)
 
 
 def mask_of(program: Program, weight: str) -> Expr | None:
@@ -224,7 +226,10 @@ def split(program: Program, *groups: Sequence[str]) -> None:
 
 def _module(program: Program, weight: str) -> MaskModule | None:
     owner, _, leaf = weight.rpartition(".")
-    found = program.module(owner)._modules.get(leaf + SUFFIX)
+    try:
+        found = program.module(owner)._modules.get(leaf + SUFFIX)
+    except AttributeError:  # a name that only ties others (the `shared` of an encoder-decoder) may have no module
+        return None
     return found if isinstance(found, MaskModule) else None
 
 
@@ -246,8 +251,9 @@ def reshape_mask(program: Program, weight: str, change: Callable[[Expr], Expr]) 
         return False
     new = program.weights[key] = change(program.weights[key])
     empty = torch.empty(new.shape, dtype=torch.bool, device="meta")
-    for path, _, module in mask_modules(program.graph):
-        if first(program, f"{path}.keep") == key:
+    for name in _names(program, weight):
+        module = _module(program, name)
+        if module is not None:
             module.keep = empty
     return True
 
