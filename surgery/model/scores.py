@@ -82,8 +82,10 @@ def weight(study: Study, program: Program, name: str) -> Tensor:
 
 def _sizes(study: Study, program: Program, score: str, names: Sequence[str]) -> Iterator[Scored]:
     for name in names:
-        value = weight(study, program, name)
-        yield name, (value.abs() if score == "magnitude" else value.square()), tuple(range(value.ndim))
+        value = study.tensors.fresh(program, name, {})
+        check_finite(name, value)
+        value = value.abs().double()  # one wide copy in all
+        yield name, (value if score == "magnitude" else value.square_()), tuple(range(value.ndim))
 
 
 # ---------------------------------------------------------------- from inputs
