@@ -45,11 +45,11 @@ def cut(program: Program, group: Group, origin: Origin) -> CutResult:
     follow, and so do tensors of attached modules. The group must be of ``program.dims`` as it is now.
 
     Raises S0430 for a group that carries a refusal and for a size that cannot be followed, S0431 where an attached module cannot follow and
-    S0432 where a part that is used in several places would have to differ between them.
+    S0432 where a part that is used in several places would have to differ between them; ValueError when the group is of another analysis.
     """
     if group.refusal:
         raise fail("S0430", f"these units cannot be removed: {group.refusal}", origin.span, "removed here")
-    if program._dims is not None and group.dims is not program._dims:
+    if group.dims is not program.dims:
         raise ValueError("the group belongs to another analysis than the program's present one")
     sizes = NewSizes(group.dims, group.keep)
     graphs = GraphCut(program, sizes, group.constants, origin.span)
