@@ -26,7 +26,7 @@ from surgery.model.program import Origin, Program
 from surgery.model.study import Study
 from surgery.passes import registry
 from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
-from surgery.passes.kinds import tie_config
+from surgery.passes.kinds import tie_config, tie_fold
 from surgery.passes.operation import Resolved, SiteChange
 from surgery.passes.resolve import build, pick, resolve
 from surgery.passes.verify import verify
@@ -333,9 +333,16 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
-            stage=checked.stage,
+            stage=checked.stage, facts=_kept_live(session.program, checked.call.name, params),
         )
     )  # fmt: skip
+
+
+def _kept_live(program: Program, backend: str, params: dict[str, Any]) -> tuple[str, ...]:
+    """What an output that folds leaves live, for the plan."""
+    kept = tie_fold.stay_live(program) if backend not in ("torch", "peft", "report") and not params.get("live") else []
+    count = f"{len(kept)} adapter{'s stay' if len(kept) > 1 else ' stays'}"
+    return (f"{count} live: layers share the weights that {'they change' if len(kept) > 1 else 'it changes'}",) if kept else ()
 
 
 Handler = Callable[[Session, Checked, int], None]

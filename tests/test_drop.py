@@ -294,6 +294,33 @@ def test_adapters_move_up_with_their_layers(tmp_path: Path) -> None:
     assert plan.totals is not None and plan.ok
 
 
+# ------------------------------------------------------------------ what is refused
+
+
+def test_refusals() -> None:
+    program = original(causal("llama")[0])
+    layers = [f"layers[{i}]" for i in range(4)]
+
+    def refused(verb: str, name: str, roles: list[str], code: str, text: str, **params: Any) -> None:
+        copied = program.copy()
+        with pytest.raises(SurgeryError, match=text) as caught:
+            run(copied, operation(copied, verb, name, roles, **params))
+        assert caught.value.diagnostics[0].code == code
+        assert list(copied.weights) == list(program.weights) and copied.signature == program.signature
+
+    refused("skip", "bypass", layers, "S0477", "no layer would be left of `layers`")
+    refused("skip", "bypass", ["layers[0].attn.q"], "S0475", "is no layer, attention or feed-forward block")
+    refused("prune", "layers", ["layers[0].attn"], "S0475", "is no whole layer", count=1)
+    refused("prune", "layers", layers, "S0273", "does not say how much")
+    refused("prune", "layers", layers, "S0272", "both say how much", count=1, keep=2)
+    refused("prune", "layers", layers, "S0476", "only 4 are selected", count=5, score="magnitude")
+    refused("prune", "layers", layers, "S0476", "nothing would go", ratio=0.2, score="magnitude")
+    refused("prune", "layers", layers, "S0477", "no layer would be left", count=4, score="random")
+    refused("prune", "layers", layers, "S0274", "is computed from data", count=1)
+    refused("prune", "layers", layers, "S0276", "names no file", count=1, score="file")
+    refused("prune", "layers", ["layers[0]", "layers[2]"], "S0476", "no 2 layers in a row", count=2, score="random", contiguous=True)
+
+
 # ------------------------------------------------------------------ scores
 
 

@@ -22,7 +22,7 @@ from surgery.model.runtime import build_module
 from surgery.model.weights import Init
 from surgery.passes import registry
 from surgery.passes.expect import measure
-from surgery.passes.kinds import tie
+from surgery.passes.kinds import tie, tie_fold
 from surgery.passes.kinds.tie_groups import numbers
 from surgery.passes.operation import Resolved
 from surgery.passes.verify import verify
@@ -281,6 +281,7 @@ def test_an_adapter_of_one_layer_does_not_fold_into_a_shared_weight() -> None:
     run(program, operation(program, "adapt", "lora", [*QUERIES, "head"], rank=2))
     zero_free(program)
     live_outputs, count = outputs(program, flat()), parameters(program)
+    assert [a.site.role for a in tie_fold.stay_live(program)] == QUERIES
     with pytest.raises(SurgeryError, match=r"changes a weight that it shares with `layers\[1\].attn.q`") as e:
         fold(program)
     assert e.value.diagnostics[0].code == "S0489"

@@ -47,6 +47,16 @@ def common_adapters(program: Program, first: str, chosen: Sequence[Attachment]) 
     return list(sets.values())
 
 
+def stay_live(program: Program) -> list[Attachment]:
+    """The adapters that an output which folds will keep as they are, because layers share the weights that they change."""
+    found = []
+    for a in program.attachments:
+        first = shared_weight(program, a)
+        if first and common_adapters(program, first, program.attachments) is None:
+            found.append(a)
+    return found
+
+
 def refuse_or_reason(program: Program, op: Resolved, a: Attachment, first: str) -> str:
     """Why a layer's own adapter does not fold into a shared weight: the reason for a fold that an output asks for.
 
