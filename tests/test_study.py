@@ -187,7 +187,10 @@ class Counting(Tensors):
         if ".layers." in name:
             layer = ".".join(name.split(".")[: name.split(".").index("layers") + 2])
             self.alive = [(where, ref) for where, ref in self.alive if ref() is not None]
-            self.alive.append((layer, weakref.ref(value)))
+            memory = value.numpy().copy()  # lives as long as any tensor over it, whatever object wraps it
+            value = torch.from_numpy(memory)
+            self.alive.append((layer, weakref.ref(memory)))
+            del memory
             self.most = max(self.most, len({where for where, _ in self.alive}))
         return value
 
