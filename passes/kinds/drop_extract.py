@@ -64,7 +64,7 @@ class Extraction:
             order |= {n: i for i, n in enumerate(self.program.module(path).graph.nodes)}
         found.sort(key=lambda c: (c.graph, order[c.node]))
         loose = loose_outputs(self.program)
-        for path in {c.graph for c in found}:
+        for path in dict.fromkeys(c.graph for c in found):
             clash = conflicts(self.program.module(path), [c for c in found if c.graph == path], set() if path else loose)
             for reader, cut in clash:
                 raise self._needed(reader, cut, path)

@@ -171,9 +171,9 @@ def _agree(program: Program, op: Resolved, group: Sequence[Site], names: Sequenc
             mine, other = (a.heads, a.kv_heads), (b.heads, b.kv_heads)
             if mine != other:
                 raise _differ(op, first, site, a.role.removeprefix(first.role + "."), f"heads {mine}", f"heads {other}")
-    inside = {own[s.role][n] for s in group for n in names}
+    inside = dict.fromkeys(own[s.role][n] for s in group for n in names)
     for full in inside:
-        others = _names_of(program, full) - inside
+        others = _names_of(program, full) - inside.keys()
         if others:
             origin = next((o for o in reversed(program.journal.of(full)) if o.verb == "share" and o.span.end), None)
             raise fail(
