@@ -115,7 +115,9 @@ def site_at(site: Site, moves: Mapping[str, str], roles: Mapping[str, str]) -> S
     layer = site.layer
     if role != site.role and layer is not None and site.stack:
         layer = int(role[len(site.stack) + 1 :].partition("]")[0])
-    places: dict[str, Any] = {k: _ref(getattr(site, k), moves) for k in ("input", "output", "residual", "norm_output") if getattr(site, k) is not None}
+    places: dict[str, Any] = {
+        k: _ref(getattr(site, k), moves) for k in ("input", "output", "residual", "norm_output") if getattr(site, k) is not None
+    }
     return replace(
         site, role=role, layer=layer, path=renamed(site.path, moves), weight=renamed(site.weight, moves), bias=renamed(site.bias, moves),
         tied_to=role_of(site.tied_to, roles), parameters=tuple(renamed(n, moves) for n in site.parameters),
