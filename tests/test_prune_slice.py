@@ -474,3 +474,14 @@ def test_shared_layers_are_one_decision_and_the_message_shows_who_shared_them(he
     ]  # fmt: skip
     plan = surgery.plan(share + "prune heads(ratio = 25%) on layers[*].attn\n", "config:bert.json")
     assert [s.removed for s in plan.steps[1].sites] == [1048, 0, 1048]
+
+
+def test_heads_are_not_mistaken_for_the_width_of_values() -> None:
+    """BLOOM stores query, key and value of one head beside each other and has fewer heads than a head has columns."""
+    from surgery.opening import open_program
+    from tests.dims_models import MODELS
+
+    model, inputs = MODELS["bloom"]()
+    program, _ = open_program(model.eval(), inputs=inputs)
+    cut = Cutting(program, "heads", ["layers[0].attn"], ratio=0.5, study=False)
+    assert [(c.shape_before, c.shape_after) for c in cut.run()] == [((4,), (2,))]

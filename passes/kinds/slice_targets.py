@@ -142,8 +142,9 @@ def best(leaves: Iterable[Leaf]) -> Leaf | None:
 def head_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | None]:
     """The key-value groups and the query heads in each group of an attention block, None where there is one.
 
-    Heads are what queries and the output projection's inputs have in common; groups are the part of it that keys or values have,
-    too. A block without grouping has its heads as groups, one with a single group (multi-query) has none.
+    Heads are what queries and the output projection's inputs have in common and what the products of attention run over side by
+    side; groups are the part of it that keys or values have, too. A block without grouping has its heads as groups, one with a single
+    group (multi-query) has none.
     """
     parts = members(program, region)
     if "q" not in parts or "o" not in parts:
@@ -153,7 +154,7 @@ def head_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | Non
     for role in ("k", "v"):
         if role in parts:
             shared |= out_leaves(program, parts[role])
-    both = [leaf for leaf in query if leaf in output]
+    both = [leaf for leaf in query if leaf in output and "~batch" in leaf.axis.flags]
     groups = best(leaf for leaf in both if leaf in shared)
     return groups, best(leaf for leaf in both if leaf not in shared)
 
