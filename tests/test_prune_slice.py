@@ -487,5 +487,5 @@ def test_heads_are_not_mistaken_for_the_width_of_values() -> None:
     region = cut.op.sites[0]
     units = cut.op.method.units(program, region)  # type: ignore[attr-defined]
     assert (units.size, region.heads, region.head_dim) == (4, 4, 6)
-    with pytest.raises(SurgeryError, match="S0441: the heads of .* cannot be removed: a count of positions"):
+    with pytest.raises(SurgeryError, match=r"S0441: the heads of .* cannot be removed: a count of positions"):
         cut.run()  # the slopes of its position bias are computed from the number of heads
