@@ -77,6 +77,7 @@ def test_refused(module: nn.Module, inputs: object, dynamic: object, code: str, 
         ({"model_type": "bert"}, "NoSuchModel", "NoSuchModel"),
         ({"model_type": "bert"}, "AutoConfig", "AutoConfig"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "BertModel", "BertModel"),
+        ({"model_type": "bert", "hidden_size": "big"}, "BertModel", "'hidden_size' expected int, got str"),
     ],
 )
 def test_unfit_config(config: dict[str, object], architecture: str | None, text: str) -> None:

@@ -294,3 +294,25 @@ def test_python_check() -> None:
     with pytest.raises(AttributeError):
         package.nothing  # noqa: B018
     assert set(package.__all__) <= set(dir(package))
+
+
+def test_what_this_version_lacks_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The language names outputs and verbs that have nothing behind them yet: the lists and the pages say which."""
+    from surgery.backends.registry import names
+    from surgery.core.catalogue import BACKENDS, METHOD_VERBS, load
+
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    for name, entry in BACKENDS.items():
+        assert (f"{entry.summary} (not yet in this version)" in out) == (name not in names())
+        main(["explain", name])
+        assert ("cannot emit it yet" in capsys.readouterr().out) == (name not in names())
+    lacking = [verb for verb in METHOD_VERBS if not load().names(verb)]
+    assert (f"no method yet in this version: {', '.join(lacking)}" in out) == bool(lacking)
+    page = (Path(__file__).resolve().parent.parent / "docs/language.md").read_text("utf-8")
+    for verb in METHOD_VERBS:
+        assert main(["explain", verb]) == 0
+        shown = capsys.readouterr().out
+        assert ("no method for this verb yet" in shown) == (verb in lacking)
+        for name in load().names(verb):
+            assert f"`{verb} {name}`" in shown and f"`{name}`" in page

@@ -6,10 +6,10 @@ import argparse
 import re
 
 from surgery.cli.command import FAULT, Argument, Command
-from surgery.cli.explaining import pages
+from surgery.cli.explaining import absent, pages
 from surgery.cli.pages import entry_page, method_page, quantity_page
 from surgery.cli.report import Report, result
-from surgery.core.catalogue import BACKENDS, CHECKS, QUANTITIES, SOURCES, load
+from surgery.core.catalogue import BACKENDS, CHECKS, METHOD_VERBS, QUANTITIES, SOURCES, load
 from surgery.core.diagnostics import fail
 from surgery.core.near import suggestion
 
@@ -30,8 +30,12 @@ def page(subject: str) -> str:
     else:
         found = [method_page(catalogue.methods[v, subject]) for v in catalogue.verbs_of(subject)]
         found += [entry_page(table[subject], word) for table, word in TABLES if subject in table]
+        if subject in absent():
+            found.append("This version cannot emit it yet.\n")
         if subject in QUANTITIES:
             found.append(quantity_page(QUANTITIES[subject]))
+        if subject in METHOD_VERBS:
+            found.append(_verb(subject))
         if found:
             return "\n".join(found)
     names = [f"{v}/{n}" for v, n in catalogue.methods] if slash else [n for _, n in catalogue.methods]
@@ -44,6 +48,13 @@ def page(subject: str) -> str:
         help=[*help, "`surgery methods` lists the methods; codes look like S0212"],
         exit_code=FAULT,
     )
+
+
+def _verb(verb: str) -> str:
+    """The methods that a verb has."""
+    catalogue = load()
+    lines = [f"- `{verb} {n}`: {catalogue.methods[verb, n].summary}" for n in catalogue.names(verb)]
+    return "\n".join([f"# {verb}", "", *(lines or ["This version has no method for this verb yet."])]) + "\n"
 
 
 def _code(code: str) -> str:
@@ -73,7 +84,7 @@ COMMAND = Command(
     (
         Argument(
             "subject",
-            "a code such as S0212, a method such as lora or adapt/lora, an output, check, quantity or data source",
+            "a code such as S0212, a verb, a method such as lora or adapt/lora, an output, check, quantity or data source",
             "+",
             files=False,
         ),

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from surgery.cli.command import FAULT, Argument, Command
+from surgery.cli.explaining import absent
 from surgery.cli.report import Report, result
 from surgery.core.catalogue import BACKENDS, CHECKS, METHOD_VERBS, QUANTITIES, SOURCES, Entry, Quantity, load
 from surgery.core.diagnostics import fail
@@ -17,6 +18,8 @@ SECTIONS: tuple[tuple[str, dict[str, Entry] | dict[str, Quantity]], ...] = (
     ("expect, compared", QUANTITIES),
     ("data", SOURCES),
 )
+
+NOT_YET = " (not yet in this version)"
 
 
 def listing(verb: str = "") -> str:
@@ -32,10 +35,13 @@ def listing(verb: str = "") -> str:
         lines += [f"  {n:<{width}}  {catalogue.methods[word, n].summary}" for n in names]
         lines.append("")
     if not verb:
+        gone = absent()
         for title, table in SECTIONS:
             lines.append(title)
-            lines += [f"  {e.name:<{width}}  {e.summary}" for e in table.values()]
+            lines += [f"  {e.name:<{width}}  {e.summary}" + (NOT_YET if title == "emit" and e.name in gone else "") for e in table.values()]
             lines.append("")
+        if empty := [word for word in METHOD_VERBS if not catalogue.names(word)]:
+            lines += [f"no method yet in this version: {', '.join(empty)}", ""]
         lines.append("`surgery explain NAME` shows the page of one.")
     return "\n".join(lines).rstrip() + "\n"
 

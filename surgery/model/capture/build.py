@@ -52,6 +52,11 @@ def as_config(config: Any) -> Any:
             "S0504", f"transformers knows no model family {family!r}", notes=[str(error).splitlines()[0][:200]],
             help="check `model_type` in config.json; a model with code of its own is opened with python:",
         ) from error  # fmt: skip
+    except Exception as error:  # a value of a wrong type, or one that the family refuses: the class of the error is the library's own
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise fail(
+            "S0504", f"transformers refuses this config of a {family}: {said}", help="correct the value in config.json"
+        ) from error  # fmt: skip
 
 
 def model_class(config: Any, architecture: str | None) -> type[Any]:
