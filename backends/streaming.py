@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,10 +9,7 @@ import torch
 
 from surgery.model.program import Program
 from surgery.model.realise import Realiser
-
-KEPT_BYTES = 1 << 30
-"""Up to this size in float32 weights that were realised for earlier checks are used again and what was written is run; above, weights are
-streamed and the output is judged by names and shapes."""
+from surgery.model.running import is_small
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
 
@@ -31,15 +27,6 @@ class _Kept(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.program.weights)
-
-
-def parameters(program: Program) -> int:
-    """Elements of all stored tensors, tied ones once."""
-    return sum(math.prod(e.shape) for e in program.weights.values())
-
-
-def is_small(program: Program) -> bool:
-    return 4 * parameters(program) <= KEPT_BYTES
 
 
 def weights(program: Program, tensors: Any) -> Mapping[str, torch.Tensor]:

@@ -13,9 +13,9 @@ from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import fail
 from surgery.model import artifact
 from surgery.model.atomic import AtomicOutput
-from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.record import Methods
+from surgery.model.running import Runner, is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
 
@@ -44,14 +44,14 @@ class TorchBackend:
 
     @staticmethod
     def _certify(program: Program, folder: Path, request: EmitRequest, dtype: str) -> list[dict[str, Any]]:
-        """The written module against the program itself, in fp32, on a padded batch."""
-        if not streaming.is_small(program):
-            return []  # running the program and the module beside each other would take more memory than writing did
+        """What loads against the program itself, in fp32, on a padded batch: the module, or of a large model the stored program, part by part."""
         inputs = sample_inputs(program, batch=2, length=13, seed=11, padding=True)
-        with one_thread(), torch.no_grad():
-            want = live_root(program, request.tensors, dtype=torch.float32).eval()(*inputs)
-            module = artifact.load(folder, dtype=torch.float32)
-            got = module.run_flat(list(inputs))  # type: ignore[operator]
+        want = Runner(program, request.tensors)(inputs)
+        if is_small(program):
+            with one_thread(), torch.no_grad():
+                got = artifact.load(folder, dtype=torch.float32).run_flat(list(inputs))  # type: ignore[operator]
+        else:
+            got = Runner(artifact.read_artifact(folder, resolver=_resolver(program)), request.tensors)(inputs)
         worst = 0.0
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
@@ -63,6 +63,13 @@ class TorchBackend:
                 help="nothing was written; please report this with the spec and the model's config", exit_code=2,
             )  # fmt: skip
         return [entry]
+
+
+def _resolver(program: Program) -> Methods:
+    """The classes of the methods that the program itself holds."""
+    held = [*(a.method for a in program.attachments), *(m for m, _ in program.schedules)]
+    known = {(m.verb, m.name): type(m) for m in held}
+    return lambda verb, name: known[verb, name]
 
 
 BACKEND = TorchBackend()

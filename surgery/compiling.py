@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from surgery.core.plan import Expectation
 from surgery.core.spec import Checked, Spec
 from surgery.model import masked
 from surgery.model.claims import Claim
-from surgery.model.live import Tensors, live_root
+from surgery.model.live import Tensors
 from surgery.model.program import Origin, Program
+from surgery.model.running import Runner, floats
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
 from surgery.model.weights import Init
@@ -74,14 +76,11 @@ class Compilation:
         for known, found in self._measured:
             if known is program:
                 return found
-        root = live_root(program, self.tensors, dtype=torch.float32).eval()
+        run = Runner(program, self.tensors)
         found = []
         for i, (_, batch, length, padding) in enumerate(SAMPLES):
             self.progress("running the model on sample inputs", i, len(SAMPLES))
-            with one_thread(), torch.no_grad():
-                got = root(*sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))
-            got = got if isinstance(got, tuple | list) else (got,)
-            found.append([t for t in got if isinstance(t, torch.Tensor) and t.is_floating_point()])
+            found.append(floats(run(sample_inputs(program, batch=batch, length=length, seed=3, padding=padding))))
         self._measured.append((program, found))
         return found
 
@@ -241,19 +240,43 @@ class Compilation:
         return module
 
 
-def targets_free(spec: Spec, out: Path, force: bool, owner: str) -> None:
-    """Before any work: outputs lie apart, and nothing that stands at a target is lost without ``force``.
+def targets_free(spec: Spec, out: Path, force: bool, owner: str, model: str = "") -> None:
+    """Before any work: outputs lie apart, replace nothing that the run reads, and nothing that stands at a target is lost without ``force``.
 
-    ``owner`` is the name that the spec has in its lock, by which its own outputs are known.
+    ``owner`` is the name that the spec has in its lock, by which its own outputs are known; ``model`` takes the place of the spec's.
     """
     from surgery.backends import protocol
     from surgery.backends import registry as backends
 
     emits = [(c.call.name, c.node) for c in spec.statements if isinstance(c.node, ast.Emit) and c.call is not None]
-    protocol.check_apart([(out / node.to, node.span) for _, node in emits])
+    targets = [(out / node.to, node.span) for _, node in emits]
+    protocol.check_apart(targets)
+    protocol.check_inputs_kept(targets, _inputs(spec, model))
     for name, node in emits:
         backends.require(name, node.span)
         protocol.check_target(out / node.to, name, force, protocol.owner_mark(owner), node.span)
+
+
+def _inputs(spec: Spec, model: str) -> list[tuple[Path, str]]:
+    """What a run reads and where it stands, as far as that is a path: no output may take its place."""
+    found = [(Path(), "the working directory"), (Path(os.path.expanduser("~")), "the home directory")]
+    if spec.source.name not in ("<text>", "<stdin>"):
+        own = Path(spec.source.name)
+        found += [(own, "the spec"), (own.with_name(own.name + ".lock"), "the lock of the spec")]
+    named = [(model, spec.source.name, "the model")] if model else []
+    for checked in (*spec.models.values(), *spec.checkpoints.values(), *spec.data.values()):
+        node, file = checked.node, checked.node.span.source.name
+        found.append((Path(file), "a file of the spec"))
+        if isinstance(node, ast.Model):
+            named += [] if model and checked is spec.model else [(node.ref, file, "the model")]
+        elif checked.call is not None:
+            named += [(v, file, "what the spec reads") for k, v in checked.call.values().items() if k in ("path", "ref") and isinstance(v, str)]
+    for ref, file, what in named:
+        path = ref.removeprefix("config:")
+        for place in (Path(file).parent / path, Path(path)):
+            if place.exists():
+                found += [(place, what), *((inner, f"a file of {what}") for inner in (sorted(place.iterdir()) if place.is_dir() else ()))]
+    return found
 
 
 def difference(x: torch.Tensor, y: torch.Tensor, *, relative: bool = True) -> tuple[float, float]:
@@ -329,16 +352,13 @@ def _folds_above(session: Session, checked: Checked) -> list[tuple[Program | Non
 def runs(work: Compilation, checked: Checked, program: Program, index: int) -> None:
     assert checked.call is not None
     batch, length = int(checked.call.get("batch")), int(checked.call.get("length"))
-    root = live_root(program, work.tensors, dtype=torch.float32).eval()
     try:
-        with one_thread(), torch.no_grad():
-            got = root(*sample_inputs(program, batch=batch, length=length, seed=5, padding=True, cut=False))
+        got = Runner(program, work.tensors)(sample_inputs(program, batch=batch, length=length, seed=5, padding=True, cut=False))
     except (RuntimeError, IndexError, ValueError) as exc:
         first = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         work.outcome(checked, index, False, None, None, f"fails at batch {batch}, length {length}: {first}")
         return
-    got = got if isinstance(got, tuple | list) else (got,)
-    finite = all(bool(torch.isfinite(t).all()) for t in got if isinstance(t, torch.Tensor) and t.is_floating_point())
+    finite = all(bool(torch.isfinite(t).all()) for t in floats(got))
     work.outcome(checked, index, finite, None, None, f"batch {batch}, length {length}: " + ("finite" if finite else "not finite"))
 
 

@@ -18,6 +18,7 @@ from surgery.core.source import Span
 from surgery.model.claims import Claim, Outputs
 from surgery.model.live import Tensors, live_root
 from surgery.model.program import Program
+from surgery.model.running import outputs_of
 from surgery.passes.kinds.drop_graph import branch_end
 
 
@@ -80,16 +81,13 @@ class _Walk(fx.Interpreter):
 def bypass_claim(bypassed: Bypassed, after: Program, inputs: Sequence[int], outputs: Sequence[int], span: Span) -> Claim:
     """``removed = bypassed``: ``inputs`` and ``outputs`` are the places of the flat values that the program lost."""
     lost_in, lost_out = set(inputs), set(outputs)
+    run = outputs_of(after)
 
     def expected(tensors: Tensors, flat: Sequence[Tensor]) -> Outputs:
         found = bypassed.run(tensors, flat)
         return [t for i, t in enumerate(found) if i not in lost_out and isinstance(t, Tensor) and t.is_floating_point()]
 
     def found(tensors: Tensors, flat: Sequence[Tensor]) -> Outputs:
-        root = live_root(after, tensors, dtype=torch.float32).eval()
-        with torch.no_grad():
-            got = root(*(t for i, t in enumerate(flat) if i not in lost_in))
-        got = got if isinstance(got, tuple | list) else (got,)
-        return [t for t in got if isinstance(t, Tensor) and t.is_floating_point()]
+        return run(tensors, [t for i, t in enumerate(flat) if i not in lost_in])
 
     return Claim("removed = bypassed", bypassed.before, expected, found, span=span)

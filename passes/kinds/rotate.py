@@ -17,8 +17,8 @@ from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.model import masked
 from surgery.model.claims import Claim
-from surgery.model.live import live_root
 from surgery.model.program import Program
+from surgery.model.running import outputs_of
 from surgery.model.spill import spilled
 from surgery.model.weights import Expr, Init
 from surgery.passes.expect import parameter_sizes
@@ -221,14 +221,4 @@ def _bases(program: Program, op: Resolved, stream: Stream) -> list[Expr]:
 
 
 def _claim(before: Program, whole: Program, op: Resolved) -> Claim:
-    def run(program: Program) -> Any:
-        def outputs(tensors: Any, flat: Any) -> list[Tensor]:
-            root = live_root(program, tensors, dtype=torch.float32).eval()
-            with torch.no_grad():
-                got = root(*flat)
-            got = got if isinstance(got, tuple | list) else (got,)
-            return [t for t in got if isinstance(t, Tensor) and t.is_floating_point()]
-
-        return outputs
-
-    return Claim("rotated = as it was, before the cut", before, run(before), run(whole), tolerance=1e-4, span=op.origin.span)
+    return Claim("rotated = as it was, before the cut", before, outputs_of(before), outputs_of(whole), tolerance=1e-4, span=op.origin.span)

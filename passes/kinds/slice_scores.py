@@ -20,6 +20,7 @@ import torch
 from surgery.model import cost
 from surgery.model.dims import Dims
 from surgery.model.program import Program
+from surgery.model.threads import one_thread
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_targets import Target, Units, tensors
 from surgery.passes.operation import Resolved
@@ -139,16 +140,20 @@ def marginal(tensor: torch.Tensor, axis: int, *, squared: bool, plain: bool = Fa
     total = np.zeros(size)
     many = max(1, CHUNK // max(1, size * after))
     rows = max(1, CHUNK // max(1, after))
-    for i in range(0, before, many):
-        for start in range(0, size, rows):
-            part = view[i : i + many, start : start + rows]
-            block = (part if part.dtype in (torch.float32, torch.float64) else part.float()).numpy().astype(np.float64)
-            if squared:
-                block = np.square(block)
-            elif not plain:
-                block = np.abs(block)
-            along = block.sum(axis=2) if after > 1 else block[:, :, 0]
-            total[start : start + rows] += along.sum(axis=0) if before > 1 else along[0]
+    wide = torch.float64 if t.dtype == torch.float64 else torch.float32
+    # one buffer for all blocks: fresh memory for each would cost more than the sums
+    buffer = torch.empty(min(many, before) * min(rows, size) * after, dtype=wide)
+    with one_thread():  # blocks are small: handing them to other threads costs more than it saves
+        for i in range(0, before, many):
+            for start in range(0, size, rows):
+                part = view[i : i + many, start : start + rows]
+                block = buffer[: part.numel()].view(part.shape).copy_(part).numpy()
+                if squared:
+                    block = np.square(block, dtype=np.float64)
+                elif not plain:
+                    np.abs(block, out=block)
+                along = block.sum(axis=2, dtype=np.float64) if after > 1 else block[:, :, 0].astype(np.float64)
+                total[start : start + rows] += along.sum(axis=0) if before > 1 else along[0]
     return total
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import ClassVar
 
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
@@ -21,9 +18,9 @@ from surgery.core.plan import plural
 from surgery.core.roles import split_role
 from surgery.core.site import Site
 from surgery.model import masked
-from surgery.model.claims import Claim, Outputs
-from surgery.model.live import Tensors, live_root
+from surgery.model.claims import Claim
 from surgery.model.program import Program
+from surgery.model.running import outputs_of
 from surgery.model.weights import Add, Cast, Expr, Scale, cast
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.drop_choice import span_of
@@ -282,15 +279,6 @@ def _claim(before: Program, stated: dict[str, Expr], after: Program, op: Resolve
     """``shared = each layer with these weights``: the program before with the stated values written into every layer."""
     for name, expr in stated.items():
         before.weights[before.aliases.get(name, name)] = expr
-
-    def run(program: Program) -> Any:
-        def outputs(tensors: Tensors, flat: Sequence[Tensor]) -> Outputs:
-            root = live_root(program, tensors, dtype=torch.float32).eval()
-            with torch.no_grad():
-                got = root(*flat)
-            got = got if isinstance(got, tuple | list) else (got,)
-            return [t for t in got if isinstance(t, Tensor) and t.is_floating_point()]
-
-        return outputs
-
-    return Claim("shared = each layer with these weights", before, run(before), run(after), tolerance=1e-6, span=op.origin.span)
+    return Claim(
+        "shared = each layer with these weights", before, outputs_of(before), outputs_of(after), tolerance=1e-6, span=op.origin.span
+    )

@@ -21,10 +21,11 @@ from surgery.model.dims import Dims, Group, Keep, Member
 from surgery.model.dims.algebra import factors
 from surgery.model.dims.context import name_of
 from surgery.model.flat import flatten
-from surgery.model.live import Tensors, live_root
+from surgery.model.live import Tensors
 from surgery.model.oracle_ops import RUNNERS
 from surgery.model.program import Program
 from surgery.model.retarget import retarget_graph
+from surgery.model.running import is_small, outputs_of
 
 Masks = list[tuple[int, Tensor]]
 _SYMBOLIC = 10007
@@ -189,7 +190,8 @@ class _Flat:
         return self._axes[node]
 
     def read(self, name: str) -> Tensor:
-        value = self.tensors.of(self.program, name)
+        keep = is_small(self.program)
+        value = self.tensors.of(self.program, name) if keep else self.tensors.fresh(self.program, name, {})
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def module(self, node: fx.Node, read: Callable[[str], Tensor] | None = None) -> nn.Module:
@@ -282,12 +284,8 @@ def masked_claim(before: Program, group: Group, after: Program, span: Span = NOW
     ``before`` is a copy of the program that was cut (``program.copy()`` in front of the cut), ``group`` what was cut of it; ``after`` is read
     when the claim is measured and must not change any more.
     """
-    roots: list[tuple[Tensors, fx.GraphModule]] = []
-
-    def found(tensors: Tensors, inputs: Sequence[Tensor]) -> list[Tensor]:
-        if not roots or roots[0][0] is not tensors:
-            roots[:] = [(tensors, live_root(after, tensors, dtype=torch.float32).eval())]
-        with torch.no_grad():
-            return floats(roots[0][1](*cut_inputs(group, inputs)))
-
-    return Claim("removed = masked", before, lambda tensors, inputs: masked(before, group, tensors, inputs), found, span=span)
+    run = outputs_of(after)
+    return Claim(
+        "removed = masked", before, lambda tensors, inputs: masked(before, group, tensors, inputs),
+        lambda tensors, inputs: run(tensors, cut_inputs(group, inputs)), span=span,
+    )  # fmt: skip
