@@ -23,6 +23,7 @@ from surgery.model.artifact import copy_files
 from surgery.model.atomic import AtomicOutput, storage_errors
 from surgery.model.live import live_root
 from surgery.model.program import Program
+from surgery.model.running import is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.shards import write_safetensors
 from surgery.model.weights import DTYPE_BYTES, is_float
@@ -134,7 +135,13 @@ def _agree(program: Program, derived: Derived, architecture: str, names: Mapping
     try:
         model = _empty(derived, architecture)
     except Exception as exc:
-        raise _unsayable(program, derived, "", f"transformers refuses it: {' '.join(str(exc).split())[:200]}", span) from exc
+        once = "per_layer_config" in derived.changes and re.search(r"'(\w+)' is a per-layer attribute", str(exc))
+        why = (
+            f"{architecture} reads `{once[1]}` once for all layers"
+            if once
+            else f"transformers refuses it: {' '.join(str(exc).split())[:200]}"
+        )
+        raise _unsayable(program, derived, "", why, span) from exc
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     aliases = {names.get(n, n) for n in program.aliases}
@@ -241,7 +248,7 @@ def _certify(program: Program, architecture: str, folder: Path, request: EmitReq
     """``from_pretrained`` on the written folder against the program, in fp32, on random and padded inputs."""
     import transformers
 
-    if not streaming.is_small(program):
+    if not is_small(program):
         return []  # names and shapes were compared; running two copies would take more memory than writing did
     root = live_root(program, request.tensors, dtype=torch.float32).eval()
     cls = getattr(transformers, architecture)
