@@ -141,3 +141,20 @@ def check_apart(targets: Sequence[tuple[Path, Span]]) -> None:
                     "S0845", f"{inner} is inside {outer}, which is an output of its own", span, "one output in another", also=also,
                     help="give each output a path beside the others",
                 )  # fmt: skip
+
+
+def check_inputs_kept(targets: Sequence[tuple[Path, Span]], inputs: Sequence[tuple[Path, str]]) -> None:
+    """Before any work: S0846 when an output would replace something that the run needs, or a folder around it; ``force`` or not.
+
+    ``inputs`` are paths with what they are: the spec, models, data, the working directory. A folder is replaced as a whole, so that
+    all the user's files in it would be gone. Links are followed.
+    """
+    for path, span in targets:
+        place = Path(os.path.realpath(path))
+        for given, what in inputs:
+            real = Path(os.path.realpath(given))
+            if place == real or place in real.parents:
+                raise fail(
+                    "S0846", f"{path} is {what}" if place == real else f"{path} holds {what}", span, "all of it would be replaced",
+                    exit_code=2, notes=[f"it is at {given}"] if place != real else [], help="give the output a path of its own",
+                )  # fmt: skip

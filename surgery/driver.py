@@ -154,7 +154,7 @@ def compile_spec(
     """
     with listening(progress):
         checked = load_spec(spec, set)
-        targets_free(checked, Path(out) if out else Path(), force, _lock_name(checked))
+        targets_free(checked, Path(out) if out else Path(), force, _lock_name(checked), model if isinstance(model, str) else "")
         session, checkpoint = _walk(checked, model, inputs=inputs, allow_code=allow_code, use_cache=use_cache, keep_base=True)
         if session.sink.failed:
             raise SurgeryError(*session.sink.items)

@@ -253,3 +253,20 @@ def test_two_runs_at_once(here: Path) -> None:
         assert (ran.code, ran.codes) == (2, ["S0805"])
         raise SurgeryError()
     assert surgery("compile", "a.surg", reference).code == 0
+
+
+def test_what_a_run_reads_is_never_replaced(here: Path) -> None:
+    """``--force`` replaces outputs, not the spec, the model or the folder that holds the user's work."""
+    folder = checkpoint("bert")
+    write("notes.txt", "mine")
+    for target, what in {
+        ".": "is the working directory", "": "is the working directory", f"{folder}/..": "the working directory", folder: "is the model",
+        f"{folder}/config.json": "is a file of the model", "a.surg": "is the spec", "a.surg.lock": "is the lock of the spec",
+    }.items():  # fmt: skip
+        write("a.surg", LORA + f'emit torch to "{target}"\n')
+        before = tree(".")
+        ran = surgery("compile", "a.surg", folder, "--force")
+        assert (ran.code, ran.codes) == (2, ["S0846"]) and what in ran.err, (target, ran.err)
+        assert tree(".") == before, target
+    write("a.surg", LORA + f'emit torch to "{folder}/inside"\n')
+    assert surgery("compile", "a.surg", folder).code == 0, "a new place inside is one of its own"
