@@ -32,6 +32,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 STAGED = {"layers": ("depths",), "heads": ("num_heads", "num_attention_heads"), "width": ("hidden_sizes", "embed_dims")}
 """Spellings of quantities that a config lists stage by stage."""
 
+EACH = "{name}_per_layer"
+"""How a list with an entry for each layer is spelled beside the one number for all of them."""
+
 
 @dataclass
 class Derived:
@@ -40,6 +43,8 @@ class Derived:
     config: Any
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    layers: list[tuple[Any, int, str, Any]] = field(default_factory=list)
+    """Config, layer, name and value where layers differ and the config keeps no list: for ``per_layer_config``."""
 
 
 def original(program: Program) -> Any:
@@ -65,11 +70,12 @@ def derive(program: Program, config: Any) -> Derived:
         owner, side = _owner(out.config, stack.name)
         facts = dict(_facts(anatomy, stack.name, stack.layers))
         if stage is not None and _staged(out, owner, int(stage.group(1)), facts):
-            facts = {k: v for k, v in facts.items() if k not in ("layers", "heads", "kv_heads")}
+            facts = {k: v for k, v in facts.items() if k not in ("layers", "heads", "kv_heads", "width")}
         for what, values in facts.items():
-            _write(out, owner, what, side, values, stack.name)
+            _write(out, owner, what, side, values, stack.name, stack.layers)
     _hidden(out, anatomy)
     _ties(out, program)
+    _per_layer(out)
     return out
 
 
@@ -85,8 +91,17 @@ def _owner(config: Any, stack: str) -> tuple[Any, str]:
 def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, list[Any]]]:
     """Quantity and its value in each layer of a stack that has it."""
     yield "layers", [_runs(anatomy, stack) if layers == 1 else layers]
-    found: dict[str, list[Any]] = {}
-    pattern = re.compile(re.escape(stack) + r"\[\d+\]\.(attn|ffn|ffn\.experts)")
+    found: dict[str, list[tuple[int | None, Any]]] = {}
+
+    def note(site: Site, what: str, value: Any) -> None:
+        entry = (site.layer, value)
+        if entry not in found.setdefault(what, []):  # blocks of one layer that are alike are one
+            found[what].append(entry)
+
+    pattern = re.compile(re.escape(stack) + r"\[\d+\]\.(attn|ffn)(?:\[\d+\])?(\.experts)?")
+    norms = {s.shape[0] for s in anatomy.sites if s.op == "norm" and s.stack == stack and len(s.shape) == 1}
+    if len(norms) == 1:
+        yield "width", [*norms]
     for site in anatomy.sites:
         match = pattern.fullmatch(site.role)
         if match is None:
@@ -94,14 +109,16 @@ def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, lis
         if match.group(1) == "attn":
             for what, value in (("heads", site.heads), ("kv_heads", site.kv_heads), ("head_dim", site.head_dim)):
                 if value is not None:
-                    found.setdefault(what, []).append(value)
-        elif match.group(1) == "ffn" and "experts" not in site.facts:
-            found.setdefault("ffn", []).append(site.facts.get("width"))
-        elif match.group(1) == "ffn.experts":
-            found.setdefault("expert_ffn", []).append(site.facts.get("width"))
-            found.setdefault("experts", []).append(site.facts.get("experts"))
-            found.setdefault("top_k", []).append(site.facts.get("top_k"))
-    yield from ((what, values) for what, values in found.items() if all(v is not None for v in values))
+                    note(site, what, value)
+        elif match.group(2):
+            for what, fact in (("expert_ffn", "width"), ("experts", "experts"), ("top_k", "top_k")):
+                note(site, what, site.facts.get(fact))
+        elif "experts" not in site.facts:
+            note(site, "ffn", site.facts.get("width"))
+    for what, entries in found.items():
+        values = [v for _, v in entries]
+        if all(v is not None for v in values):
+            yield what, values
 
 
 def _runs(anatomy: Anatomy, stack: str) -> int:
@@ -115,22 +132,83 @@ def _spelling(owner: Any, what: str, side: str) -> str | None:
     return next((n for n in names if _has(owner, n)), None)
 
 
+def _value(owner: Any, name: str) -> Any:
+    """What a config says, None where it says nothing, or not one thing for all layers."""
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:  # transformers guards names that `per_layer_config` gives by layer
+        return None
+
+
 def _has(owner: Any, name: str) -> bool:
-    return hasattr(owner, name) and not isinstance(getattr(owner, name), bool)
+    try:
+        return hasattr(owner, name) and not isinstance(getattr(owner, name), bool)
+    except RuntimeError:
+        return True
 
 
-def _write(out: Derived, owner: Any, what: str, side: str, values: list[Any], stack: str) -> None:
+def _write(out: Derived, owner: Any, what: str, side: str, values: list[Any], stack: str, layers: int) -> None:
+    """One quantity of a stack, in the first of the forms that the config has: a list by layer, one number, a number with exceptions."""
+    if what == "width":
+        return  # one number for the whole model, which `_hidden` writes
     name = _spelling(owner, what, side)
     uniform = len(set(values)) == 1
     if name is None:
         if what == "ffn" and uniform and isinstance(getattr(owner, "mlp_ratio", None), int | float):
             _ratio(out, owner, values[0])
+        elif what == "head_dim" and uniform and _implied(owner, side) not in (None, values[0]):
+            setattr(owner, what, values[0])  # some classes look for it though their config does not declare it
+            out.changes[what] = (None, values[0])
         return  # a number that the family fixes by others (heads by widths): the comparison of tensors judges
-    value = values[0] if uniform else list(values)
+    by_layer = list(values) * layers if len(values) == 1 else list(values)
+    for listed in (EACH.format(name=name), name):
+        if isinstance(_value(owner, listed), list | tuple) and what != "layers":
+            if len(by_layer) == layers:
+                _set(out, owner, listed, type(getattr(owner, listed))(by_layer))
+                if listed == name:
+                    return
+            break
     if not uniform:
         shown = ", ".join(str(v) for v in values[:8]) + (" ..." if len(values) > 8 else "")
         out.problems.append(f"the {what.replace('_', ' ')} of {stack} differs from layer to layer ({shown})")
-    _set(out, owner, name, value)
+        if len(by_layer) != layers or isinstance(_value(owner, EACH.format(name=name)), list | tuple):
+            return
+        if _takes_list(owner, name):
+            _set(out, owner, name, by_layer)
+        else:
+            out.layers += [(owner, i, name, v) for i, v in enumerate(by_layer)]
+        return
+    _set(out, owner, name, values[0])
+
+
+def _takes_list(owner: Any, name: str) -> bool:
+    """Whether the config declares one number or a list of them."""
+    declared = getattr(type(owner), "__dataclass_fields__", {}).get(name)
+    return declared is not None and re.search(r"\blist\b", str(declared.type)) is not None
+
+
+def _implied(owner: Any, side: str) -> int | None:
+    """The size of a head that follows from the width and the number of heads."""
+    hidden, heads = (_value(owner, str(_spelling(owner, what, side))) for what in ("hidden", "heads"))
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def _per_layer(out: Derived) -> None:
+    """``per_layer_config``: exceptions from the one number, in the form that any config takes. Whether the class reads them shows when it is built."""
+    owners = {id(owner): owner for owner, *_ in out.layers}
+    for owner in owners.values():
+        if not hasattr(type(owner), "per_layer_config"):
+            continue
+        spec = getattr(owner, "_heterogeneity_spec", None)
+        given: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in getattr(spec, "per_layer_overrides", {}).items()}
+        for other, layer, name, value in out.layers:
+            if other is owner:
+                given.setdefault(layer, {})[name] = value
+        try:
+            owner.per_layer_config = given
+        except (ValueError, TypeError):
+            continue  # the problems say which quantity it is about
+        out.changes["per_layer_config"] = (None, given)
 
 
 def _ratio(out: Derived, owner: Any, width: int) -> None:
@@ -179,7 +257,7 @@ def _ties(out: Derived, program: Program) -> None:
 
 
 def _set(out: Derived, owner: Any, name: str, value: Any) -> None:
-    old = getattr(owner, name)
+    old = _value(owner, name)
     if old == value:
         return
     from huggingface_hub.errors import StrictDataclassError

@@ -131,6 +131,15 @@ def test_the_same_spec_replaces_its_own_output_and_no_other_does(tmp_path: Path,
         ("bart", "prune layers(count = 1, score = magnitude) on decoder.layers", {"decoder_layers": [3, 2]}),
         ("vit", "prune ffn(keep = 40) on layers[*].ffn", {"intermediate_size": [64, 40]}),
         ("llama", "convert moe(experts = 4, top_k = 2) on layers[*].ffn", {"num_local_experts": None}),
+        # read by the class, though the config does not declare it
+        ("phi3", "prune kv_groups(keep = 1) on layers[*].attn", {"num_key_value_heads": [2, 1], "head_dim": [None, 8]}),
+        ("vit", "prune heads(keep = 2) on layers[*].attn", {"num_attention_heads": [4, 2], "head_dim": [None, 8]}),
+        ("wav2vec2-conformer", "prune ffn(keep = 40) on layers[*].ffn[*]", {"intermediate_size": [64, 40]}),
+        (
+            "convnext",
+            "prune width(ratio = 25%)\nprune ffn(ratio = 25%) on stages[*].layers[*].ffn",
+            {"hidden_sizes": [[8, 16], [6, 12]]},
+        ),
     ],
 )  # fmt: skip
 def test_sizes_that_the_config_can_say(
@@ -167,3 +176,52 @@ def test_what_no_config_can_say_names_the_statement(family: str, text: str, tmp_
     (found,) = caught.value.diagnostics
     assert found.code == "S0862" and any(label.span.text.startswith(text.split("(")[0].split(" on ")[0]) for label in found.labels[1:])
     assert not Path("out").exists()
+
+
+LAYERED = dict(
+    vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
+    num_key_value_heads=2, head_dim=8, pad_token_id=0,
+)  # fmt: skip
+
+
+def written(family: str, architecture: str, **config: object) -> str:
+    """A tiny config whose family says some sizes layer by layer."""
+    Path(f"{family}.json").write_text(
+        json.dumps({"model_type": family, "architectures": [architecture], **LAYERED, **config}), encoding="utf-8"
+    )
+    return f"config:{family}.json"
+
+
+def test_a_list_by_layer_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laguna's config lists the heads of each layer; a layer that goes takes its entry with it."""
+    monkeypatch.chdir(tmp_path)
+    model = written("laguna", "LagunaForCausalLM", num_attention_heads_per_layer=[4] * 3, mlp_layer_types=["dense"] * 3)
+    text = 'surg 1\nprune heads(keep = 2) on layers[1..2].attn\n{}emit transformers to "{}"\n'
+    for more, out, heads in (("", "three", [4, 2, 2]), ("prune layers(count = 1, score = random) on layers[1..2]\n", "two", [4, 2])):
+        result = api.compile(text.format(more, out), model)
+        config = json.loads(Path(out, "config.json").read_text())
+        assert config["num_attention_heads_per_layer"] == heads and config["num_hidden_layers"] == len(heads)
+        loaded = transformers.LagunaForCausalLM.from_pretrained(out, dtype=torch.float32)
+        assert [layer.self_attn.q_proj.out_features for layer in loaded.model.layers] == [8 * h for h in heads]
+        assert next(c for c in result.certificates if c["claim"] == "from_pretrained = program")["ok"]
+
+
+def test_heads_of_two_sizes_by_layer_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's layers with full attention have larger heads, which its config says in `per_layer_config`; so may its kv heads be."""
+    monkeypatch.chdir(tmp_path)
+    model = written(
+        "gemma4_text", "Gemma4ForCausalLM", global_head_dim=16, vocab_size_per_layer_input=99, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    result = api.compile('surg 1\nprune ffn(keep = 40) on layers[*].ffn\nemit transformers to "out"\n', model)
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["intermediate_size"] == 40 and config["per_layer_config"] == {"2": {"head_dim": 16}}
+    assert next(c for c in result.certificates if c["claim"] == "from_pretrained = program")["ok"]
+
+
+def test_one_number_for_all_layers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgeryError) as caught:
+        compiled("llama", 'surg 1\nprune ffn(keep = 40) on layers[0].ffn\nemit transformers to "out"\n')
+    (found,) = caught.value.diagnostics
+    assert found.code == "S0862" and "LlamaForCausalLM reads `intermediate_size` once for all layers" in found.notes

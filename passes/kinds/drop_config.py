@@ -16,7 +16,10 @@ LISTS = (
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "block_types",
     "sliding_window_layers", "rope_layers",
 )  # fmt: skip
-"""Lists with one entry for each layer."""
+"""Lists with one entry for each layer; those whose names end in `_per_layer` are, too."""
+
+SIZES = ("intermediate_size", "activation_sparsity_pattern", "num_experts", "moe_topk")
+"""Quantities that some families give as one number and others by layer."""
 
 NUMBERS = ("moe_layers", "mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "global_attn_layers", "attn_layer_indices")
 """Lists of the layers that have something."""
@@ -76,7 +79,7 @@ def _drop(owner: dict[str, Any], full: dict[str, Any], side: str, stack: str, co
     for name in known:
         if name in owner or name == known[0]:
             owner[name] = count - len(lost)
-    for name in LISTS:
+    for name in (*LISTS, *(n for n in {**full, **owner} if n.endswith("_per_layer") or n in SIZES)):
         entries = owner.get(name, full.get(name))
         if isinstance(entries, list | tuple) and len(entries) == count:
             owner[name] = [e for i, e in enumerate(entries) if i not in lost]

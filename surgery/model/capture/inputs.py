@@ -104,14 +104,15 @@ def _learned_positions(model: Any) -> bool:
 def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
     text = model.config.get_text_config(decoder=True)
     layers = int(text.num_hidden_layers)
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    by_layer = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text] * layers
 
-    def one() -> Tensor:
+    def one(of: Any) -> Tensor:
+        heads = int(getattr(of, "num_key_value_heads", None) or of.num_attention_heads)
+        width = int(getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads)
         return torch.zeros(BATCH, heads, PAST, width, dtype=dtype, device="meta")
 
-    values["past_key_values"] = filled_cache([one() for _ in range(layers)], [one() for _ in range(layers)])
+    values["past_key_values"] = filled_cache([one(c) for c in by_layer], [one(c) for c in by_layer])
     for i in range(layers):
         for what in ("key", "value"):
             axes[f"past_key_values_{what}_{i}"] = {0: "batch", 2: "past"}
