@@ -18,12 +18,22 @@ def placeholders(program: Program) -> list[tuple[str, ValueSpec]]:
 def sizes(program: Program, batch: int, length: int, past: int = 0) -> dict[str, int]:
     """A size for every symbol: the first axis of an input is its batch, axes of a cache get ``past``, other axes ``length``.
 
-    A second independent length (a decoder's beside its encoder's) is shorter, so that the two are never mixed up unseen. Axes of
-    floating inputs (samples of a sound) are counted from the traced size, below which a model may have nothing to compute.
+    A cache captured from live tensors may have a fixed number of steps, which then stands for ``past``. A mask that was traced over the
+    cache and the new steps gets both. A second independent length (a decoder's beside its encoder's) is shorter, so that the two are
+    never mixed up unseen. Axes of floating inputs (samples of a sound) are counted from the traced size, below which a model may have
+    nothing to compute.
     """
     inputs = dict(placeholders(program))
     out: dict[str, int] = {}
     shorter = 0
+    traced_past, fixed = _traced_past(program)
+    past = traced_past if fixed else past
+    own = {s: t for s, (n, a, t) in program.signature.symbols.items() if a != 0 and not _is_cache(n) and "mask" not in n}
+    both = {
+        s: next(o for o, t in own.items() if traced == t + traced_past)
+        for s, (name, _, traced) in program.signature.symbols.items()
+        if traced_past and "mask" in name and traced - traced_past in own.values()
+    }
     for symbol, (name, axis, traced) in program.signature.symbols.items():
         if _is_cache(name):
             out[symbol] = batch if axis == 0 else past
@@ -31,10 +41,21 @@ def sizes(program: Program, batch: int, length: int, past: int = 0) -> dict[str,
             out[symbol] = batch
         elif name in inputs and getattr(torch, inputs[name].dtype).is_floating_point:
             out[symbol] = traced + length
-        else:
+        elif symbol not in both:
             out[symbol] = max(1, length - shorter)
             shorter += 3
-    return out
+    return out | {symbol: out[new] + past for symbol, new in both.items()}
+
+
+def _traced_past(program: Program) -> tuple[int, bool]:
+    """The steps of the cache when the model was traced (0 without one), and whether the graph is fixed to them."""
+    for name, axis, traced in program.signature.symbols.values():
+        if _is_cache(name) and axis != 0:
+            return traced, False
+    for name, spec in placeholders(program):
+        if _is_cache(name) and len(spec.shape) == 4 and not getattr(spec.shape[2], "free_symbols", None):
+            return int(spec.shape[2]), True
+    return 0, False
 
 
 def _is_cache(name: str) -> bool:
@@ -59,7 +80,8 @@ def sample_inputs(
     the model's position table holds.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = min(length, _longest(program) - past) if cut else length
+    steps, fixed = _traced_past(program)
+    length = min(length, _longest(program) - (steps if fixed else past)) if cut else length
     at = sizes(program, batch, length, past)
     past = _past_length(program, at)
     out = []
@@ -73,7 +95,7 @@ def _past_length(program: Program, at: dict[str, int]) -> int:
     for symbol, (name, axis, _) in program.signature.symbols.items():
         if _is_cache(name) and axis != 0:
             return at[symbol]
-    return 0
+    return _traced_past(program)[0]
 
 
 def _at(n: Any, at: dict[str, int]) -> int:
