@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from surgery.core.site import NodeRef
+from surgery.model import grouped  # noqa: F401  (registers surgery.grouped_mm)
 from surgery.model.flat import constants, flatten
 from surgery.model.program import Program
 
@@ -122,7 +123,7 @@ def _product(program: Program, user: fx.Node, node: fx.Node, view: _View) -> Use
             found = ("linear", 0, axes[0], None, ())
         case aten.addmm.default if at == [2]:
             found = ("linear", 1, axes[0], None, ())
-        case aten._grouped_mm.default if at == [1] and len(axes) == 3 and len(args) > 2:
+        case aten._grouped_mm.default | torch.ops.surgery.grouped_mm.default if at == [1] and len(axes) == 3 and len(args) > 2:
             found = ("grouped", 0, axes[1], axes[0], ())
         case aten.bmm.default | aten.matmul.default if at == [1] and len(axes) == 3:
             found = ("stacked", 0, axes[1], axes[0], ())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.model import pytree
 from surgery.model.capture.errors import Fallback, capture_error, watch_sizes
+from surgery.model.capture.literals import Literals
 from surgery.model.capture.regions import Region, Regions
 
 Axes = dict[int, str]  # axis -> name of its size; axes with one name have one size; "a+b" is a sum of others
@@ -184,7 +185,7 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
     leaves = tuple(leaf for _, leaf in call.flat())
     skips: dict[float, None] = {}
-    with _quiet(skips), Regions(model, stubs) as regions:
+    with _quiet(skips), Regions(model, stubs) as regions, Literals():
         try:
             exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
         except Fallback:

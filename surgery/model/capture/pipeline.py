@@ -209,6 +209,7 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     owners = {ph: tensors.all_names[tensors.first[full.removeprefix("model.")]] for ph, full in stored.items()}
     lifted_names = dict(signature.inputs_to_lifted_tensor_constants)
     lifted = {ph: exported.constants[full].detach() for ph, full in lifted_names.items()}
+    _refuse_lost_values(model, gm.graph, lifted)
     lifted_targets = {ph: _attribute(i) for i, ph in enumerate(lifted)}
     parameters = {ph for ph in owners if ph in signature.inputs_to_parameters}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -248,6 +249,19 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
             for rate in traced.skips
         ),
     )
+
+
+def _refuse_lost_values(model: nn.Module, graph: fx.Graph, lifted: dict[str, Tensor]) -> None:
+    """S0501 for a tensor that the model's code makes in a way that leaves its values on meta: nothing could fill it in later."""
+    lost = next((n for n in graph.nodes if n.op == "placeholder" and n.name in lifted and lifted[n.name].is_meta), None)
+    if lost is not None:
+        user = next(iter(lost.users), lost)
+        lines = [ln.strip() for ln in str(user.meta.get("stack_trace") or "").splitlines() if ln.strip().startswith("File ")]
+        raise fail(
+            "S0501", f"{type(model).__name__} makes a tensor of shape {list(lifted[lost.name].shape)} whose values cannot be captured"
+            + (f": {lines[-1]}" if lines else ""),
+            help="make it in `__init__` and keep it as a buffer",
+        )  # fmt: skip
 
 
 def _refuse_training_noise(model: nn.Module, call: Call, graph: fx.Graph) -> None:

@@ -1,0 +1,79 @@
+"""What a model's code says in Python while it is traced on meta tensors, kept with its values.
+
+A list in an index and the list that ``torch.tensor`` is given become tensors on the device of what they meet. On meta they would have
+no values; here they are made on the CPU, and the graph moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from surgery.model import grouped  # noqa: F401  (registers surgery.grouped_mm)
+
+MADE = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+PRODUCTS = tuple(f for f in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)) if f is not None)
+
+
+class Literals(TorchFunctionMode):
+    """Lists in indices and literal tensors keep their values. A literal in bfloat16, which stands for the model's own dtype, is held in
+    double precision and cast in the graph, so that it is not rounded in a model of another dtype. Products of sorted rows become ours
+    where torch's would refuse the sizes or the dtype, whatever they are."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ or func is Tensor.__setitem__:
+            return func(args[0], _index(args[1], True), *args[2:], **kwargs)
+        if func in MADE:
+            return _made(func, args, kwargs)
+        if func in PRODUCTS:
+            return _product(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _index(index: Any, top: bool) -> Any:
+    """An index whose lists of numbers are tensors. A list of lists at the top may mean a tuple and is left to torch."""
+    if isinstance(index, tuple):
+        return tuple(_index(i, False) for i in index)
+    if isinstance(index, list) and index and all(type(i) in ((int, bool) if top else (int, bool, list)) for i in index):
+        flat = _pytree.tree_leaves(index)
+        if all(type(i) is int for i in flat) or all(type(i) is bool for i in flat):
+            return torch.tensor(index, device="cpu")
+    return index
+
+
+def _made(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = args[0] if func is Tensor.new_tensor and args else None
+    data = args[0 if own is None else 1] if len(args) > (own is not None) else kwargs.get("data", kwargs.get("obj"))
+    leaves = _pytree.tree_leaves(data)
+    if not leaves or not all(type(v) in (int, float, bool) for v in leaves):
+        return func(*args, **kwargs)
+    rest = args[2 if own is not None else 1 :]  # torch.as_tensor takes dtype and device by position
+    dtype = kwargs.get("dtype", rest[0] if rest else None)
+    device = kwargs.get("device", rest[1] if len(rest) > 1 else None)
+    if own is not None:
+        dtype, device = dtype or own.dtype, device or own.device
+    elif device is None:
+        device = torch.empty(0).device
+    if torch.device(device).type != "meta" and dtype is not torch.bfloat16:
+        return func(*args, **kwargs)
+    value = torch.tensor(data, dtype=torch.float64 if dtype is torch.bfloat16 else dtype, device="cpu")
+    return value.to(device=device, dtype=dtype or value.dtype)
+
+
+def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ours for rows that are sorted by group; torch's for batches, for groups along another axis and for what adds a bias."""
+    offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+    plain = len(args) in (2, 3) and all(v is None for k, v in kwargs.items() if k != "offs")
+    if not plain or offsets is None or args[0].ndim != 2 or args[1].ndim != 3:
+        return func(*args, **kwargs)
+    if args[0].dtype is torch.bfloat16 and not any(n % 8 for n in (args[0].shape[1], *args[1].shape[1:])):
+        return func(*args, **kwargs)
+    return torch.ops.surgery.grouped_mm(args[0], args[1], offsets)
