@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery as api
@@ -237,3 +239,20 @@ def test_from_a_spec_to_torch_onnx_and_a_second_spec(tmp_path: Path, monkeypatch
     write("b.surg", 'surg 1\n\nfold all\nexpect same_output(at = fold) within 1e-5\nemit torch to "folded"\n')
     ran = surgery("compile", "b.surg", "trained")
     assert ran.code == 0, ran.err + ran.out
+
+
+def test_weights_of_16_bits_are_rotated_before_they_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claim is about the rotation: rounding the turned weights to bfloat16 moves outputs by more than it allows."""
+    monkeypatch.chdir(tmp_path)
+    folder = text_model("llama", tmp_path)
+    for file in folder.glob("*.safetensors"):
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), "utf-8")
+    write_lines(tmp_path / "calib.txt", 9)
+    write("a.surg", 'surg 1\n\ndata text = lines("calib.txt")\nprune slicegpt(ratio = 25%) using text\nemit torch to "out"\n')
+    ran = surgery("compile", "a.surg", folder, "--format", "json")
+    assert ran.code == 0, ran.err + ran.out
+    claim = next(c for c in ran.json["certificates"] if c["claim"] == "rotated = as it was, before the cut")
+    assert claim["ok"] and claim["max_abs_error"] <= 1e-5
+    assert {p.dtype for p in api.load("out").parameters()} == {torch.bfloat16}

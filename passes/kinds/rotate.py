@@ -20,7 +20,7 @@ from surgery.model.claims import Claim
 from surgery.model.program import Program
 from surgery.model.running import outputs_of
 from surgery.model.spill import spilled
-from surgery.model.weights import Expr, Init
+from surgery.model.weights import Expr, Init, cast
 from surgery.passes.expect import parameter_sizes
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.calls import calls_of, ties_outside, weight_names
@@ -117,7 +117,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         )
     bases = _bases(program, op, stream)
     if op.study is not None:
-        whole = program.copy()
+        whole = _widened(program)
         rewrite(whole, find_stream(whole), bases, stream.width, op)
         op.claim(_claim(before, whole, op))
     added = copied + rewrite(program, stream, bases, keep, op)
@@ -218,6 +218,15 @@ def _bases(program: Program, op: Resolved, stream: Stream) -> list[Expr]:
         text=f"reading the stream for {op.name}",
     )
     return [spilled(method.basis(g).float()) for g in grams]
+
+
+def _widened(program: Program) -> Program:
+    """A copy that rounds nothing to 16 bits: the claim is about the rotation, not about how turned weights are stored."""
+    copy = program.copy()
+    for name, expr in copy.weights.items():
+        if expr.dtype in ("bfloat16", "float16"):
+            copy.weights[name] = cast(expr, "float32")
+    return copy
 
 
 def _claim(before: Program, whole: Program, op: Resolved) -> Claim:
