@@ -32,7 +32,16 @@ from tests.test_error_pages import FENCE, Block, plain  # noqa: F401  the fixtur
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/structure.md", "docs/language.md", "docs/index.md"]
+PAGES = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/tutorial.md",
+    "docs/structure.md",
+    "docs/language.md",
+    "docs/index.md",
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 

@@ -41,7 +41,9 @@ class Values:
             return self._wrong(info, value, span, also)
         if isinstance(value, ast.Selector) and _word(value):
             value = ast.Name(_word(value), span=value.span)
-        layered = isinstance(value, ast.Table) or (isinstance(value, ast.ListValue) and "list" not in (info.type, *info.also)) or _is_ramp(value)
+        layered = (
+            isinstance(value, ast.Table) or (isinstance(value, ast.ListValue) and "list" not in (info.type, *info.also)) or _is_ramp(value)
+        )
         if layered:
             return self._per_layer(info, value, span, also)
         return self._scalar(info, value, span, also)
