@@ -35,6 +35,17 @@ class Looks(nn.Module):
         return x
 
 
+class Picks(nn.Module):
+    """A product whose number of rows is the number of positive entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x[x > 0].reshape(-1, 3))
+
+
 class Splits(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(4, 3) * 2
@@ -54,6 +65,7 @@ class Odd(nn.Module):
     ("module", "inputs", "dynamic", "code", "text"),
     [
         (Looks(), (torch.randn(2, 3),), "batch", "S0502", "test_capture_errors.py:"),
+        (Picks(), (torch.ones(2, 3),), "batch", "S0502", "test_capture_errors.py:"),
         (Splits(), (torch.randn(4, 3),), "batch", "S0503", "test_capture_errors.py:"),
         (Foreign(), (torch.randn(2, 3),), "batch", "S0501", "test_capture_errors.py:"),
         (Looks(), (torch.randn(2, 3), 1), "batch", "S0506", "Looks.forward"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgery.core.diagnostics import SurgeryError, fail
 
@@ -129,3 +130,46 @@ def _first_line(text: str) -> str:
         if line.strip():
             return line.strip()[:200]
     return ""
+
+
+_PRODUCTS = (
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "scaled_dot_product_attention",
+    "conv1d",
+    "conv2d",
+    "convolution",
+)
+
+
+def refuse_data_sizes(module: nn.Module, graph: fx.Graph) -> None:
+    """S0502 where a product has a size that depends on values in a tensor (``x[x > 0]``): no plan could count it, no other batch would fit.
+
+    The tracer lets such sizes pass as symbols of their own. The line named is the one that makes the size.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    def open_sizes(node: fx.Node) -> set[Any]:
+        value = node.meta.get("val")
+        return set(free_unbacked_symbols(value)) if isinstance(value, torch.Tensor) else set()
+
+    found = next(
+        (n for n in graph.nodes if str(n.target).split(".")[-2:-1] and str(n.target).split(".")[-2] in _PRODUCTS and open_sizes(n)), None
+    )
+    if found is None:
+        return
+    sizes = open_sizes(found)
+    made = next(n for n in graph.nodes if open_sizes(n) & sizes)
+    lines = [ln.strip() for ln in str(made.meta.get("stack_trace") or "").splitlines() if ln.strip()]
+    at = next((i for i in reversed(range(len(lines))) if lines[i].startswith("File ")), None)
+    place = re.sub(r'^File "(.*?)", line (\d+), in (.*)$', r"\1:\2 (in \3)", lines[at]) if at is not None else type(module).__name__
+    raise fail(
+        "S0502", f"{type(module).__name__} cannot be captured: {place.split('/site-packages/')[-1]} depends on values in a tensor",
+        notes=[f"the line is: {lines[at + 1]}"] if at is not None and at + 1 < len(lines) else [],
+        help="rewrite that line so that sizes do not depend on values, for example with torch.where or a mask",
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.model import pytree
-from surgery.model.capture.errors import Fallback, capture_error, watch_sizes
+from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, watch_sizes
 from surgery.model.capture.literals import Literals
 from surgery.model.capture.regions import Region, Regions
 
@@ -193,4 +193,5 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         except Exception as error:
             raise capture_error(error, model, fixed) from error
         regions.check()
+    refuse_data_sizes(model, exported.graph)
     return Trace(exported, regions.regions, found[-1], flat.names, tuple(rate for rate in skips if rate > 0))
