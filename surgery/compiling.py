@@ -24,6 +24,7 @@ from surgery.model.live import Tensors
 from surgery.model.program import Origin, Program
 from surgery.model.running import Runner, floats
 from surgery.model.sample import sample_inputs
+from surgery.model.study_run import check_finite
 from surgery.model.threads import one_thread
 from surgery.model.weights import Init
 from surgery.passes import registry
@@ -106,7 +107,7 @@ class Compilation:
         return entry
 
     def settle(self, claim: Claim) -> None:
-        """Measures what a pass promised of its change; raises S0904 when it does not hold."""
+        """Measures what a pass promised of its change; raises S0904 when it does not hold, S0752 where the weights are to blame."""
         worst, allowed, share = 0.0, claim.tolerance, 0.0
         for i, (_, batch, length, padding) in enumerate(SAMPLES):
             self.progress(f"measuring: {claim.text}", i, len(SAMPLES))
@@ -126,6 +127,8 @@ class Compilation:
         }
         self.certificates.append(entry)
         if not entry["ok"]:
+            for name in claim.program.weights if math.isinf(worst) else ():
+                check_finite(name, self.tensors.of(claim.program, name), claim.span)
             raise fail(
                 "S0904", f"{claim.text} does not hold: the outputs differ by {worst:.3g}, allowed {allowed:.3g}", claim.span, "made here",
                 help="nothing was written; please report this with the spec and the model's config", exit_code=2,
@@ -270,7 +273,9 @@ def _inputs(spec: Spec, model: str) -> list[tuple[Path, str]]:
         if isinstance(node, ast.Model):
             named += [] if model and checked is spec.model else [(node.ref, file, "the model")]
         elif checked.call is not None:
-            named += [(v, file, "what the spec reads") for k, v in checked.call.values().items() if k in ("path", "ref") and isinstance(v, str)]
+            named += [
+                (v, file, "what the spec reads") for k, v in checked.call.values().items() if k in ("path", "ref") and isinstance(v, str)
+            ]
     for ref, file, what in named:
         path = ref.removeprefix("config:")
         for place in (Path(file).parent / path, Path(path)):

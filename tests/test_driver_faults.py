@@ -133,3 +133,27 @@ def test_artifacts(here: Path, name: str) -> None:
         api.load("out")
     wanted = "S0822" if name == "truncated weights" else code  # found by the manifest, where the others read the headers first
     assert [d.code for d in caught.value.diagnostics] == [wanted]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prune heads(keep = 2) on layers[*].attn",  # scored by finite weights, measured on outputs that are not
+        "prune layers(count = 1, score = random) on layers",
+        "share layers(groups = all, weights = mean) on layers",
+        "convert moe(experts = 4, top_k = 2) on layers[*].ffn",
+        "convert moe(experts = 4, top_k = 2, split = moefication) on layers[*].ffn",
+    ],
+)
+def test_weights_that_are_not_finite_are_named_by_what_measures(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(checkpoint("llama"))
+    found = load_file(folder / "model.safetensors")
+    for name in found:
+        if name.endswith("mlp.gate_proj.weight"):
+            found[name][3, 3] = float("nan")
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    write("a.surg", f'surg 1\n\n{line}\nemit torch to "out"\n')
+    ran = surgery("compile", "a.surg", folder)
+    assert ran.code == 1 and ran.codes == ["S0752"], ran.err
+    assert not Path("out").exists()

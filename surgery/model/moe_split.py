@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.core.diagnostics import fail
+
 ROUNDS = 12
 """Rounds of assignment and averaging; most matrices stand still sooner."""
 
@@ -20,11 +22,19 @@ def balanced_clusters(rows: Tensor, parts: int, seed: int) -> Tensor:
     """The numbers of ``rows [n, d]`` part by part, ``n / parts`` each, ascending within a part: ``[n]`` int64.
 
     Spherical k-means with equal sizes: rows of length one go to the most similar centre that has room, then pairs of rows change places
-    while that helps. Deterministic for a seed. Raises ValueError when ``parts`` does not divide ``n``.
+    while that helps. Deterministic for a seed. Raises ValueError when ``parts`` does not divide ``n``,
+    S0752 for rows that are not finite.
     """
     n = rows.shape[0]
     if n % parts:
         raise ValueError(f"{n} rows cannot be {parts} equal parts")
+    if not bool(torch.isfinite(rows).all()):
+        count = int((~torch.isfinite(rows)).sum())
+        raise fail(
+            "S0752", "a feed-forward block that is to be divided has weights that are not finite", exit_code=1,
+            notes=(f"{count} of {rows.numel():,} elements are NaN or infinite",),
+            help="clusters need finite weights: mend or train the checkpoint again",
+        )  # fmt: skip
     x = unit_rows(rows)
     centres = _spread_out(x, parts, torch.Generator().manual_seed(seed))
     owner = np.full(n, -1)

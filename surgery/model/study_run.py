@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
+from surgery.core.source import Span
 from surgery.model.data import Batch
 from surgery.model.live import Tensors
 from surgery.model.program import Program
@@ -104,11 +105,12 @@ def fit(value: Tensor, recorded: torch.dtype, dtype: torch.dtype) -> Tensor:
     return value.to(dtype if recorded == MODEL_DTYPE else recorded)
 
 
-def check_finite(name: str, value: Tensor) -> None:
+def check_finite(name: str, value: Tensor, span: Span | None = None) -> None:
+    """Raises S0752 for a weight with elements that are NaN or infinite; ``span`` is the statement that needs it."""
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         count = int((~torch.isfinite(value)).sum())
         raise fail(
-            "S0752", f"the weight `{name}` is not finite", exit_code=1,
+            "S0752", f"the weight `{name}` is not finite", span, "needs its values" if span else "", exit_code=1,
             notes=(f"{count} of {value.numel():,} elements are NaN or infinite",),
             help="scores and calibration need finite weights: mend or train the checkpoint again",
         )  # fmt: skip
