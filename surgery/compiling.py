@@ -276,7 +276,7 @@ def _inputs(spec: Spec, model: str) -> list[tuple[Path, str]]:
             named += [
                 (v, file, "what the spec reads") for k, v in checked.call.values().items() if k in ("path", "ref") and isinstance(v, str)
             ]
-    for ref, file, what in named:
+    for ref, file, what in (n for n in named if n[0] != "minilm"):  # the encoder of the demo extra: never a folder
         path = ref.removeprefix("config:")
         for place in (Path(file).parent / path, Path(path)):
             if place.exists():
