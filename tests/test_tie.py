@@ -404,3 +404,16 @@ def test_layers_of_other_shapes_and_kinds_are_named() -> None:
     with pytest.raises(SurgeryError, match="do not share with each other") as e:
         share(program, ["encoder.layers[2]", "decoder.layers[2]"])
     assert e.value.diagnostics[0].code == "S0481"
+
+
+def test_an_adapter_that_reads_a_shared_bias_reads_its_own_layers_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA divides the output without its bias, so every layer that uses the shared projection must reach the shared bias."""
+    from tests.driver_support import checkpoint, surgery, write
+
+    monkeypatch.chdir(tmp_path)
+    text = "surg 1\n\nshare layers(groups = all) on layers\nadapt dora(rank = 2) on layers[*].attn.q\n"
+    write("a.surg", text + 'emit torch to "out"\n')
+    ran = surgery("compile", "a.surg", checkpoint("bert"), "--format", "json")
+    assert ran.code == 0, ran.err + ran.out
+    claims = ran.json["certificates"]  # of the sharing, and of the adapters, which change nothing at the start
+    assert len(claims) >= 2 and all(c["ok"] and c["max_abs_error"] <= 1e-5 for c in claims), claims

@@ -248,12 +248,20 @@ def _insert(program: Program, graph: str, base: fx.Node, site: Site, module: Del
         mask = (read(masked.mask_name(name)),) if module.masked else ()
         if module.site.op == "experts":
             return (current, base, *mask)
-        sources = {"weight": lambda: read(name), "bias": lambda: read(site.bias), "base": lambda: base}
+        sources = {"weight": lambda: read(name), "bias": lambda: read(_spelt_in(program, site.bias, graph)), "base": lambda: base}
         return (x, current, *(None if r == "bias" and not site.bias else sources[r]() for r in module.method.reads), *mask)
 
     node = attach.call_after(program, graph, current, target, args)
     program.journal.record(attach.node_ref(graph, node), op.origin)
     return node
+
+
+def _spelt_in(program: Program, name: str, graph: str) -> str:
+    """The name that a tensor has in ``graph``: a shared one has another in each layer that uses it."""
+    if attach.relative(name, graph) is not None:
+        return name
+    stored = program.aliases.get(name, name)
+    return next((n for n, t in program.aliases.items() if t == stored and attach.relative(n, graph) is not None), name)
 
 
 def end_of_chain(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
