@@ -459,6 +459,21 @@ def test_a_spec_with_data_cuts_by_gradients(here: Path) -> None:
     assert surgery.compile(text, "config:bert.json").plan.steps[0].facts == step.facts
 
 
+def test_units_that_a_score_says_nothing_of_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(study: Study, program: Program, samples: Any, score: str, wanted: list[str], *, span: Any = None) -> Any:
+        yield from ((n, torch.ones(program.weights[n].shape).double(), (0, 1)) for n in wanted if "layer.0." in n and n.endswith("weight"))
+
+    monkeypatch.setattr("surgery.model.scores.element_scores", some)
+    cut = Cutting("bert", "ffn", ["layers[0].ffn", "layers[1].ffn"], ratio=0.25, score="wanda")
+    cut.op = replace(cut.op, data=object())
+    before = dict(cut.program.weights)
+    with pytest.raises(SurgeryError) as error:
+        cut.run()
+    found = error.value.diagnostics[0]
+    assert found.code == "S0453" and "`wanda`" in found.message and "layers[1].ffn" in found.message
+    assert dict(cut.program.weights) == before
+
+
 # ---------------------------------------------------------------- after other statements
 
 

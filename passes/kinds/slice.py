@@ -56,6 +56,9 @@ class SliceMethod(Method):
     scores: str | None = param(None, "file with a list of scores for each site (score = file)")
     seed: int = param(0, "seed of the random choice (score = random)", min=0, max=2**63 - 1)
 
+    def prepare(self, program: Program, op: Resolved) -> None:
+        """What must be changed, without an effect on any output, before units are looked for. Nothing by default."""
+
     def fits(self, site: Site) -> bool:
         """Whether a region is a block that may have such units."""
         raise NotImplementedError
@@ -76,10 +79,12 @@ class SliceMethod(Method):
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
-    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0451 for what is selected; nothing has changed then."""
+    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0451 for what is selected, S0453 for scores;
+    nothing has been cut then."""
     method = op.method
     assert isinstance(method, SliceMethod)
     _parameters(op, method)
+    method.prepare(program, op)
     targets = _targets(program, op, method)
     scores = unit_scores(program, op, targets)
     ranked = [Ranked.of(t, None if scores is None else scores[i]) for i, t in enumerate(targets)]
@@ -134,7 +139,7 @@ def _targets(program: Program, op: Resolved, method: SliceMethod) -> list[Target
             if not leaf.free:
                 raise faults.fixed(op, method.noun, target, leaf.reason)
     if method.together:
-        same_everywhere(program, op, targets, method.fits, method.units, back, method.noun)
+        same_everywhere(program, op, targets, method.fits, method.units, back, method.noun, method.params().get("alone") is False)
     return targets
 
 

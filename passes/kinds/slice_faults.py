@@ -185,9 +185,10 @@ def grouping(op: Resolved, target: Target, kept: int, parameter: str) -> Surgery
 
 
 def half_selected(
-    op: Resolved, program: Program, noun: str, target: Target, others: Sequence[str], tensors: Sequence[str], kept: bool
+    op: Resolved, program: Program, noun: str, target: Target, others: Sequence[str], tensors: Sequence[str], kept: bool, alone: bool
 ) -> SurgeryError:
-    """Parts that share a class are one decision, and the statement names some of them only."""
+    """Parts that share a class are one decision, and the statement names some of them only. ``alone``: the parameter of that name would
+    make them independent."""
     roles = [s.role for s in target.sites]
     shared = [o for name in tensors for o in reversed(program.journal.of(name)) if o.verb == "share" and o.span.end]
     also = [(shared[0].span, "shared by this statement")] if shared else []
@@ -196,7 +197,10 @@ def half_selected(
     return fail(
         "S0445", f"{of(roles)} {'have' if len(roles) > 1 else 'has'} the same {noun}s as {of(others)}: they go together or not at all",
         selection(op), f"{held} {of(others)}", also=also,
-        help=f"select all of them, {quoted(every[:3], 'and')}, or none",
+        help=[
+            f"select all of them, {quoted(every[:3], 'and')}, or none",
+            *([f"or write `{op.method.name}(..., alone = true)`: what is selected gets {noun}s of its own"] if alone and not shared else []),
+        ],
     )  # fmt: skip
 
 
@@ -233,6 +237,15 @@ def keeps_nothing_back(op: Resolved, roles: Sequence[str]) -> SurgeryError:
 def all_kept(op: Resolved) -> SurgeryError:
     span = op.statement.keep[0].span if op.statement is not None and op.statement.keep else op.origin.span
     return fail("S0448", "`keep` holds back everything that is selected", span, "nothing is left to prune", help="hold back less")
+
+
+def without_score(op: Resolved, noun: str, target: Target, score: str) -> SurgeryError:
+    """The score says nothing of any tensor that the units are part of, so that they would go by their index."""
+    return fail(
+        "S0453", f"the score `{score}` says nothing of the {noun}s of {target.name}", span_of(op, "score"), "no order",
+        notes=["no stored tensor that such a unit is part of has this score along it; they would go by their number"],
+        help="choose by magnitude, taylor or a file of scores" if score in ("wanda", "activation") else "choose by a file of scores",
+    )  # fmt: skip
 
 
 def not_finite(op: Resolved, name: str, what: str) -> SurgeryError:

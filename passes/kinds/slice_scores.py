@@ -84,7 +84,7 @@ def positions(dims: Dims, expression: Any, units: Units) -> Index:
 def unit_scores(program: Program, op: Resolved, targets: Sequence[Target]) -> list[Vector] | None:
     """A score for every unit of every target; None while planning where the score reads weights or data.
 
-    Raises S0451 for scores that are not finite, S0277 and S0278 for a file of scores.
+    Raises S0451 for scores that are not finite, S0453 for units that the score says nothing of, S0277 and S0278 for a file of scores.
     """
     params = op.method.params()
     score = params["score"]
@@ -97,6 +97,7 @@ def unit_scores(program: Program, op: Resolved, targets: Sequence[Target]) -> li
     where = uses(program, targets)
     totals = [np.zeros(target.size) for target in targets]
     done = 0
+    covered: set[int] = set()
     for name, marginals in _marginals(program, op, score, where):
         done += 1
         op.study.progress(f"scoring by {score}", done, len(where))
@@ -106,9 +107,13 @@ def unit_scores(program: Program, op: Resolved, targets: Sequence[Target]) -> li
                 continue
             if not np.isfinite(along).all():
                 raise faults.not_finite(op, name, "values" if score in FREE else f"{score} scores")
+            covered.add(use.target)
             there = use.index >= 0
             member = np.bincount(use.index[there], weights=along[there], minlength=len(totals[use.target]))
             totals[use.target] += np.abs(member) if score == "taylor_signed" else member
+    bare = next((t for i, t in enumerate(targets) if i not in covered), None)
+    if bare is not None:
+        raise faults.without_score(op, getattr(op.method, "noun", "unit"), bare, score)
     return totals
 
 

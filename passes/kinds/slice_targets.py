@@ -10,6 +10,7 @@ import numpy as np
 
 from surgery.core.plan import group_roles
 from surgery.core.site import Site
+from surgery.model.decouple import shared_values
 from surgery.model.dims import Dims, Leaf
 from surgery.model.dims.slices import leaves_at
 from surgery.model.program import Program
@@ -217,9 +218,10 @@ def outside(role: str, region: str) -> bool:
 
 def same_everywhere(
     program: Program, op: Resolved, targets: Sequence[Target], fits: Callable[[Site], bool],
-    find: Callable[[Program, Site], Units | None], kept: set[str], noun: str,
+    find: Callable[[Program, Site], Units | None], kept: set[str], noun: str, alone: bool = False,
 ) -> None:  # fmt: skip
-    """Raises S0445 when a block outside of the statement, or one that it holds back, has units of a target."""
+    """Raises S0445 when a block outside of the statement, or one that it holds back, has units of a target. ``alone`` says
+    that the method could make the blocks independent, where they only share a value."""
     owner = {leaf: t for t in targets for leaf in t.units.leaves}
     own = {s.role for t in targets for s in t.sites}
     others: dict[int, list[str]] = {}
@@ -234,4 +236,5 @@ def same_everywhere(
                     roles.append(site.role)
     for number, roles in others.items():
         target = targets[number]
-        raise faults.half_selected(op, program, noun, target, roles, tensors(program.dims, target), bool(kept & set(roles)))
+        apart = alone and any(shared_values(program, leaf) for leaf in target.units.leaves)
+        raise faults.half_selected(op, program, noun, target, roles, tensors(program.dims, target), bool(kept & set(roles)), apart)

@@ -3,10 +3,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from surgery.core.method import param
+from surgery.core.plan import group_roles
 from surgery.core.site import Site
+from surgery.model.claims import Claim
+from surgery.model.decouple import decouple, shared_values
+from surgery.model.oracle import outputs_of
 from surgery.model.program import Program
 from surgery.passes.kinds.slice import SliceMethod
-from surgery.passes.kinds.slice_targets import Units, head_leaves, paired
+from surgery.passes.kinds.slice_targets import Units, head_leaves, outside, paired
+from surgery.passes.operation import Resolved
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,10 @@ class Heads(SliceMethod):
     that meet the element; these need `using`. `taylor_signed` takes the size of the sum over each tensor. `random` is seeded by
     `seed`; `file` reads a list for each site from a JSON or safetensors file under the site's role. With `scope = global` the
     lowest scores of all blocks go, each block's scores divided by their mean (`normalize`). Blocks that share their heads, as T5's
-    layers do through one table of position biases, lose the same ones: their scores add up.
+    layers do through one table of position biases, lose the same ones: their scores add up. `alone = true` gives each selected block heads of its own first, by picking its heads out
+    of the shared table, so that one layer can lose heads that the others keep:
+
+        prune heads(keep = 6, alone = true) on encoder.layers[3].attn
 
     Equal to the model with the removed heads masked. Adapters on what is cut are cut along.
 
@@ -46,6 +55,26 @@ class Heads(SliceMethod):
 
     noun: ClassVar[str] = "head"
     block: ClassVar[str] = "attention"
+
+    alone: bool = param(False, "blocks that only share a table of position biases lose heads independently of each other")
+
+    def prepare(self, program: Program, op: Resolved) -> None:
+        if not self.alone:
+            return
+        before = program.copy() if op.study is not None else None
+        apart: dict[str, None] = {}
+        found = [(s, u) for _, s, u in self.find(program, op) if not any(outside(s.role, k.role) for k in op.keep)]
+        for leaf in dict.fromkeys(leaf for _, units in found for leaf in units.leaves):
+            mine = [s for s, units in found if leaf in units.leaves]
+            layers = {path: s for path in shared_values(program, leaf) for s in mine if s.path.startswith(path + ".")}
+            if layers and decouple(program, leaf, op.origin, list(layers)):
+                apart |= dict.fromkeys(s.role for s in layers.values())
+        if not apart:
+            return
+        op.tell(f"heads of their own for {', '.join(group_roles(list(apart))[:4])}, picked out of what is shared")
+        if before is not None:
+            after = program.copy()
+            op.claim(Claim("independent = shared", before, outputs_of(before), outputs_of(after), tolerance=0.0, span=op.origin.span))
 
     def fits(self, site: Site) -> bool:
         return site.heads is not None
