@@ -69,7 +69,8 @@ class Emitted:
 
 
 class Backend(Protocol):
-    """``name`` as in ``emit NAME``; ``folds`` when it wants everything foldable folded first.
+    """``name`` as in ``emit NAME``; ``folds`` when it wants everything foldable folded first. A backend that can say before any weight is read
+    that it cannot write a program has ``check(program, span)``, which raises the diagnostic; plans call it.
 
     ``emit`` raises SurgeryError with an S08 code and leaves what stood at the target untouched.
     """

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,24 @@ from surgery.model.weights import DTYPE_BYTES, is_float
 CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
 
 
+@dataclass(frozen=True)
+class Sayable:
+    """A program as a plain checkpoint: its config, its class, and the name in the checkpoint of every stored tensor."""
+
+    derived: Derived
+    architecture: str
+    names: Mapping[str, str]
+
+
 class TransformersBackend:
     """Folds, derives the config, compares the tensors, writes, loads what was written and compares the outputs."""
 
     name = "transformers"
     folds = True
 
-    def emit(self, program: Program, request: EmitRequest) -> Emitted:
-        """``params``: ``dtype``. Raises S0860 (no transformers model), S0861 (something stays in the graph), S0862 (the config cannot say it),
-        S0863 (what loads from the checkpoint computes something else), S0801 to S0805 (storage, target)."""
-        span = request.span
+    def check(self, program: Program, span: Span | None = None) -> Sayable:
+        """How a config describes the program, without a weight. Raises S0860 (no transformers model), S0861 (something stays in the graph)
+        and S0862 (the config cannot say it)."""
         config = original(program)
         if config is None or not _known(program.info.architecture):
             raise fail(
@@ -59,6 +68,13 @@ class TransformersBackend:
             names = {name: renamed.get(name, target) for name, target in names.items()}
         derived = derive(program, config)
         _agree(program, derived, architecture, names, span)
+        return Sayable(derived, architecture, names)
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted:
+        """``params``: ``dtype``. Raises what :meth:`check` does, S0863 (what loads from the checkpoint computes something else), and S0801 to
+        S0805 (storage, target)."""
+        said = self.check(program, request.span)
+        derived, architecture, names = said.derived, said.architecture, said.names
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
             _write(program, derived, architecture, names, dtype, folder, request)

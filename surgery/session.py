@@ -17,6 +17,7 @@ from surgery.core.diagnostics import Severity, Sink, SurgeryError, error
 from surgery.core.method import Method
 from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
+from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
 from surgery.merging import merge
 from surgery.model import cost
@@ -327,6 +328,9 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     assert isinstance(node, ast.Emit) and checked.call is not None
     backends.require(checked.call.name, node.span)
     params = {k: v for k, v in checked.call.values().items() if v is not None}
+    backend = backends.get(checked.call.name, node.span)
+    if (check := getattr(backend, "check", None)) is not None and not session.sink.failed:
+        check(_folded(session.program, node.span) if backend.folds else session.program, node.span)
     if session.keep_base:
         assert session.base is not None
         session.emissions.append(Emission(checked, session.snapshot(position), session.base))
@@ -336,6 +340,17 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
             stage=checked.stage, facts=_kept_live(session.program, checked.call.name, params),
         )
     )  # fmt: skip
+
+
+def _folded(program: Program, span: Span) -> Program:
+    """A copy with everything folded that can fold; the program itself where nothing is attached."""
+    from surgery.compiling import fold_all
+
+    if not program.attachments:
+        return program
+    copy = program.copy()
+    fold_all(copy, Origin(span=span, verb="emit", method="fold"))
+    return copy
 
 
 def _kept_live(program: Program, backend: str, params: dict[str, Any]) -> tuple[str, ...]:
