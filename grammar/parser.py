@@ -39,7 +39,7 @@ def read_source(path: str | Path) -> Source:
 
 
 def decode(raw: bytes, name: str) -> Source:
-    """The source of bytes that were read from ``name``; raises S0142 when they are not UTF-8 text."""
+    """The source of bytes that were read from ``name``; raises S0142, at the first wrong byte, when they are not UTF-8 text."""
     try:
         return Source(name, raw.decode("utf-8"))
     except UnicodeDecodeError as fault:
@@ -48,9 +48,12 @@ def decode(raw: bytes, name: str) -> Source:
         helps = "save the file as UTF-8"
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             helps = "the file looks like UTF-16: save it as UTF-8"
+        readable = raw[: fault.start].decode("utf-8")
+        source = Source(name, readable + "\ufffd")  # what can be shown of the file: all in front of the byte, and a sign for it
         raise fail(
-            "S0142", f"`{name}` is not UTF-8 text: byte 0x{raw[fault.start]:02x} in line {line}, byte {column}", exit_code=2, help=helps
-        ) from None
+            "S0142", f"`{name}` is not UTF-8 text: byte 0x{raw[fault.start]:02x} in line {line}, byte {column}",
+            Span(source, len(readable), len(readable) + 1), "this byte", exit_code=2, help=helps,
+        ) from None  # fmt: skip
 
 
 def _similar_files(path: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.dimensions import dims_json, dims_text, groups_json, groups_text
 from surgery.grammar.parser import parse
-from surgery.model.program import Program
+from surgery.model.program import Origin, Program
 from surgery.opening import open_program
 from surgery.passes.expect import attached_to, parameter_sizes
 from surgery.passes.resolve import created
@@ -44,12 +44,15 @@ class Shown:
     """The dimension classes in place of the parts."""
 
     def as_json(self) -> dict[str, Any]:
+        """Schema ``surgery.show/1``; with ``blame`` it has the key ``blame``: for each tensor that a statement made or changed its ``name``,
+        ``shape``, ``statements`` (``file``, ``line``, ``column``, ``verb``, ``method``, oldest first) and ``value``, the lines of its expression.
+        """
         from surgery.model import cost
 
         p = self.program
         if self.dims:
             return dims_json(p, self.only)
-        return {
+        found = {
             "schema": "surgery.show/1",
             "family": p.info.family,
             "params": sum(parameter_sizes(p).values()),
@@ -58,6 +61,7 @@ class Shown:
             "sites": [site_json(s) for s in p.anatomy.sites],
             "unresolved": [{"path": u.path, "why": u.why} for u in p.anatomy.unresolved],
         }
+        return found | {"blame": self._blame_json()} if self.blame else found
 
     def render_text(self) -> str:
         from surgery.model import cost
@@ -110,16 +114,32 @@ class Shown:
         widths = [max((len(r[i]) for r in rows), default=0) for i in range(4)]
         return ["  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows]
 
+    def _blamed(self) -> list[tuple[str, list[Origin]]]:
+        """The tensors that a statement made or changed, those that were asked for, with the statements, oldest first."""
+        named = set(matching(self.program, self.only)) if self.only else None
+        found = ((name, self.program.journal.of(name)) for name in self.program.weights if named is None or name in named)
+        return [(name, list(origins)) for name, origins in found if origins]
+
+    def _blame_json(self) -> list[dict[str, Any]]:
+        from surgery.model.weights import describe
+
+        weights = self.program.weights
+        return [
+            {
+                "name": name, "shape": list(weights[name].shape), "value": describe(weights[name]).splitlines(),
+                "statements": [
+                    {"file": o.span.source.name, "line": o.span.line, "column": o.span.column, "verb": o.verb, "method": o.method} for o in origins
+                ],
+            }
+            for name, origins in self._blamed()
+        ]  # fmt: skip
+
     def _blame(self) -> list[str]:
         """For each tensor that a statement made or changed: the expression and the statements, oldest first."""
         from surgery.model.weights import describe
 
         lines = ["made or changed by:"]
-        named = set(matching(self.program, self.only))
-        for name in self.program.weights:
-            origins = self.program.journal.of(name)
-            if not origins or (self.only and name not in named):
-                continue
+        for name, origins in self._blamed():
             lines.append(f"  {name} {list(self.program.weights[name].shape)}")
             lines += [f"    {o.span}  {o.verb} {o.method}" for o in origins]
             lines += [f"      {row}" for row in describe(self.program.weights[name]).splitlines()]

@@ -107,6 +107,22 @@ def test_blame(artifact: Path) -> None:
     assert (untouched.code, untouched.out) == (0, "none of the 6 tensors of this name was made or changed by surgery\n")
 
 
+def test_blame_as_json(artifact: Path) -> None:
+    """What the text says of every tensor, under an optional key; without --blame the key is not there."""
+    plain, blamed = (surgery("show", "out", *more, "--format", "json").json for more in ([], ["--blame"]))
+    assert "blame" not in plain and blamed["schema"] == plain["schema"] == "surgery.show/1"
+    text = [row.strip() for row in surgery("show", "out", "--blame").out.partition("made or changed by:\n")[2].splitlines()]
+    told = []
+    for entry in blamed["blame"]:
+        told.append(f"{entry['name']} {entry['shape']}")
+        told += [f"{s['file']}:{s['line']}:{s['column']}  {s['verb']} {s['method']}" for s in entry["statements"]]
+        told += [row.strip() for row in entry["value"]]
+    assert len(blamed["blame"]) == 2 * 6 + 4 and told == text
+    one = surgery("show", "out", "encoder.layer.1.*.query.pair.*", "--format", "json").json["blame"]
+    assert one == [e for e in blamed["blame"] if e["name"].startswith("encoder.layer.1.attention.self.query.pair.")] and len(one) == 2
+    assert surgery("show", "config:bert.json", "--blame", "--format", "json").json["blame"] == []
+
+
 @pytest.mark.parametrize("more", [[], ["--dims"], ["--blame"]])
 def test_a_name_that_no_tensor_has(artifact: Path, more: list[str]) -> None:
     ran = surgery("show", "out", "zzz*", *more)

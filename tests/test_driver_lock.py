@@ -214,3 +214,16 @@ def test_annotations_stand_at_the_spec(compiled: Path, lock: str | None, code: s
     assert line.startswith("::error file=a.surg,line=1,endLine=1,col=1,endColumn=7,title=" + code)
     data = locked("--format", "sarif", *more).json["runs"][0]["results"][0]
     assert data["ruleId"] == code and data["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a.surg"
+
+
+def test_a_file_that_is_not_text_is_annotated_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.surg").write_bytes(b"surg 1\n\n# caf\xe9\n")
+    ran = surgery("check", "a.surg", "--format", "github")
+    (line,) = [row for row in (ran.err + ran.out).splitlines() if row.startswith("::error ")]
+    assert ran.code == 2 and line.startswith("::error file=a.surg,line=3,endLine=3,col=6,endColumn=7,title=S0142")
+    found = surgery("check", "a.surg", "--format", "sarif").json["runs"][0]["results"][0]
+    place = found["locations"][0]["physicalLocation"]
+    assert found["ruleId"] == "S0142" and place["artifactLocation"]["uri"] == "a.surg" and place["region"]["startLine"] == 3
+    Path("b.surg").write_bytes("surg 1".encode("utf-16"))
+    assert "file=b.surg,line=1," in surgery("check", "b.surg", "--format", "github").err

@@ -38,7 +38,9 @@ COMMAND = Command(
         ),
     ),
     (
-        Option("blame", "for each changed module and tensor: the statement that made it, and the expression of its value"),
+        Option(
+            "blame", "for each changed module and tensor: the statement that made it, and the expression of its value (`blame` in JSON)"
+        ),
         Option("dims", "for each parameter: the dimension classes of its axes, what uses them and which of them are fixed"),
         NO_CACHE,
         ALLOW_CODE,
