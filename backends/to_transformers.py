@@ -210,17 +210,38 @@ def _computed(program: Program, name: str) -> bool:
 def _unsayable(program: Program, derived: Derived, tensor: str, what: str, span: Span | None) -> SurgeryError:
     """S0862: names the statement that made the tensor what it is, where one did."""
     origins = [o for o in program.journal.of(tensor) if o.span.end] if tensor else []
-    if not origins:
-        changed = (
-            o for entries in program.journal.entries.values() for o in entries if o.span.end and o.verb not in ("freeze", "unfreeze")
-        )
-        origins = list(dict.fromkeys(changed))[-1:]
+    origins = origins or _structural(program)[-1:]
     also = [(origins[-1].span, "this statement made it so")] if origins else []
     return fail(
         "S0862", f"a config of {program.info.family} cannot describe this model", span, "asked for here", also=also,
-        notes=(what, *derived.problems[:4]),
-        help="`emit torch` writes any model; a plain checkpoint needs sizes that the family's config has a word for, mostly one for all layers",
+        notes=(what, *derived.problems[:4]), help=f"`emit torch` writes any model; {_instead(origins[-1] if origins else None, derived)}",
     )  # fmt: skip
+
+
+INSTEAD = {
+    "share": "a plain checkpoint keeps a tensor for each layer, so emit it before this statement",
+    "convert": "a plain checkpoint takes experts in Mixtral's form: convert every layer, to one number of experts, with `router = mixtral`",
+    "skip": "a plain checkpoint has whole layers only: drop them with `prune layers`",
+    "merge": "merge what the class has",
+}
+
+
+def _instead(origin: Any, derived: Derived) -> str:
+    """What to write in place of the statement that no config can say."""
+    if origin is not None and origin.verb in INSTEAD:
+        return INSTEAD[origin.verb]
+    if derived.problems:
+        return "a plain checkpoint of this family has one number for all layers: select all of them, with one amount"
+    if origin is not None and origin.method in ("heads", "kv_groups", "width"):
+        return "this family's config has no word for what is left (a width of heads of its own, mostly): prune ffn or layers instead"
+    return "a plain checkpoint needs sizes that the family's config has a word for"
+
+
+def _structural(program: Program) -> list[Any]:
+    """The statements that changed more than which numbers train, oldest first."""
+    changed = (o for entries in program.journal.entries.values() for o in entries if o.span.end)
+    found = dict.fromkeys(o for o in changed if o.verb not in ("freeze", "unfreeze", "adapt", "fold", "merge", "emit"))
+    return sorted(found, key=lambda o: (o.span.source.name, o.span.start))
 
 
 def _write(
@@ -293,8 +314,9 @@ def _certify(program: Program, architecture: str, folder: Path, request: EmitReq
     if not entry["ok"]:
         raise fail(
             "S0863", f"what {architecture} loads from the checkpoint computes something else (difference {worst:.3g})", request.span,
-            "asked for here", notes=("names and shapes agree, so a change that no config can say is in the graph",),
-            help="nothing was written; `emit torch` writes any model",
+            "asked for here", also=[(o.span, "changes the structure") for o in _structural(program)[-4:]],
+            notes=("names and shapes agree, so a change that no config can say is in the graph",),
+            help="nothing was written; `emit torch` writes any model, and a plain checkpoint this one without the statements above",
         )  # fmt: skip
     return [entry]
 

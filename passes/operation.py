@@ -65,3 +65,8 @@ class SiteChange:
     removed: int = 0
     trainable: int = 0
     note: str = field(default="", compare=False)
+
+
+def predicted(flops: int, flops_after: int, size: int, size_after: int, unit: str) -> str:
+    """For warnings that a change makes nothing faster: what it changes on paper, FLOPs per ``unit`` and bytes of all weights."""
+    return f"predicted: {flops:,} -> {flops_after:,} flops per {unit}, {size:,} -> {size_after:,} bytes"

@@ -15,7 +15,7 @@ from torch import Tensor
 from surgery.core.diagnostics import Severity, error, fail
 from surgery.core.method import Method
 from surgery.core.site import Site
-from surgery.model import masked
+from surgery.model import cost, masked
 from surgery.model.program import Attachment, Program
 from surgery.model.realise import held
 from surgery.model.spill import spilled
@@ -27,7 +27,7 @@ from surgery.passes.kinds.delta import DeltaModule, chain
 from surgery.passes.kinds.drop_choice import span_of
 from surgery.passes.kinds.geometry import Geometry, geometry_of
 from surgery.passes.kinds.parts import part_of, size_of, untie
-from surgery.passes.operation import Resolved, SiteChange
+from surgery.passes.operation import Resolved, SiteChange, predicted
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         if method.statistic:
             op.tell("which weights go is decided by compile, from the data")
     masked.in_order(program)
-    _advise(op, method)
+    _advise(program, op, method)
     changes = [_change(program, t) for t in targets]
     shared = {id(s): SiteChange(s.role, s.path, s.rows, note=f"its weight is masked with {role}") for s, role in twins}
     order = {t.site.role: c for t, c in zip(targets, changes, strict=True)}
@@ -302,14 +302,16 @@ def _change(program: Program, target: Target) -> SiteChange:
     return SiteChange(site.role, site.path, site.rows, shape, shape, target.added, 0, trainable, "; ".join(filter(None, notes)))
 
 
-def _advise(op: Resolved, method: MaskMethod) -> None:
+def _advise(program: Program, op: Resolved, method: MaskMethod) -> None:
     slow, line = method.advice()
     if line:
         op.tell(line)
     if slow:
+        counted, size = cost.count(program), cost.bytes_of(program)
         op.warn(
             error(
                 "S0463", "an unstructured mask makes nothing faster: dense kernels compute with its zeros", op.origin.span, "masked here",
-                severity=Severity.WARNING, help="to compute less, prune heads, ffn or channels; `pattern = \"2:4\"` suits sparse tensor cores",
+                severity=Severity.WARNING, notes=[predicted(counted.per_token, counted.per_token, size, size, counted.unit)],
+                help="to compute less, prune heads, ffn or channels; `pattern = \"2:4\"` suits sparse tensor cores",
             )
         )  # fmt: skip

@@ -93,13 +93,14 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     if not any(counts):
         return report.unchanged(program, targets)
     group = group_of(program.dims, targets, ranked, counts)
-    report.warn_widths(program, op, method, targets, counts)
+    widths = report.widths(program, op, method, targets, counts)
     before = report.Costs.of(program)
     sizes = report.sizes_before(program, targets)
     earlier = program.copy() if op.study is not None else None
     result = cut(program, group, op.origin)
     if earlier is not None:
         op.claim(masked_claim(earlier, group, program.copy(), op.origin.span))
+    report.warn_widths(op, method, widths, before, report.Costs.of(program))
     picked = [chosen(t, r, c) for t, r, c in zip(targets, ranked, counts, strict=True)] if scores is not None else None
     report.tell(program, op, method, targets, counts, picked, before)
     return _changes(program, op, targets, counts, result, sizes)

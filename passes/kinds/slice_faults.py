@@ -268,13 +268,15 @@ def no_change(op: Resolved, noun: str, targets: Sequence[Target], parameter: str
     )  # fmt: skip
 
 
-def no_faster(op: Resolved, noun: str, roles: Sequence[str], before: int, after: int, multiple: int, slower: bool) -> Diagnostic:
+def no_faster(
+    op: Resolved, noun: str, roles: Sequence[str], before: int, after: int, multiple: int, slower: bool, saved: str
+) -> Diagnostic:
     """``slower``: the kept size fills as many blocks of ``multiple`` as the old one did."""
     gain = "so nothing gets faster" if slower else "so the last block is computed in part for nothing"
     up = -(-after // multiple) * multiple
     return error(
         "S0450", f"{of(roles)} {'go' if len(roles) > 1 else 'goes'} from {before} to {after} columns, which is no multiple of {multiple}: {gain}",
-        selection(op), "kernels compute whole blocks",
+        selection(op), "kernels compute whole blocks", notes=[saved],
         help=f"keep {up if not slower else up - multiple or up}, or write `round_to = {multiple}`", severity=Severity.WARNING,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts
 from surgery.passes.kinds.slice_scores import positions
 from surgery.passes.kinds.slice_targets import Target, tensors
-from surgery.passes.operation import Resolved, SiteChange
+from surgery.passes.operation import Resolved, SiteChange, predicted
 
 MULTIPLE = 8
 """Matrix kernels compute columns in blocks of at least this many, on processors and accelerators alike."""
@@ -119,11 +119,12 @@ def removed_by(program: Program, targets: Sequence[Target], result: CutResult, o
     return totals
 
 
-def warn_widths(program: Program, op: Resolved, method: Any, targets: Sequence[Target], counts: Counts) -> None:
-    """Warnings for matrices that were whole blocks of 8 columns and no longer are, and for outputs that shrink."""
-    if not method.columns:
-        return
+def widths(program: Program, op: Resolved, method: Any, targets: Sequence[Target], counts: Counts) -> dict[tuple[int, int], list[str]]:
+    """Before the cut: matrices that were whole blocks of 8 columns and will not be, ``(columns before, after)`` to roles. Warns of outputs
+    that shrink."""
     found: dict[tuple[int, int], list[str]] = {}
+    if not method.columns:
+        return found
     for target, count in zip(targets, counts, strict=True):
         if not count:
             continue
@@ -133,9 +134,15 @@ def warn_widths(program: Program, op: Resolved, method: Any, targets: Sequence[T
             found.setdefault((target.size * each, after * each), []).extend(s.role for s in target.sites)
         if any("output" in leaf.flags for leaf in target.units.leaves):
             op.warn(faults.interface(op, method.noun, target.size, after))
+    return found
+
+
+def warn_widths(op: Resolved, method: Any, found: dict[tuple[int, int], list[str]], before: Costs, after: Costs) -> None:
+    """After the cut: a warning for each size in ``found``, with what the cut saves on paper."""
+    saved = predicted(before.flops, after.flops, before.bytes, after.bytes, before.unit)
     for (old, new), roles in found.items():
         blocks = -(-new // MULTIPLE) == -(-old // MULTIPLE)
-        op.warn(faults.no_faster(op, method.noun, roles or ["the model"], old, new, MULTIPLE, blocks))
+        op.warn(faults.no_faster(op, method.noun, roles or ["the model"], old, new, MULTIPLE, blocks, saved))
 
 
 def _width(program: Program, target: Target) -> int:
