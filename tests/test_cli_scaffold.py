@@ -28,6 +28,12 @@ from pathlib import Path
 page = Path(f"{folder}/tests/cases/{verb}_fresh_one.md").read_text()
 found = surgery.check(page.split("```surg")[1].split("\\n", 1)[1].split("```")[0])
 assert found == [], found
+from tests.test_error_pages import FENCE, Block
+from tests.test_cases import planned
+for m in FENCE.finditer(page):
+    shown = planned(Block(m[1], m[2].split(), m[3], m.start(), m.end()), Path(folder))
+    assert "fresh_one" in shown, shown
+    print(shown)
 sys.exit(pytest.main(["tests/test_contract.py", "-q", "-k", "fresh_one", "-p", "no:cacheprovider", "--import-mode=importlib"]))
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import surgery
 from surgery.cli.command import FAULT, Argument, Command, Option
 from surgery.cli.report import Report, cannot_write, result, write_file
-from surgery.cli.scaffold import CASE, SPEC, TEMPLATES, class_name
+from surgery.cli.scaffold import CASE, SPEC, TEMPLATES, WITHOUT, class_name
 from surgery.core.catalogue import METHOD_VERBS, load
 from surgery.core.diagnostics import fail
 
@@ -32,8 +32,13 @@ def method(path: str, folder: Path, force: bool) -> list[Path]:
     if not slash or verb not in METHOD_VERBS:
         raise fail("S0911", f"surgery new method: `{path}` is not VERB/NAME", help=f"verbs: {', '.join(METHOD_VERBS)}", exit_code=FAULT)
     if verb not in TEMPLATES:
+        why = WITHOUT.get(verb, f"this version has no kind for `{verb}`: no pass that a method of it could build on")
         raise fail(
-            "S0911", f"there is no template for a method of `{verb}`", help=f"templates exist for {', '.join(TEMPLATES)}", exit_code=FAULT
+            "S0911",
+            f"there is no template for a method of `{verb}`",
+            notes=[why],
+            help=f"templates exist for {', '.join(v for v in METHOD_VERBS if v in TEMPLATES)}",
+            exit_code=FAULT,
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise fail(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from surgery.cli import scaffold_structure as structure
+
 SPEC = """surg 1
 
 ## Low-rank adapters on the queries and values of every layer.
@@ -119,7 +121,13 @@ class CLASS(ScheduleMethod):
         return self.peak * max(0.0, 1 - tokens / self.tokens)
 '''
 
-TEMPLATES = {"adapt": _ADAPT, "insert": _INSERT, "train": _TRAIN}
+TEMPLATES = {"adapt": _ADAPT, "insert": _INSERT, "train": _TRAIN} | structure.TEMPLATES
+
+WITHOUT = {
+    "fold": "what a fold does belongs to what was attached: write it there, as `fold_attachments` of a kind under passes/kinds or as the fold of "
+    "an `adapt` method; `fold all` then does it",
+}
+"""Why a verb that has a kind has no template."""
 
 _CASE = """# VERB NAME
 
@@ -136,7 +144,7 @@ _STATEMENTS = {
     "adapt": "adapt NAME(rank = 4) on layers[*].attn.{q, v}\n\nexpect same_output(at = init) within 1e-6",
     "insert": "insert NAME(width = 4) after layers[*].ffn\n\nexpect same_output(at = init) within 1e-6",
     "train": "train NAME",
-}
+} | structure.STATEMENTS
 
 CASE = {verb: _CASE.replace("VERB", verb).replace("STATEMENT", text) for verb, text in _STATEMENTS.items()}
 
