@@ -94,6 +94,21 @@ def _steady(config: Any) -> None:
             _steady(inner)
 
 
+def stop_clipping(model: nn.Module) -> float | None:
+    """Switches off what Gemma 3n does to its weights in training only: it writes the clipped AltUp coefficients back into the
+    parameter, which no graph can say, and an evaluation never clips. The bound, or None where the model has none.
+
+    ``model`` and the configs that its modules hold must be our own copies.
+    """
+    bound: float | None = None
+    for config in {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}.values():
+        found = getattr(config, "altup_coef_clip", None)
+        if found is not None:
+            bound = float(found)
+            config.__dict__["altup_coef_clip"] = None  # a checked field: assigning would ask for a number
+    return bound
+
+
 def hf_model(config: Any, cls: type[Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     """An instance on meta in train mode, written in bfloat16, and the values of its buffers by full name.
 

@@ -173,6 +173,17 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
     tensors = Tensors(model, wanted)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    bound = build.stop_clipping(model)
+    captured = _captured(model, call, values, tensors)
+    if bound is not None:
+        captured.notes += (
+            f"AltUp coefficients are clipped outside the graph: in training this module does not keep them within {bound:g} of zero",
+        )
+    return captured
+
+
+def _captured(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors) -> Captured:
+    """With twins stamped, else layer by layer."""
     reason = ""
     try:
         return _assemble(model, call, values, tensors, trace(model, call, stubs=True), reason)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.core.progress import report
-from surgery.model.capture import markers
+from surgery.model.capture import boards, markers
+from surgery.model.capture.boards import Shape
 from surgery.model.capture.replay import Visit, compare, layout, plain
 from surgery.model.capture.stacks import Signatures, find_stacks, is_drop_path
 
@@ -40,9 +41,11 @@ class _Call:
     leaves: list[Any]
     tensors: list[Tensor]
     cached: int
+    boards: list[Shape]
     out_tree: Any = None
     out_leaves: list[Any] = field(default_factory=list)
     outputs: list[markers.Like] = field(default_factory=list)
+    out_boards: list[Shape] = field(default_factory=list)
 
 
 def _is_cache(value: Any) -> bool:
@@ -127,10 +130,16 @@ class Regions:
                     tensors.append(leaf)
                     names.append(_name_of(key, forward_names))
                 places.append((i, positions[id(leaf)]))
+        shared = {id(leaf): (_name_of(key, forward_names), leaf) for key, leaf in with_path if boards.is_board(leaf)}
+        shapes = [boards.shape_of(board) for _, board in shared.values()]
+        given = len(tensors)
+        for name, board in shared.values():
+            tensors += boards.tensors_of(board)
+            names += [f"{name}_{key}_{i}" for key, count in boards.shape_of(board) for i in range(count)]
         for slot in slots:
             tensors += [slot.keys, slot.values]
             names += ["past_key", "past_value"]
-        call = _Call(len(self.regions), self._signatures.of(module), tree, leaves, tensors, 2 * len(slots))
+        call = _Call(len(self.regions), self._signatures.of(module), tree, leaves, tensors, 2 * len(slots), shapes)
         twin = next((c for c in self._calls if self._same(c, call)), None) if self.stubs else None
         region = Region(call.region, path, names, call.region if twin is None else twin.region)
         self.regions.append(region)
@@ -138,20 +147,24 @@ class Regions:
             path, module, original, tree, [None if isinstance(leaf, Tensor) else plain(leaf) for leaf in leaves], places,
             [layout(t) for t in tensors], [(i, caches.index(leaf)) for i, leaf in enumerate(leaves) if _is_cache(leaf)],
             [_layer_index(module) for _ in slots],
+            [([i for i, leaf in enumerate(leaves) if leaf is board], type(board), boards.shape_of(board)) for _, board in shared.values()],
         )  # fmt: skip
         report("capturing the model: layers", min(len(self.regions), self._layers), self._layers)
         if twin is not None:
             markers.stub_outputs[region.index] = twin.outputs
             results = markers.stub(tensors, region.index)
-            return self._finish(twin, results, slots)
+            return self._finish(twin, results, slots, [board for _, board in shared.values()])
         self._calls.append(call)
         entered = markers.enter(tensors, region.index)
         inner = list(leaves)
         for i, position in places:
             inner[i] = entered[position]
         inner_args, inner_kwargs = pytree.tree_unflatten(inner, tree)
-        for n, slot in enumerate(slots):
-            slot.keys, slot.values = entered[len(tensors) - 2 * len(slots) + 2 * n], entered[len(tensors) - 2 * len(slots) + 2 * n + 1]
+        rest = iter(entered[given:])
+        for (_, board), shape in zip(shared.values(), shapes, strict=True):
+            boards.fill(board, shape, rest)
+        for slot in slots:
+            slot.keys, slot.values = next(rest), next(rest)
         self._inside = True
         try:
             out = original(*inner_args, **inner_kwargs)
@@ -159,14 +172,19 @@ class Regions:
             self._inside = False
         call.out_leaves, call.out_tree = pytree.tree_flatten(out, is_leaf=_is_cache)
         results = [leaf for leaf in call.out_leaves if isinstance(leaf, Tensor)]
+        for _, board in shared.values():
+            call.out_boards.append(boards.shape_of(board))
+            results += boards.tensors_of(board)
         for slot in slots:
             results += [slot.keys, slot.values]
         call.outputs = [markers.Like.of(t) for t in results]
-        return self._finish(call, markers.exit_(results, region.index), slots)
+        return self._finish(call, markers.exit_(results, region.index), slots, [board for _, board in shared.values()])
 
-    def _finish(self, call: _Call, results: list[Tensor], slots: list[Any]) -> Any:
+    def _finish(self, call: _Call, results: list[Tensor], slots: list[Any], shared: list[Any]) -> Any:
         stream = iter(results)
         leaves = [next(stream) if isinstance(leaf, Tensor) else leaf for leaf in call.out_leaves]
+        for board, shape in zip(shared, call.out_boards, strict=True):
+            boards.fill(board, shape, stream)
         for slot in slots:
             slot.keys, slot.values = next(stream), next(stream)
         return pytree.tree_unflatten(leaves, call.out_tree)
@@ -174,7 +192,7 @@ class Regions:
     def _same(self, known: _Call, new: _Call) -> bool:
         """Whether the new call would trace to the known one's body: sizes are compared as the trace knows them by now,
         because symbols that differed when the first layer ran may have been found equal since."""
-        if known.signature != new.signature or known.tree != new.tree or known.cached != new.cached:
+        if known.signature != new.signature or known.tree != new.tree or known.cached != new.cached or known.boards != new.boards:
             return False
         if len(known.tensors) != len(new.tensors):
             return False

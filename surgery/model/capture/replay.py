@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from surgery.model.capture import boards
 from surgery.model.capture.errors import Fallback, model_frame
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -25,7 +26,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 @dataclass
 class Visit:
     """One call of a layer: its forward, the call's leaves with None for tensors, which tensor each of those is, the layouts
-    of all tensors (a cache's keys and values last), and the caches' places among the leaves."""
+    of all tensors (those on boards after the leaves', a cache's keys and values last), and the places of caches and boards among
+    the leaves."""
 
     path: str
     module: nn.Module
@@ -36,6 +38,7 @@ class Visit:
     layouts: list[Layout]
     caches: list[tuple[int, int]]  # leaf -> number of the cache
     slots: list[int]  # index of the layer that each cache is read at
+    boards: list[tuple[list[int], type, boards.Shape]]  # leaves that are this board, its class, what it held
 
 
 def layout(t: Tensor) -> Layout:
@@ -80,6 +83,12 @@ def _run(visit: Visit, tensors: list[Tensor], mode: _Recorder) -> Any:
     made = [_cache(index, tensors[first + 2 * n], tensors[first + 2 * n + 1]) for n, index in enumerate(visit.slots)]
     for i, n in visit.caches:
         leaves[i] = made[n]
+    written = [kind() for _, kind, _ in visit.boards]
+    held = iter(tensors[first - sum(count for *_, shape in visit.boards for _, count in shape) : first])
+    for board, (at, _, shape) in zip(written, visit.boards, strict=True):
+        boards.fill(board, shape, held)
+        for i in at:
+            leaves[i] = board
     args, kwargs = pytree.tree_unflatten(leaves, visit.tree)
     with _equal_rates(visit.module):
         try:
@@ -92,7 +101,7 @@ def _run(visit: Visit, tensors: list[Tensor], mode: _Recorder) -> Any:
             raise Fallback(f"`{visit.path}` cannot be run again" + (f" ({frame.name}, line {frame.lineno})" if frame else "")) from error
     results = [mode.label(leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
     kept = [mode.label(t) for cache, index in zip(made, visit.slots, strict=True) for t in _held(cache.layers[index])]
-    return results, kept
+    return results, kept, [(key, [mode.label(t) for t in value]) for board in written for key, value in board.items()]
 
 
 def _cache(index: int, keys: Tensor, values: Tensor) -> Any:
