@@ -107,6 +107,8 @@ def specs_present(program: Program) -> Iterable[str]:
 def leaves_fit(program: Program) -> Iterable[str]:
     """What a leaf module says of its sizes is what its tensors have: a stored program is built from the former."""
     for path, module in program.graph.named_modules():
+        if isinstance(module, fx.GraphModule):
+            continue  # a layer with a parameter of its own is no leaf, and a copy of it would take its graph over
         if next(iter(module._parameters.values()), None) is not None:
             fitted = copy.copy(module)
             refit(fitted)

@@ -43,7 +43,9 @@ def test_on_every_site_of_a_captured_model(family: str, key: tuple[str, str]) ->
         program, flat = zoo_program(family)
         base = outputs(program, *flat)
         done = attach_everywhere(program, key, place)
-        assert done or (family == "resnet" and cls.kind == "insert")
+        odd = [s for s in program.anatomy.sites if s.op == "conv" and all(k % 2 for k in s.shape[2:])]
+        nowhere = (family == "resnet" and cls.kind == "insert") or (key[1] == "sppara" and not odd)  # it stands beside such convolutions
+        assert bool(done) != nowhere
         if not done:
             continue
         verify(program, "attaching")
@@ -78,7 +80,9 @@ def test_half_precision_base_with_adapters_in_float32(key: tuple[str, str]) -> N
 
     program, _ = zoo_program("bert")
     cls = METHODS[key]
-    attach_everywhere(program, key, cls.places[0])
+    if not attach_everywhere(program, key, cls.places[0]):
+        assert key[1] == "sppara"  # the model has no convolution; the contract suite runs it in half precision
+        return
     module = build_module(program, Tensors(registry.function).all(program), dtype=torch.bfloat16).train()
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     assert set(trained) == {t for a in program.attachments for t in a.tensors}
