@@ -160,7 +160,10 @@ def _write(out: Derived, owner: Any, what: str, side: str, values: list[Any], st
             setattr(owner, what, values[0])  # some classes look for it though their config does not declare it
             out.changes[what] = (None, values[0])
         return  # a number that the family fixes by others (heads by widths): the comparison of tensors judges
-    by_layer = list(values) * layers if len(values) == 1 else list(values)
+    if len(values) == 1:
+        by_layer = list(values) * layers
+    else:
+        by_layer = _spoken_of(values, _value(owner, name), layers) if what == "ffn" else list(values)
     for listed in (EACH.format(name=name), name):
         if isinstance(_value(owner, listed), list | tuple) and what != "layers":
             if len(by_layer) == layers:
@@ -179,6 +182,17 @@ def _write(out: Derived, owner: Any, what: str, side: str, values: list[Any], st
             out.layers += [(owner, i, name, v) for i, v in enumerate(by_layer)]
         return
     _set(out, owner, name, values[0])
+
+
+def _spoken_of(values: list[Any], said: Any, layers: int) -> list[Any]:
+    """Of several feed-forward blocks in each layer, the one that a list by layer speaks of: the block that still has most of its widths.
+
+    ``values``: block by block within layer by layer. Unchanged where the config keeps no list or layers differ in their blocks.
+    """
+    if not isinstance(said, list | tuple) or len(said) != layers or len(values) % layers:
+        return list(values)
+    blocks = [list(values[i :: len(values) // layers]) for i in range(len(values) // layers)]
+    return max(blocks, key=lambda widths: (sum(a == b for a, b in zip(widths, said, strict=True)), sum(widths)))
 
 
 def _takes_list(owner: Any, name: str) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
+import surgery as api
 from surgery.model.capture import materialise, pipeline
 from surgery.model.capture.errors import Fallback
 from tests.capture_support import assert_bitwise, flat_inputs, flat_outputs
@@ -44,3 +49,17 @@ def test_equal_to_live_model(stamped: bool, monkeypatch: pytest.MonkeyPatch) -> 
         flat = flat_inputs(capture, inputs)
         with torch.no_grad():
             assert_bitwise(graph(*flat), flat_outputs(capture, model(**inputs)))
+
+
+def test_widths_by_layer_are_written_as_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(
+        json.dumps({**GEMMA3N.plain_config, "num_kv_shared_layers": 0, "architectures": [GEMMA3N.architecture]}), encoding="utf-8"
+    )
+    text = 'surg 1\nprune ffn(keep = 40) on layers[1].ffn[1]\nprune ffn(keep = 48) on layers[4].ffn[1]\nemit transformers to "out"\n'
+    result = api.compile(text, "config:tiny.json")
+    widths = [64, 40, 64, 64, 48, 64]
+    assert json.loads(Path("out/config.json").read_text())["intermediate_size"] == widths
+    loaded = transformers.Gemma3nForCausalLM.from_pretrained("out", dtype=torch.float32)
+    assert [layer.mlp.gate_proj.out_features for layer in loaded.model.layers] == widths
+    assert next(c for c in result.certificates if c["claim"] == "from_pretrained = program")["ok"]
