@@ -25,7 +25,20 @@ LOCK = "spec.surg.lock"
 MAX_JSON = 512 << 20
 MAX_FILES = 10_000
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_RECORD = ("info", "dtype", "signature", "aliases", "frozen", "attachments", "schedules", "named", "gone", "journal", "sources", "generation")
+_RECORD = (
+    "info",
+    "dtype",
+    "signature",
+    "aliases",
+    "frozen",
+    "attachments",
+    "schedules",
+    "named",
+    "gone",
+    "journal",
+    "sources",
+    "generation",
+)
 
 
 @dataclass(frozen=True)
