@@ -252,7 +252,7 @@ def test_new_spec_is_right_and_formatted(here: Path, capsys: pytest.CaptureFixtu
     assert main(["new", "spec", "mine", "--force"]) == 0
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt/Bad", "adapt/../x", "adopt/x", "adapt/lora", "adapt/1x", "prune/x"])
+@pytest.mark.parametrize("name", ["adapt", "adapt/Bad", "adapt/../x", "adopt/x", "adapt/lora", "adapt/1x", "replace/x", "fold/x"])
 def test_new_method_refuses(name: str, here: Path) -> None:
     (here / "passes").mkdir()
     assert main(["new", "method", name, "--folder", "."]) == 2

@@ -43,8 +43,12 @@ def test_on_every_site_of_a_captured_model(family: str, key: tuple[str, str]) ->
         program, flat = zoo_program(family)
         base = outputs(program, *flat)
         done = attach_everywhere(program, key, place)
-        odd = [s for s in program.anatomy.sites if s.op == "conv" and all(k % 2 for k in s.shape[2:])]
-        nowhere = (family == "resnet" and cls.kind == "insert") or (key[1] == "sppara" and not odd)  # it stands beside such convolutions
+        sites = program.anatomy.sites
+        stands = {  # what these two stand at; every family has a place for the others
+            "sppara": any(s.op == "conv" and all(k % 2 for k in s.shape[2:]) for s in sites),
+            "splopa": any(s.op == "linear" for s in sites),
+        }
+        nowhere = (family == "resnet" and cls.kind == "insert") or not stands.get(key[1], True)
         assert bool(done) != nowhere
         if not done:
             continue

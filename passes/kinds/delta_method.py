@@ -81,7 +81,8 @@ class DeltaMethod(Method):
             x = F.dropout(x, dropout)
         delta = self.delta(site, t, None if weight is None else weight.to(out.dtype))  # type: ignore[arg-type]
         if keep is not None:
-            delta = torch.where(keep, delta, delta.new_zeros(())).to(out.dtype)
+            delta = torch.where(keep, delta, delta.new_zeros(()))
+        delta = delta.to(out.dtype)  # adapters of a half-precision base are float32
         return out + site.spread(site.apply(x, delta), axis=1 if site.op == "conv" else -1)
 
     def on_linear(self, site: Geometry, t: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor | None:
