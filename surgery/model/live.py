@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from copy import deepcopy
 from typing import Any
 
@@ -65,14 +65,16 @@ class Tensors:
             self._bytes -= old.numel() * old.element_size()
         return value
 
-    def fresh(self, program: Program, name: str, memo: dict[str, Any]) -> torch.Tensor:
+    def fresh(self, program: Program, name: str, memo: MutableMapping[str, Any]) -> torch.Tensor:
         """One tensor that is not kept here once its holder drops it; ``memo`` shares results of functions between calls."""
         expr = program.weights[program.aliases.get(name, name)]
         kept = self._kept.get(expr.identity)
         return kept if kept is not None else realise(expr, memo, functions=self.functions)
 
     def all(self, program: Program) -> dict[str, torch.Tensor]:
-        return {name: self.of(program, name) for name in program.weights}
+        """Every tensor by its first name, each a copy of its own: a module trains it in place, and what is kept here must not follow."""
+        memo = Results(self.max_bytes // 4)
+        return {name: self.fresh(program, name, memo).clone() for name in program.weights}
 
 
 def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None = None, device: str = "cpu") -> fx.GraphModule:
