@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from surgery.core.diagnostics import Severity, fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked, Spec
+from surgery.folding import fold_all as fold_all
+from surgery.folding import stir as stir
 from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.live import Tensors
@@ -26,11 +27,9 @@ from surgery.model.running import Runner, floats
 from surgery.model.sample import sample_inputs
 from surgery.model.study_run import check_finite
 from surgery.model.threads import one_thread
-from surgery.model.weights import Init
 from surgery.passes import registry
 from surgery.passes.expect import measure
-from surgery.passes.operation import Resolved
-from surgery.session import Emission, Session, apply, failed, judge
+from surgery.session import Emission, Session, failed, judge
 
 SAMPLES = (("random", 2, 16, False), ("padded", 3, 11, True))
 """(name, batch, length, padding) of the inputs on which equal outputs are measured."""
@@ -202,8 +201,9 @@ class Compilation:
         self.progress(f"emitting {call.name} to {node.to}")
         backend = backends.get(call.name, node.span)
         program = emission.program
-        if backend.folds and not call.values().get("live"):
-            program = self.folded(program, node)
+        live = call.values().get("live")
+        if backend.folds and live is not True:
+            program = self.folded(program, node, keep=frozenset(live or ()))
         emitted = backend.emit(
             program,
             backends.request(
@@ -215,16 +215,16 @@ class Compilation:
         self.certificates.extend(emitted.certificates)
         self.written.extend(emitted.paths)
 
-    def folded(self, program: Program, node: ast.Emit) -> Program:
-        """A copy in which everything that can fold is folded, with the measured claim that this changed nothing."""
+    def folded(self, program: Program, node: ast.Emit, keep: frozenset[str] = frozenset()) -> Program:
+        """A copy in which everything that can fold and is not in ``keep`` is folded, with the measured claim that this changed nothing."""
         if not program.attachments:
             return program
         origin = Origin(span=node.span, verb="emit", method="fold")
         copy = program.copy()
-        fold_all(copy, origin)
+        fold_all(copy, origin, keep)
         stirred = stir(program)
         settled = stirred.copy()
-        fold_all(settled, origin)
+        fold_all(settled, origin, keep)
         entry = self.compare("folded = unfolded", stirred, settled, 1e-4)
         if not entry["ok"]:
             raise fail(
@@ -293,29 +293,6 @@ def difference(x: torch.Tensor, y: torch.Tensor, *, relative: bool = True) -> tu
     if math.isnan(error / scale):
         error, scale = float("inf"), 1.0
     return error, scale
-
-
-def stir(program: Program) -> Program:
-    """A copy whose attachments do something: tensors that start at zero get small seeded values.
-
-    A fresh adapter adds nothing, so that folding it would prove nothing; one that was trained is left as it is.
-    """
-    copy = program.copy()
-    for name in sorted({copy.aliases.get(t, t) for a in copy.attachments for t in a.tensors}):
-        expr = copy.weights[name]
-        if isinstance(expr, Init) and expr.kind == "zeros":
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-            copy.weights[name] = Init(expr.shape, expr.dtype, "normal", (0.0, 0.02), seed)
-    return copy
-
-
-def fold_all(program: Program, origin: Origin) -> None:
-    """Folds every attachment whose method can."""
-    sites = {a.site.role: a.site for a in program.attachments}
-    method = registry.get("fold", "all")()
-    apply(
-        program, Resolved(verb="fold", name="all", place="on", sites=tuple(sites.values()), methods=(method,) * len(sites), origin=origin)
-    )
 
 
 def _advice(checked: Checked) -> str:

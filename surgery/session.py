@@ -330,7 +330,8 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     params = {k: v for k, v in checked.call.values().items() if v is not None}
     backend = backends.get(checked.call.name, node.span)
     if (check := getattr(backend, "check", None)) is not None and not session.sink.failed:
-        check(_folded(session.program, node.span) if backend.folds else session.program, node.span)
+        live = params.get("live")
+        check(session.program if live is True or not backend.folds else _folded(session.program, node.span, live), node.span)
     if session.keep_base:
         assert session.base is not None
         session.emissions.append(Emission(checked, session.snapshot(position), session.base))
@@ -342,14 +343,14 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     )  # fmt: skip
 
 
-def _folded(program: Program, span: Span) -> Program:
-    """A copy with everything folded that can fold; the program itself where nothing is attached."""
-    from surgery.compiling import fold_all
+def _folded(program: Program, span: Span, live: Any) -> Program:
+    """A copy with everything folded that can fold and is not ``live``; the program itself where nothing is attached."""
+    from surgery.folding import fold_all
 
     if not program.attachments:
         return program
     copy = program.copy()
-    fold_all(copy, Origin(span=span, verb="emit", method="fold"))
+    fold_all(copy, Origin(span=span, verb="emit", method="fold"), frozenset(live or ()))
     return copy
 
 

@@ -1,0 +1,94 @@
+"""Folding on behalf of an output: which attachments go into the weights and which an `emit` keeps as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from surgery.model.program import Attachment, Origin, Program
+from surgery.model.weights import Init
+from surgery.passes import registry
+from surgery.passes.kinds import tie_fold
+from surgery.passes.kinds.calls import weight_names
+from surgery.passes.kinds.delta_method import DeltaMethod
+from surgery.passes.operation import Resolved, SiteChange
+from surgery.session import apply
+
+
+def named_by(a: Attachment, keep: frozenset[str]) -> bool:
+    """Whether ``keep`` names an attachment: by its label (``as`` name, else the method's), by the path of its module, or by a path around it."""
+    return a.name in keep or any(a.module == name or a.module.startswith(name + ".") for name in keep if name)
+
+
+def unknown_names(program: Program, keep: frozenset[str]) -> list[str]:
+    """The names of ``keep`` that name no attachment, sorted."""
+    return sorted(name for name in keep if not any(named_by(a, frozenset({name})) for a in program.attachments))
+
+
+def kept(program: Program, keep: frozenset[str]) -> dict[str, str]:
+    """The modules that stay when ``keep`` is asked for, each with the reason.
+
+    Besides those that are named these are adapters that are one tensor with a named one, and those on a weight that a named
+    adapter reads: folding them would change what the named one computes (DoRA's norm of the weight is of the stored one).
+    """
+    found = {a.module: "asked to stay live" for a in program.attachments if named_by(a, keep)}
+    held = [a for a in program.attachments if a.module in found]
+    tensors = {program.aliases.get(t, t) for a in held for t in a.tensors}
+    read = {_weight(program, a) for a in held if isinstance(a.method, DeltaMethod) and a.method.wants_weight()}
+    for a in program.attachments:
+        if a.module in found:
+            continue
+        if any(program.aliases.get(t, t) in tensors for t in a.tensors):
+            found[a.module] = "is one with an adapter that stays live"
+        elif a.method.kind == "delta" and _weight(program, a) in read:
+            found[a.module] = "an adapter that stays live reads its weight"
+        elif tie_fold.shared_weight(program, a) and any(
+            b.method.kind == "delta" and _weight(program, b) == _weight(program, a) for b in held
+        ):
+            found[a.module] = "layers share its weight, on which an adapter stays live"
+    return found
+
+
+def _weight(program: Program, a: Attachment) -> str:
+    """The stored name of the weight that an adapter changes; its own module's path for what changes none."""
+    if a.method.kind != "delta":
+        return a.module
+    name = weight_names(program, a.site)[0]
+    return program.aliases.get(name, name)
+
+
+def fold_all(program: Program, origin: Origin, keep: frozenset[str] = frozenset()) -> list[SiteChange]:
+    """Folds every attachment whose method can, except what ``keep`` names (see :func:`named_by`) and what has to stay with it.
+
+    Returns what became of each, those that stay with the reason. A name that is not there keeps nothing: see :func:`unknown_names`.
+    """
+    stay = kept(program, keep)
+    left = [_change(a, f"{a.name} stays in the graph: {stay[a.module]}") for a in program.attachments if a.module in stay]
+    chosen = [a for a in program.attachments if a.module not in stay]
+    if not chosen:
+        return left
+    sites = tuple(
+        replace(a.site, role=f"{a.site.role}.{a.name}", op="attachment", path=a.module, weight="", bias="", parameters=a.tensors)
+        for a in chosen
+    )
+    method = registry.get("fold", "all")()
+    op = Resolved(verb="fold", name="all", place="on", sites=sites, methods=(method,) * len(sites), origin=origin)
+    return [*apply(program, op), *left]
+
+
+def _change(a: Attachment, note: str) -> SiteChange:
+    return SiteChange(a.site.role, a.site.path, a.site.rows, a.site.shape, a.site.shape, note=note)
+
+
+def stir(program: Program) -> Program:
+    """A copy whose attachments do something: tensors that start at zero get small seeded values.
+
+    A fresh adapter adds nothing, so that folding it would prove nothing; one that was trained is left as it is.
+    """
+    copy = program.copy()
+    for name in sorted({copy.aliases.get(t, t) for a in copy.attachments for t in a.tensors}):
+        expr = copy.weights[name]
+        if isinstance(expr, Init) and expr.kind == "zeros":
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+            copy.weights[name] = Init(expr.shape, expr.dtype, "normal", (0.0, 0.02), seed)
+    return copy
