@@ -1,0 +1,53 @@
+"""One flat graph of aten operations from a live root: everything inlined, parameters under their own names, every value with its type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.model.program import Program
+from surgery.model.sample import placeholders, sample_inputs
+
+aten = torch.ops.aten
+
+CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"})
+"""Operations that check what the tracer assumed and compute nothing."""
+
+
+def dtype_of(root: nn.Module) -> torch.dtype:
+    """The type that a live graph computes in: that of its first floating parameter."""
+    return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+
+
+def dynamic_axes(program: Program) -> tuple[dict[int, Any] | None, ...]:
+    """For ``torch.export``: every axis that the capture left open is open."""
+    return tuple(
+        {i: torch.export.Dim.DYNAMIC for i, n in enumerate(spec.shape) if getattr(n, "free_symbols", None)} or None
+        for _, spec in placeholders(program)
+    )
+
+
+def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
+    """The flat module of a root with real tensors. It shares the root's parameters and has its inputs and outputs.
+
+    Every node has ``meta["val"]``, a fake tensor (sizes are symbols where they are open) or a symbolic number; ``get_attr`` nodes name
+    parameters and buffers in full; ``meta["nn_module_stack"]`` is the tracer's. Raises what ``torch.export`` raises.
+    """
+    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype_of(root), past=5)
+    with torch.no_grad():
+        exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=dynamic_axes(program), strict=False)
+    unlifted = exported.module(check_guards=False)
+    graph = unlifted.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and str(getattr(node.target, "__name__", node.target)).split(".")[0] in CHECKS:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    flat = fx.GraphModule(unlifted, graph)
+    flat.eval()
+    return flat
