@@ -38,6 +38,7 @@ class Dora(LowRankMethod):
     identity: ClassVar[str] = "near"
     identity_bound: ClassVar[float] = 1e-5
     reads: ClassVar[tuple[str, ...]] = ("weight", "bias", "base")
+    exchange: ClassVar[Mapping[str, Any] | None] = {"use_dora": True}
 
     def tensors(self, site: Geometry) -> tuple[TensorSpec, ...]:
         length = (site.experts, site.out) if site.experts else (site.out,)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from surgery.passes.kinds.lowrank import LowRankMethod
 
@@ -25,3 +27,5 @@ class Lora(LowRankMethod):
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685, section 4.1.
     """
+
+    exchange: ClassVar[Mapping[str, Any] | None] = {}

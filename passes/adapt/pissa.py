@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ class Pissa(LowRankMethod):
     identity: ClassVar[str] = "near"
     identity_bound: ClassVar[float] = 1e-4
     version: ClassVar[int] = 1
+    exchange: ClassVar[Mapping[str, Any] | None] = {"init_lora_weights": "pissa"}
 
     iterations: int = param(0, "power iterations of a randomised decomposition; 0 computes it in full", min=0, max=64)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from surgery.passes.kinds.lowrank import LowRankMethod
 
@@ -20,6 +22,8 @@ class Rslora(LowRankMethod):
 
     Source: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv:2312.03732, theorem 3.2.
     """
+
+    exchange: ClassVar[Mapping[str, Any] | None] = {"use_rslora": True}
 
     def scale(self) -> float:
         return self.alpha / math.sqrt(self.rank)

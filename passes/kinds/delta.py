@@ -36,7 +36,7 @@ from surgery.passes.operation import Resolved, SiteChange
 
 MODULE_TAG = "surgery.delta"
 
-__all__ = ["DeltaMethod", "DeltaModule", "Tensors", "apply", "chain", "end_of_chain", "fold", "fold_attachments"]
+__all__ = ["DeltaMethod", "DeltaModule", "Tensors", "apply", "attach_one", "chain", "end_of_chain", "fold", "fold_attachments"]
 
 
 class DeltaModule(nn.Module):
@@ -138,15 +138,16 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     attach.freeze_base(program)
     pool: dict[str, str] = {}
     touched: dict[str, fx.GraphModule] = {}
-    changes = [_attach(program, op, site, method, pool, touched) for site, method in zip(op.sites, op.methods, strict=True)]
+    changes = [attach_one(program, op, site, method, pool, touched) for site, method in zip(op.sites, op.methods, strict=True)]
     for gm in touched.values():
         attach.recompile_later(gm)
     return changes
 
 
-def _attach(
+def attach_one(
     program: Program, op: Resolved, site: Site, method: Method, pool: dict[str, str], touched: dict[str, fx.GraphModule]
 ) -> SiteChange:
+    """Attaches ``method`` at one site under the names and seeds of ``op``; graphs that were changed go to ``touched``, to be compiled anew."""
     assert isinstance(method, DeltaMethod)
     calls = calls_of(program, site)
     if not site.weight or not calls:

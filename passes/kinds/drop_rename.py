@@ -100,6 +100,7 @@ def _tensors(program: Program, moves: Mapping[str, str]) -> None:
         graph, mark, node = key.partition("::")
         entries[renamed(graph, moves) + mark + node] = origins
     program.journal.entries = entries
+    program.past = program.past.renamed(moves)
 
 
 def _attachment(a: Attachment, moves: Mapping[str, str], roles: Mapping[str, str]) -> Attachment:

@@ -8,7 +8,9 @@ Layouts are those of the adapter files that people exchange: ``A [r, in]``, ``B 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,13 @@ from surgery.passes.kinds.geometry import Geometry
 
 @dataclass(frozen=True)
 class LowRankMethod(DeltaMethod):
-    """Base of the methods whose change is a scaled product of two thin factors."""
+    """Base of the methods whose change is a scaled product of two thin factors.
+
+    ``exchange`` are the fields of an adapter file's config that say this method (see :mod:`surgery.model.adapter`); None where such files
+    have no word for it.
+    """
+
+    exchange: ClassVar[Mapping[str, Any] | None] = None
 
     rank: int = param(8, "columns of the thin factors", min=1, per_layer=True)
     alpha: float = param(16.0, "numerator of the scale", min=0, per_layer=True)

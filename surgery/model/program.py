@@ -10,6 +10,7 @@ from torch import fx
 
 from surgery.core.site import Anatomy, NodeRef, Site
 from surgery.core.source import NOWHERE, Span
+from surgery.model.past import Past
 
 if TYPE_CHECKING:
     from surgery.core.method import Method
@@ -130,7 +131,8 @@ class Program:
     the original paths; aten operations between them. ``aliases`` maps every further name of a tied tensor to its
     first name. ``frozen`` holds the names of parameters that do not train. ``schedules`` are the training methods to carry.
     ``named`` are parts of the model itself that a statement made: the label that ``@name`` selects and the roles. ``gone`` are
-    parts that no longer exist, by the role that they had; a role that exists again is not gone.
+    parts that no longer exist, by the role that they had; a role that exists again is not gone. ``past`` says what the tensors were in
+    the model that this one was made from.
     """
 
     graph: fx.GraphModule
@@ -144,6 +146,7 @@ class Program:
     schedules: list[tuple[Method, tuple[str, ...]]] = field(default_factory=list)
     named: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gone: dict[str, Gone] = field(default_factory=dict)
+    past: Past = field(default_factory=Past)
     _anatomy: Anatomy | None = None
     _dims: Dims | None = None
 

@@ -17,7 +17,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import NodeRef, Site
 from surgery.core.source import NOWHERE, Source, Span, portable
-from surgery.model import graphjson, pytree
+from surgery.model import graphjson, past, pytree
 from surgery.model.program import Attachment, Gone, Journal, ModelInfo, Origin, Program, Signature
 from surgery.model.weights import Weights
 
@@ -50,6 +50,7 @@ def record_of(program: Program, *, dtype: str = "") -> dict[str, Any]:
         "schedules": [{"method": _method(m), "targets": list(targets)} for m, targets in program.schedules],
         "named": {label: list(roles) for label, roles in program.named.items()},
         "gone": [_gone(g, sources) for g in program.gone.values()],
+        "past": past.as_json(program),
         "journal": {key: [_origin(o, sources) for o in origins] for key, origins in program.journal.entries.items()},
         "sources": sources,
         "graph": graphjson.dump(program.graph),
@@ -81,6 +82,7 @@ def program_of(record: Mapping[str, Any], weights: Weights, methods: Methods, *,
         schedules=[(read_method(s["method"], methods), tuple(s["targets"])) for s in record["schedules"]],
         named={label: tuple(roles) for label, roles in (record.get("named") or {}).items()},
         gone={g.site.role: g for g in (_read_gone(data, sources) for data in record.get("gone") or ())},
+        past=past.of_json(record.get("past")),
     )  # fmt: skip
 
 

@@ -1,0 +1,291 @@
+"""Adapters as files: the folder that peft writes, read from its config and its tensor headers alone.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. What it says is put into one form here: low-rank parts by
+the path of their module in the base model, and tensors of the base that were trained whole. Which methods those parts are, and where
+they go in a program, is decided in ``passes``; nothing is read of the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.near import quoted
+from surgery.core.source import Span
+from surgery.model.adapter_keys import LOW, Key, key_of
+from surgery.model.checkpoint_headers import TensorHeader, read_header
+from surgery.model.checkpoint_refs import hub_cache
+from surgery.model.checkpoint_shards import refuse_pickle
+from surgery.model.contenthash import Hashing
+from surgery.model.weights import Load
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+RECORD = "surgery-export.json"
+
+UNCHANGED = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "none", "")
+"""Ways to start an adapter that leave the base as it is: they say nothing about a trained one."""
+
+QUIET = frozenset({
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
+    "use_rslora", "lora_dropout",
+})  # fmt: skip
+"""Fields of a config whose meaning is known here, or that say nothing about what a trained adapter computes."""
+
+
+@dataclass(frozen=True)
+class Low:
+    """One low-rank part: module ``path`` of the base, ``A`` and ``B`` as stored, ``scale`` in front of their product.
+
+    ``A [r, in]``, ``B [out, r]``; of a convolution with the kernel behind, of an embedding ``A [r, rows]``, ``B [width, r]``.
+    ``magnitude [out]`` is there for weight-decomposed parts, ``shift [out]`` where ``B`` has a bias.
+    """
+
+    path: str
+    a: Load
+    b: Load
+    rank: int
+    scale: float
+    embedding: bool = False
+    magnitude: Load | None = None
+    shift: Load | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One opened folder.
+
+    ``flags`` say which variant its parts are (``use_rslora``, ``use_dora``, ``init_lora_weights``), ``whole`` are tensors of the base by
+    name that it replaces, ``copies`` those of them that are expected to equal the base's. ``base`` is the name of the base as the folder
+    has it, ``record`` what surgery wrote beside it (base model and its hash), if it did.
+    """
+
+    name: str
+    folder: Path
+    span: Span
+    flags: Mapping[str, Any]
+    parts: Mapping[str, Low]
+    whole: Mapping[str, Load]
+    copies: frozenset[str]
+    dropout: float
+    base: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """sha256 over both files: what a lock keeps."""
+        files = [self.folder / CONFIG, self.folder / TENSORS]
+        found = Hashing(files).result()
+        return "+".join(found[f] for f in files)
+
+
+def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
+    """Opens the folder ``ref`` (beside the spec, in the working directory, or of the local hub cache) under ``name``.
+
+    Raises S0781 (nothing there, or not readable), S0705 (a pickle), S0782 (a kind of adapter that is not known) and S0783 (config and tensors that
+    do not go together), S07xx for a damaged safetensors file.
+    """
+    folder = _folder(ref, base, span)
+    config = _config(folder, ref, span)
+    _known(config, name, span)
+    tensors = _tensors(folder, ref, span)
+    reader = _Reader(name, config, span)
+    for header in tensors.values():
+        reader.take(header)
+    parts = reader.parts()
+    if not parts and not reader.whole:
+        raise fail("S0783", f"{name} holds no tensor", span, "opened here", notes=(f"folder: {folder}",), help="save the adapter again")
+    return Adapter(
+        name, folder, span, _flags(config), parts, reader.whole, frozenset(reader.copies), _number(config, "lora_dropout", 0.0, name, span),
+        str(config.get("base_model_name_or_path") or ""), _record(folder),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ files
+
+
+def _folder(ref: str, base: Path, span: Span) -> Path:
+    path = Path(ref).expanduser()
+    for place in (path,) if path.is_absolute() else (base / path, path):
+        if place.is_dir():
+            return place
+    cached = _cached(ref)
+    if cached is not None:
+        return cached
+    raise fail(
+        "S0781", f"there is no adapter {ref!r} here", span, "opened here", exit_code=2, notes=(f"looked for {base / path}", f"and in the hub cache {hub_cache()}"),
+        help=f"name a folder that holds {CONFIG} and {TENSORS}; nothing is downloaded",
+    )  # fmt: skip
+
+
+def _cached(ref: str) -> Path | None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = ref.partition("@")
+    found = try_to_load_from_cache(name, CONFIG, cache_dir=hub_cache(), revision=revision or None)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _config(folder: Path, ref: str, span: Span) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        more = f"{ref} has a config.json: open it as a model, `checkpoint name = load(...)`" if (folder / "config.json").is_file() else ""
+        raise fail(
+            "S0781", f"there is no {CONFIG} in {ref}", span, "opened here", exit_code=2, notes=(f"folder: {folder}",),
+            help=more or "name the folder that peft's `save_pretrained` wrote",
+        ) from None  # fmt: skip
+    except (OSError, ValueError, RecursionError) as exc:
+        why = str(getattr(exc, "strerror", None) or exc)
+        raise fail(
+            "S0781", f"{CONFIG} of {ref} cannot be read: {why}", span, "opened here", exit_code=2, notes=(f"file: {path}",),
+            help="fetch it again from where the adapter came",
+        ) from None  # fmt: skip
+    if not isinstance(found, dict):
+        raise fail("S0781", f"{CONFIG} of {ref} is not a JSON object", span, "opened here", exit_code=2, help="fetch it again")
+    return found
+
+
+def _tensors(folder: Path, ref: str, span: Span) -> dict[str, TensorHeader]:
+    path = folder / TENSORS
+    if path.is_file():
+        return read_header(path, span).tensors
+    for name in ("adapter_model.bin", "adapter_model.pt"):
+        if (folder / name).is_file():
+            raise refuse_pickle(folder / name, span)
+    raise fail(
+        "S0781", f"there is no {TENSORS} in {ref}", span, "opened here", exit_code=2, notes=(f"folder: {folder}",),
+        help="save the adapter with safetensors, which is what peft does by default",
+    )  # fmt: skip
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What surgery said of the base when it wrote the folder; nothing where something else wrote it."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    base = found.get("base") if isinstance(found, dict) else None
+    return dict(base) if isinstance(base, dict) else {}
+
+
+# ------------------------------------------------------------------ the config
+
+
+def _known(config: Mapping[str, Any], name: str, span: Span) -> None:
+    """Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here."""
+    kind = str(config.get("peft_type") or "").rpartition(".")[2].upper()
+    if kind != "LORA":
+        raise fail(
+            "S0782", f"{name} is an adapter of type {kind or 'unknown'}, which surgery does not read", span, "opened here",
+            help="known are LoRA, rsLoRA, DoRA and PiSSA with biases and whole modules beside them; "
+            "peft's `convert_to_lora` makes a LoRA of most other kinds",
+        )  # fmt: skip
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start not in UNCHANGED and not start.startswith("pissa"):
+        raise fail(
+            "S0782", f"{name} was trained on a base that its start ({start}) rewrote, and the folder does not hold that base", span, "opened here",
+            help="save it with `path_initial_model_for_weight_conversion`: peft then writes a LoRA for the original base",
+        )  # fmt: skip
+    other = [k for k, v in config.items() if k not in QUIET and v not in (None, False, [], {}, "", 0)]
+    if other:
+        raise fail(
+            "S0782", f"{name} uses {quoted(sorted(other)[:4], 'and')}, which surgery does not know", span, "opened here",
+            help="what it means for the tensors is not known here: save the adapter without it, or as a plain LoRA",
+        )  # fmt: skip
+    if config.get("lora_bias") and config.get("use_dora"):
+        raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
+
+
+def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {k: True for k in ("use_rslora", "use_dora") if config.get(k)}
+    start = str(config.get("init_lora_weights", True)).lower()
+    return out | ({"init_lora_weights": start} if start.startswith("pissa") else {})
+
+
+def _number(config: Mapping[str, Any], key: str, default: float, name: str, span: Span) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise fail("S0783", f"`{key}` of {name} is {value!r}, not a number", span, "opened here", help="correct the config of the adapter")
+    return float(value)
+
+
+# ------------------------------------------------------------------ tensors
+
+
+class _Reader:
+    """Collects the tensors of a file by module, and pairs them."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], span: Span) -> None:
+        self.name, self.config, self.span = name, config, span
+        self.found: dict[str, dict[str, TensorHeader]] = {}
+        self.whole: dict[str, Load] = {}
+        self.copies: set[str] = set()
+
+    def fault(self, message: str, help: str = "save the adapter again, whole") -> SurgeryError:
+        return fail("S0783", message, self.span, "opened here", help=help)
+
+    def take(self, header: TensorHeader) -> None:
+        key: Key = key_of(header.key)
+        if key.problem:
+            raise fail("S0782", f"{self.name} has {key.problem}", self.span, "opened here", notes=(f"tensor: {header.key}",), help=key.help)
+        if key.role in LOW:
+            mine = self.found.setdefault(key.path, {})
+            if key.role in mine:
+                raise self.fault(f"{self.name} has two tensors for `{key.role}` of `{key.path}`", "save one adapter a folder")
+            mine[key.role] = header
+            return
+        self.whole[key.path] = header.load()
+        if key.role == "copy":
+            self.copies.add(key.path)
+
+    def parts(self) -> dict[str, Low]:
+        return {path: self._part(path, roles) for path, roles in self.found.items()}
+
+    def _part(self, path: str, roles: Mapping[str, TensorHeader]) -> Low:
+        embedding = "embedding_A" in roles or "embedding_B" in roles
+        first, second = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+        missing = [r for r in (first, second) if r not in roles]
+        if missing or (embedding and ("A" in roles or "B" in roles)):
+            raise self.fault(f"`{path}` of {self.name} has no `lora_{missing[0] if missing else first}`")
+        a, b = roles[first], roles[second]
+        rank = int(self._pattern("rank_pattern", path, _number(self.config, "r", 8, self.name, self.span)))
+        alpha = self._pattern("alpha_pattern", path, _number(self.config, "lora_alpha", 8, self.name, self.span))
+        if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
+            raise self.fault(
+                f"`{path}` of {self.name} has the factors {list(a.shape)} and {list(b.shape)}",
+                "a sharded training saved pieces: gather the parameters before saving",
+            )
+        if rank < 1 or a.shape[0] != rank:
+            raise self.fault(f"`{path}` of {self.name} has rank {rank} by its config and {a.shape[0]} by its tensor", "correct `r` or `rank_pattern`")
+        if bool(self.config.get("use_dora")) != ("magnitude" in roles):
+            which = "no magnitude, and its config says `use_dora`" if self.config.get("use_dora") else "a magnitude, and its config does not say `use_dora`"
+            raise self.fault(f"`{path}` of {self.name} has {which}")
+        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        load = {role: roles[role].load() for role in ("magnitude", "shift") if role in roles}
+        return Low(path, a.load(), b.load(), rank, scale, embedding, load.get("magnitude"), load.get("shift"))
+
+    def _pattern(self, field: str, path: str, default: float) -> float:
+        """The value of the first pattern that the end of a path matches, as peft looks it up."""
+        table = self.config.get(field) or {}
+        if not isinstance(table, Mapping):
+            raise self.fault(f"`{field}` of {self.name} is not a table", f"write it as {{pattern: number}}")
+        for pattern in table:
+            try:
+                match = re.match(rf"(.*\.)?({pattern})$", path)
+            except re.error as exc:
+                raise self.fault(f"`{field}` of {self.name} has a pattern that cannot be read: {pattern!r} ({exc})", "correct the pattern") from None
+            if match:
+                return _number(table, pattern, default, self.name, self.span)
+        return default

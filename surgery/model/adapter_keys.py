@@ -1,0 +1,68 @@
+"""What the tensors of an adapter file are called: ``base_model.model.<module>.lora_A[.<name>].weight`` and its relatives."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+
+LOW = ("A", "B", "embedding_A", "embedding_B", "magnitude", "shift")
+"""Roles of the tensors of a low-rank part."""
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>A|B)(?:\.(?P<name>[^.]+))?\.(?P<leaf>weight|bias)")
+_EMBEDDING = re.compile(r"(?P<path>.+)\.lora_(?P<role>embedding_A|embedding_B)(?:\.(?P<name>[^.]+))?")
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<name>[^.]+))??(?:\.weight)?")
+_SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.[^.]+)?\.(?P<leaf>.+)")
+
+
+@dataclass(frozen=True)
+class Key:
+    """``role`` is one of :data:`LOW`, ``whole`` (a tensor of the base that was trained) or ``copy`` (one that is saved along); ``path`` the
+    module, of the last two the tensor's name. ``problem`` says what kind of tensor it is that cannot be read."""
+
+    role: str
+    path: str
+    problem: str = ""
+    help: str = ""
+
+
+def key_of(key: str) -> Key:
+    """What a tensor's key says."""
+    text = key.removeprefix(PREFIX)
+    if "token_adapter" in text:
+        return Key("", text, "tokens that were trained one by one", "train the embedding with `modules_to_save`, or give it a LoRA of its own")
+    if m := _FACTOR.fullmatch(text):
+        return _low(m["path"], "shift" if m["leaf"] == "bias" else m["role"], m["role"] == "A" and m["leaf"] == "bias")
+    if m := _EMBEDDING.fullmatch(text) or (_MAGNITUDE.fullmatch(text)):
+        return _low(m["path"], m.groupdict().get("role") or "magnitude")
+    if "lora_" in text.rpartition(".base_layer.")[2]:
+        return Key("", text, "a tensor of a variant of LoRA that surgery does not know", "save the adapter as a plain LoRA")
+    if m := _SAVED.fullmatch(text):
+        return Key("whole", f"{m['path']}.{m['leaf']}")
+    if ".base_layer." in text:
+        name = text.replace(".base_layer.", ".")
+        return Key("whole" if name.endswith("bias") else "copy", name)
+    return Key("whole", text)
+
+
+def _low(path: str, role: str, wrong: bool = False) -> Key:
+    if wrong:
+        return Key("", path, "a bias behind its first factor", "save the adapter as a plain LoRA")
+    if path == "base_layer" or path.endswith(".base_layer"):
+        return Key(
+            "", path, "factors for a bare parameter (`target_parameters`)",
+            "fused experts take a LoRA by `adapt lora on layers[*].ffn.experts`, trained here",
+        )  # fmt: skip
+    return Key(role, path)
+
+
+def factor_keys(path: str, embedding: bool) -> tuple[str, str]:
+    """The keys of ``A`` and ``B`` of the module at ``path``."""
+    if embedding:
+        return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def magnitude_key(path: str) -> str:
+    return f"{PREFIX}{path}.lora_magnitude_vector"
