@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
@@ -29,6 +30,29 @@ def dynamic_axes(program: Program) -> tuple[dict[int, Any] | None, ...]:
     )
 
 
+def _strip(graph: fx.Graph) -> None:
+    """Takes out what computes nothing: dropout in evaluation, and reshapes to the shape that a value has."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if node.target is aten.dropout.default:
+            idle = len(node.args) > 2 and node.args[2] is False
+        elif node.target in (aten.reshape.default, aten.view.default):
+            idle = _same(source.meta.get("val"), node.meta.get("val"))
+        else:
+            idle = False
+        if idle:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.ndim != b.ndim:
+        return False
+    return all(bool(statically_known_true(x == y)) for x, y in zip(a.shape, b.shape, strict=True))
+
+
 def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     """The flat module of a root with real tensors. It shares the root's parameters and has its inputs and outputs.
 
@@ -47,6 +71,7 @@ def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
+    _strip(graph)
     graph.eliminate_dead_code()
     flat = fx.GraphModule(unlifted, graph)
     flat.eval()

@@ -33,6 +33,7 @@ class FuseView:
         self.target = target
         self.made: dict[tuple[str, ...], str] = {}
         """Names of tensors that were put together, by the names of their parts: a layer that is used twice is packed once."""
+        self._once: dict[Any, fx.Node] = {}
 
     # ---------------------------------------------------------------- reading
 
@@ -213,6 +214,13 @@ class FuseView:
         except AttributeError:
             return False
         return True
+
+    def once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """The node that ``make`` made for this key before, while it is still in the graph, else a new one."""
+        known = self._once.get(key)
+        if known is None or known._erased or known.graph is not self.graph.graph:
+            known = self._once[key] = make()
+        return known
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Everything that read ``old`` reads ``new``; what only ``old`` needed goes."""
