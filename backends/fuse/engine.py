@@ -24,6 +24,9 @@ ROUNDS = 6
 
 GATE = "numeric gate"
 
+FUSIONS = "surgery.fusions"
+"""Key of the report among the metadata of what is written: JSON, one record a rule."""
+
 
 @dataclass(frozen=True)
 class Fired:
@@ -74,7 +77,14 @@ class Fused:
         return [entry.record() for entry in self.report]
 
     def lines(self) -> list[str]:
+        """Everything: what fired, and each kind of near miss."""
         return [line for entry in self.report for line in entry.lines()]
+
+    def summary(self) -> list[str]:
+        """One line of what fired, and one for each kind of near miss of each rule."""
+        fired = ", ".join(f"{e.rule} {e.fired}" for e in self.report if e.fired)
+        misses = [line for e in self.report for line in e.lines() if not line.startswith(f"{e.rule}: {e.fired} place")]
+        return [f"fused: {fired}" if fired else "fused: nothing", *misses]
 
 
 @cache
