@@ -64,8 +64,8 @@ def catalogue() -> list[MethodInfo]:
 def function(reference: str) -> Callable[..., Any]:
     """The function behind ``verb/name:function`` of an ``Apply`` expression.
 
-    A function of the method's own file comes first; otherwise the one of that name in its kind, with the method class
-    bound in front. KeyError when there is neither.
+    A function of the method's own file comes first; otherwise the one of that name in the file of a base class or in its kind, with the
+    method class bound in front. KeyError when there is none.
     """
     path, _, name = reference.partition(":")
     verb, _, method = path.partition("/")
@@ -74,7 +74,9 @@ def function(reference: str) -> Callable[..., Any]:
     if inspect.isfunction(own) and own.__module__ == cls.__module__:
         return own
     kind = importlib.import_module(f"surgery.passes.kinds.{cls.kind}")
-    shared = getattr(kind, name, None)
-    if not inspect.isfunction(shared) or shared.__module__ != kind.__name__:
-        raise KeyError(reference)
-    return partial(shared, cls)
+    bases = [sys.modules[base.__module__] for base in cls.__mro__[1:] if base.__module__.startswith("surgery.passes.kinds.")]
+    for module in (*bases, kind):
+        shared = getattr(module, name, None)
+        if inspect.isfunction(shared) and shared.__module__ == module.__name__:
+            return partial(shared, cls)
+    raise KeyError(reference)
