@@ -60,20 +60,33 @@ def _table(*entries: Any) -> dict[str, Any]:
 BACKENDS: dict[str, Entry] = _table(
     Entry("torch", "a folder that `surgery.load` opens as an nn.Module with the original signature", (_DTYPE,)),
     Entry("transformers", "a plain checkpoint for `from_pretrained`", (_DTYPE,)),
-    Entry("peft", "an adapter folder for `PeftModel.from_pretrained`", (_DTYPE,)),
+    Entry(
+        "peft",
+        "an adapter folder for `PeftModel.from_pretrained`",
+        (_DTYPE, _p("rank", "int", "rank of changes that have to be factored; without it the rank that their method has", min=1)),
+    ),
     Entry(
         "onnx",
         "an ONNX graph with dynamic batch and sequence",
         (
-            _p("opset", "int", "version of the ONNX operator set", 20, min=18, max=25),
-            _p("precision", "name", "type of weights and arithmetic", "fp32", choices=("fp32", "fp16", "bf16")),
+            _p("opset", "int", "version of the ONNX operator set; what it lacks and what is not installed is said by `compile`", 20, min=1, max=99),
+            _p("precision", "name", "type of weights and arithmetic", "fp32", choices=("fp32", "fp16", "bf16", "int8")),
             _TARGET,
-            _p("cache", "bool", "give the key/value cache of a causal model as inputs and outputs", False),
-            _p("live", "bool", "keep adapters as tensors of their own under stable names instead of folding them", False),
-            _p("optimize", "bool", "fuse the graph", True),
+            _p("cache", "bool", "keys and values of earlier steps as inputs and outputs; unsaid, where the model has them", None),
+            _p("live", "bool", "adapters that stay tensors of their own, exchanged in a session: all, or a list of names", False, also=("list",)),
+            _p("optimize", "name", "all fuses the graph, none leaves every operation as the model states it", "all", choices=("all", "none")),
         ),
     ),
-    Entry("pt2", "an AOTInductor package for serving", (_DTYPE, _TARGET)),
+    Entry(
+        "pt2",
+        "an AOTInductor package for serving, compiled for the processor of this machine",
+        (
+            _p("precision", "name", "type of weights and arithmetic", "fp32", choices=("fp32", "fp16", "bf16")),
+            _TARGET,
+            _p("cache", "bool", "keys and values of earlier steps as inputs and outputs; unsaid, where the model has them", None),
+            _p("optimize", "name", "all fuses the graph, none leaves every operation as the model states it", "all", choices=("all", "none")),
+        ),
+    ),
     Entry("report", "one self-contained HTML page"),
 )
 

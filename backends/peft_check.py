@@ -1,0 +1,99 @@
+"""The certificate of an adapter folder: peft itself loads it onto the base, and the outputs are compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.backends.peft_parts import START, Said, origin_of
+from surgery.backends.protocol import EmitRequest
+from surgery.backends.transformers_config import original
+from surgery.core.diagnostics import fail
+from surgery.model import pytree
+from surgery.model.live import live_root
+from surgery.model.program import Program
+from surgery.model.running import is_small
+from surgery.model.sample import sample_inputs
+from surgery.model.threads import one_thread
+
+CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
+TOLERANCE = 1e-5
+
+
+def certify(program: Program, said: Said, folder: Path, request: EmitRequest) -> tuple[list[dict[str, Any]], str]:
+    """The certificate, or why there is none. Raises S0794 where what peft loads computes something else."""
+    if not is_small(program):
+        return [], "not compared with peft: running two copies of the model takes more memory than writing did"
+    if START in said.flags:
+        return [], "not compared with peft: the base before its principal part was taken out is not stored here"
+    model = _base(request.base or program, request.tensors)
+    if model is None:
+        return [], "not compared with peft: there is no transformers model that the base is"
+    worst, scale = _difference(program, _loaded(model, folder), request)
+    tolerance = TOLERANCE * scale
+    entry = {"claim": "peft = program", "max_abs_error": worst, "tolerance": tolerance, "ok": worst <= tolerance, "samples": [c[0] for c in CASES]}
+    if entry["ok"]:
+        return [entry], ""
+    also = [(span, "attached here") for span in origin_of(said.truncated)[:3]]
+    if said.truncated:
+        raise fail(
+            "S0794", f"the changes do not fit into the rank: with peft the outputs differ by {worst:.3g}, allowed {tolerance:.3g}", request.span,
+            "asked for here", also=also, help="nothing was written; ask for a larger rank, `emit peft(rank = ...)`",
+        )  # fmt: skip
+    raise fail(
+        "S0794", f"what peft loads computes something else: the outputs differ by {worst:.3g}, allowed {tolerance:.3g}", request.span, "asked for here",
+        help="nothing was written; please report this with the spec and the model's config", exit_code=2,
+    )  # fmt: skip
+
+
+def _base(base: Program, tensors: Any) -> nn.Module | None:
+    """The live base model with the values that the spec started from."""
+    import transformers
+
+    config = original(base)
+    cls = getattr(transformers, base.info.architecture, None) if base.info.architecture else None
+    if config is None or cls is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = cls(config).float().eval()
+    added = {t for a in base.attachments for t in a.tensors}
+    there = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name in (*base.weights, *base.aliases):
+            if name in there and name not in added:
+                there[name].copy_(tensors.of(base, name))
+    return model
+
+
+def _loaded(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder)).eval()  # type: ignore[arg-type]
+    return wrapped
+
+
+def _difference(program: Program, model: nn.Module, request: EmitRequest) -> tuple[float, float]:
+    """The largest difference of any floating output, and the largest value of one (at least 1)."""
+    root = live_root(program, request.tensors, dtype=torch.float32).eval()
+    signature = program.signature
+    worst, scale = 0.0, 1.0
+    for _, batch, length, padding in CASES:
+        inputs = sample_inputs(program, batch=batch, length=length, seed=11, padding=padding)
+        with torch.no_grad(), one_thread():
+            want = root(*inputs)
+            given = pytree.unflatten(list(inputs), signature.in_spec)
+            given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
+            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+            got = pytree.flatten(out, signature.out_spec)
+        for x, y in zip(want, got, strict=True):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
+                error = float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf")
+                worst, scale = max(worst, error), max(scale, float(x.abs().max()))
+    return worst, scale
