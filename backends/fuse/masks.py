@@ -63,9 +63,9 @@ def _classify(view: FuseView, node: fx.Node) -> Mask:
     if view.rank(node) not in (2, 3, 4):
         return Mask(False, why=f"it has {view.rank(node)} axes")
     longest = max((c for n in above for c in _numbers(n)), default=0)
-    graph, order = _subgraph(view, node, above)
+    graph, order = subgraph(view, node, above)
     candidates: set[tuple[bool, str]] | None = None
-    for inputs in _trials(view, longest):
+    for inputs in trials(view, longest):
         if inputs is None:
             return Mask(False, why=f"it depends on the number {longest}, too long to try")
         try:
@@ -115,7 +115,7 @@ def _numbers(node: fx.Node) -> Iterator[int]:
                 yield int(abs(item))
 
 
-def _subgraph(view: FuseView, node: fx.Node, above: list[fx.Node]) -> tuple[fx.GraphModule, list[str]]:
+def subgraph(view: FuseView, node: fx.Node, above: list[fx.Node]) -> tuple[fx.GraphModule, list[str]]:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     order = []
@@ -127,7 +127,7 @@ def _subgraph(view: FuseView, node: fx.Node, above: list[fx.Node]) -> tuple[fx.G
     return fx.GraphModule(view.graph, graph), order
 
 
-def _trials(view: FuseView, longest: int) -> Iterator[dict[str, Tensor] | None]:
+def trials(view: FuseView, longest: int) -> Iterator[dict[str, Tensor] | None]:
     """Inputs of several sizes with masks of random zeros; the last so long that every number in the mask is exceeded, or None."""
     program = view.program
     names = [n for n, _ in placeholders(program)]
