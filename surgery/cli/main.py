@@ -21,14 +21,14 @@ from surgery.core.diagnostics import SurgeryError, error, fail
 
 VERBS = {
     "check": "check", "fmt": "fmt", "fix": "fix", "plan": "plan", "compile": "compile_", "show": "show", "select": "select",
-    "diff": "diff", "explain": "explain", "methods": "methods", "new": "new", "completion": "completion",
+    "diff": "diff", "bench": "bench", "explain": "explain", "methods": "methods", "new": "new", "completion": "completion",
 }  # fmt: skip
 """Verb -> module of surgery.cli; only the one that runs is imported."""
 
 GROUPS = (
     ("write", ("new", "check", "fmt", "fix")),
     ("operate", ("plan", "compile")),
-    ("look", ("show", "select", "diff")),
+    ("look", ("show", "select", "diff", "bench")),
     ("learn", ("explain", "methods", "completion")),
 )
 

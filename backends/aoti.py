@@ -1,0 +1,185 @@
+"""Ahead-of-time compilation by torch: from an exported module to the bytes of a ``.pt2`` package, the same bytes every time.
+
+Inductor writes C++, the compiler of this machine makes a shared library of it, and the package is a zip of the library and plain
+JSON. Sources, which name folders of this machine, stay out of it. What is left that a build could vary in is fixed here: names of files, paths that
+macros spell, symbols of the linker, and the number of threads (loops ask for it when they run).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.source import Span
+
+EXTRA = "surgery.json"
+"""The file in a package that holds our record: in the zip as ``data/extra/surgery.json``."""
+
+NAME = "model"
+"""What the generated files and the model in the package are called."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that inductor would use, ``$CXX`` first; None when it cannot be started."""
+    wanted = os.environ.get("CXX") or "g++"
+    found = shutil.which(wanted)
+    if found is None:
+        return None
+    try:
+        subprocess.run([found, "--version"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found
+
+
+def require_compiler(target: str = "cpu", span: Span | None = None) -> str:
+    """The compiler's path. Raises S0890 when there is none, S0891 when the target is a processor that this machine does not have."""
+    found = compiler()
+    if found is None:
+        raise fail(
+            "S0890", f"emitting pt2 needs a C++ compiler, and `{os.environ.get('CXX') or 'g++'}` does not start", span, "asked for here", exit_code=2,
+            help=["install one (`apt install g++`, `dnf install gcc-c++`), or name yours with CXX=...", 'or write `emit onnx to "....onnx"`, which needs none'],
+        )  # fmt: skip
+    if target == "cuda" and not torch.cuda.is_available():
+        raise fail(
+            "S0891", "`target = cuda` needs a CUDA device to compile on, and torch finds none", span, "asked for here", exit_code=2,
+            help="emit on a machine that has one, or write `target = cpu`",
+        )  # fmt: skip
+    return found
+
+
+def build(
+    module: torch.nn.Module,
+    example: dict[str, Any],
+    shapes: dict[str, Any],
+    place: Path,
+    options: dict[str, Any] | None = None,
+    span: Span | None = None,
+) -> list[Path]:
+    """Compiles a module that takes keyword arguments; ``place`` is an empty folder. Gives the files for :func:`package`.
+
+    ``shapes``: for each keyword which axes are open, as ``torch.export`` takes it. Raises S0893 when the graph cannot be exported, S0892 when it cannot be
+    compiled.
+    """
+    with quiet(), torch.no_grad():
+        try:
+            exported = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
+        except Exception as exc:
+            raise _failed(
+                "S0893", "torch.export cannot express this model", exc, span, "write `emit torch` instead, or report the model's config"
+            ) from exc
+        try:
+            with _settled(place):
+                made = torch._inductor.aot_compile(
+                    exported.module(check_guards=False), (), example, options={**defaults(place), **(options or {})}
+                )
+        except Exception as exc:
+            raise _failed(
+                "S0892", "the compiler failed on the generated code", exc, span,
+                "nothing was written; `emit onnx` needs no compiler. Please report this with the model's config and `g++ --version`",
+            ) from exc  # fmt: skip
+    files = [Path(f) for f in made if isinstance(f, str) and f]
+    libraries = [f for f in files if f.suffix == ".so"]
+    for library in libraries:
+        strip(library)
+    return libraries + [f for f in files if f.suffix not in (".so", ".cpp", ".h")]
+
+
+def defaults(place: Path) -> dict[str, Any]:
+    """Inductor's options: weights packed for the processor and the rest computed ahead, one product for what shares an input, no
+    trace of this machine in what the compiler writes."""
+    headers = Path(torch.__file__).parent
+    return {
+        "aot_inductor.package": True,
+        "aot_inductor.output_path": str(place),
+        "aot_inductor.model_name_for_generated_files": NAME,
+        "aot_inductor.enable_line_tables": False,
+        "aot_inductor.precompile_headers": False,
+        "cpp.march": f"native -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
+        "size_asserts": False,  # their texts hold addresses of this process
+        "alignment_asserts": False,
+        "cpp.dynamic_threads": True,
+        "freezing": True,
+        "cpp.enable_concat_linear": True,
+    }
+
+
+@contextmanager
+def _settled(place: Path) -> Iterator[None]:
+    """Random numbers (a marker in large packages) and autotuning start from the same state; the caches of inductor are not this run's."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()  # asked with the usual flags, so that its answer is kept from run to run
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def strip(library: Path) -> None:
+    """Drops the symbols that only debuggers read; they hold names of temporary files. Where weights hang behind the library it stays as it is."""
+    if library.stat().st_size >= 2_000_000_000 or (tool := shutil.which("strip")) is None:
+        return
+    subprocess.run([tool, "--strip-all", str(library)], check=True, capture_output=True)
+
+
+def package(files: Sequence[Path], target: Path, extra: dict[str, Any]) -> None:
+    """Writes the package: a zip that is not compressed, so that the owner's mark in ``extra`` is found without opening it."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    text = json.dumps(extra, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    with target.open("w+b") as stream:
+        package_pt2(stream, aoti_files={NAME: [str(f) for f in files]}, extra_files={EXTRA: text})
+
+
+def load(path: Path, threads: bool = True) -> Callable[..., Any]:
+    """The package as a callable. It runs native code of the file: only for files that this run made or that the user names."""
+    with quiet():
+        made: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    return made
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Our record of a package, read as data: nothing in the file runs. None where there is none."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((n for n in archive.namelist() if n.endswith(f"extra/{EXTRA}")), None)
+            if name is None or archive.getinfo(name).file_size > 64 << 20:
+                return None
+            found = json.loads(archive.read(name))
+    except (OSError, ValueError, zipfile.BadZipFile, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _failed(code: str, what: str, exc: Exception, span: Span | None, help: str) -> SurgeryError:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    told = [line for line in lines if "error" in line.lower()] or lines
+    return fail(code, what, span, "asked for here", notes=tuple(line[:200] for line in told[:3]) or (type(exc).__name__,), help=help)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inductor and the exporter log and warn through several channels; none of it belongs in our output."""
+    import logging
+
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), tempfile.TemporaryFile("w+"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
