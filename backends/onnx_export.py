@@ -6,14 +6,16 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from torch import fx
 
+from surgery.backends import onnx_live
 from surgery.backends.onnx_ops import prepare, translations
+from surgery.backends.onnx_opset import EXPORTED
 from surgery.core.progress import report
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
@@ -77,6 +79,8 @@ def axis_names(program: Program) -> dict[str, str]:
             wish = "batch" if axis == 0 else "past"
         elif axis == 0:
             wish = "batch"
+        elif name.startswith("encoder_"):
+            wish = "encoder_sequence"
         elif name in specs and len(specs[name].shape) == 2:
             wish = "decoder_sequence" if name.startswith("decoder") else "samples" if "float" in specs[name].dtype else "sequence"
         else:
@@ -93,10 +97,13 @@ def axis_names(program: Program) -> dict[str, str]:
 # ------------------------------------------------------------------ export
 
 
-def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
+def export(
+    program: Program, root: fx.GraphModule, *, opset: int, live: Sequence[str] = (), table: Mapping[Any, Callable[..., Any]] | None = None
+) -> Any:
     """The ONNX ``ModelProto`` of a realised root graph: flat inputs, flat outputs, the module's own tensor names.
 
-    Raises what torch's exporter raises when an operation has no translation.
+    ``live`` tensors are further inputs under their names, with the axes open that the model leaves open; ``table`` translates operations
+    that the exporter does not know. Raises what torch's exporter raises when an operation has no translation.
     """
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
@@ -104,13 +111,19 @@ def export(program: Program, root: fx.GraphModule, *, opset: int) -> Any:
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
     axes = tuple({i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program))
     prepare(root)
+    called: torch.nn.Module = root.eval()
+    if live:
+        held = onnx_live.values(root, live)
+        onnx_live.loosen(root, live)
+        called, example = onnx_live.WithLive(root, list(held)).eval(), [*example, *held.values()]
+        axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)  # type: ignore[assignment]
     report("emitting onnx: tracing", 0, STEPS)
     with _quiet(), torch.no_grad():
-        exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=axes, strict=False)
+        exported = torch.export.export(called, tuple(example), dynamic_shapes=axes, strict=False)
         report("emitting onnx: translating", 1, STEPS)
         made = torch.onnx.export(
-            exported, (), dynamo=True, opset_version=opset, input_names=input_names(program), output_names=names,
-            external_data=False, optimize=False, verbose=False, custom_translation_table=translations(),
+            exported, (), dynamo=True, opset_version=max(opset, EXPORTED), input_names=[*input_names(program), *live], output_names=names,
+            external_data=False, optimize=False, verbose=False, custom_translation_table={**translations(), **(table or {})},
         )  # fmt: skip
         report("emitting onnx: simplifying", 2, STEPS)
         _simplify(made.model, _tensor_names(root))
@@ -180,10 +193,14 @@ def finish(model: Any, program: Program, root: torch.nn.Module) -> Any:
     rename = {}
     for init in model.graph.initializer:
         plain = init.name.removeprefix("p_").removeprefix("b_").removeprefix("c_")
-        if init.name not in keep and plain in flat:
-            rename[init.name] = flat[plain]
-    for init in model.graph.initializer:
-        init.name = rename.get(init.name, init.name)
+        own = flat[plain] if init.name not in keep and plain in flat else init.name
+        rename[init.name] = program.aliases.get(own, own)  # a tensor with several names has its first
+    there: set[str] = set()
+    for init in list(model.graph.initializer):
+        init.name = rename[init.name]
+        if init.name in there:
+            model.graph.initializer.remove(init)
+        there.add(init.name)
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = rename.get(name, name)
@@ -200,10 +217,21 @@ def _name_axes(model: Any, program: Program) -> None:
         return " + ".join(sorted(text.split(" + "))) if re.fullmatch(r"\w+( \+ \w+)+", text) else text
 
     table: dict[str, str] = {}
-    for value, (_, spec) in zip(model.graph.input, placeholders(program), strict=True):
+    inputs = placeholders(program)
+    for value, (_, spec) in zip(model.graph.input, inputs, strict=False):  # live tensors stand behind the model's own inputs
         for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
             if dim.dim_param and not _fixed(size):
                 table.setdefault(dim.dim_param, named(str(size), wanted))
+    for group in (model.graph.input, model.graph.output, model.graph.value_info):
+        for value in group:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param.isdigit():  # an axis that was open and turned out to be fixed
+                    dim.dim_value = int(dim.dim_param)
+    for value in model.graph.input[len(inputs) :]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param and dim.dim_param not in table:
+                number = sum(n == "rank" or n.startswith("rank_") for n in table.values())
+                table[dim.dim_param] = f"rank_{number + 1}" if number else "rank"
     for group in (model.graph.input, model.graph.output, model.graph.value_info):
         for value in group:
             for dim in value.type.tensor_type.shape.dim:

@@ -26,7 +26,8 @@ class EmitRequest:
 
     ``params`` are the backend's parameters of the language with their values, ``tensors`` realises weights (``of(program, name)``,
     ``functions``), ``base`` is the program before the spec, ``certificates`` what was measured so far, ``files`` go along
-    with the weights (tokenizer). ``force`` allows to replace what is not this spec's own output.
+    with the weights (tokenizer). ``force`` allows to replace what is not this spec's own output. ``live`` are the
+    modules in the program that were asked to stay adapters of their own.
     """
 
     target: Path
@@ -40,6 +41,7 @@ class EmitRequest:
     force: bool = False
     span: Span | None = None
     files: tuple[Path, ...] = ()
+    live: frozenset[str] = frozenset()
     progress: Callable[..., None] = lambda *what: None
 
     @property
@@ -70,7 +72,8 @@ class Emitted:
 
 class Backend(Protocol):
     """``name`` as in ``emit NAME``; ``folds`` when it wants everything foldable folded first. A backend that can say before any weight is read
-    that it cannot write a program has ``check(program, span)``, which raises the diagnostic; plans call it.
+    that it cannot write a program has ``check(program, span)``, which raises the diagnostic; plans call it. One that has something to say of an
+    output in the plan has ``plan(program, params, live, span) -> Iterable[str]``: it gets the program before folding, and raises as well.
 
     ``emit`` raises SurgeryError with an S08 code and leaves what stood at the target untouched.
     """

@@ -1,42 +1,37 @@
-"""The onnx backend: one ONNX file with dynamic axes, the original tensor names, and a measured certificate inside."""
+"""The onnx backend: graphs with dynamic axes, the original tensor names, and measured certificates inside."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import math
 import re
-import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from surgery.backends.onnx_export import STEPS, export, input_names
-from surgery.backends.protocol import EmitRequest, Emitted, owns
+from surgery.backends import onnx_cut, onnx_files, onnx_int8, onnx_live, onnx_opset
+from surgery.backends.fuse import Target, fuse
+from surgery.backends.fuse.engine import FUSIONS
+from surgery.backends.fuse.ops import translations as fused_translations
+from surgery.backends.onnx_certify import CASES as CASES
+from surgery.backends.onnx_certify import LOSS, TOLERANCE, Case, cases, certify, chained, dtype_of, feeds_of, loss, swaps
+from surgery.backends.onnx_export import STEPS, export
+from surgery.backends.onnx_finite import first_overflow, lost_weights
+from surgery.backends.onnx_run import as_numpy as as_numpy
+from surgery.backends.onnx_run import checked_session
+from surgery.backends.onnx_run import session as session
+from surgery.backends.protocol import EmitRequest, Emitted
 from surgery.core.diagnostics import SurgeryError, error, fail
 from surgery.core.progress import report
 from surgery.core.source import Span
-from surgery.model.atomic import AtomicOutput, afterwards
 from surgery.model.live import live_root
 from surgery.model.program import Program
-from surgery.model.sample import sample_inputs
-from surgery.model.threads import one_thread
 
-BFLOAT16 = 16
-"""TensorProto.BFLOAT16"""
-
-INLINE_LIMIT = 1 << 30
-"""Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
-
-PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Allowed difference to torch in the same precision, times the output's scale when that is above one."""
-
-CASES = (("random", 2, 16, False, 0), ("padded", 3, 23, True, 0), ("single", 1, 7, False, 0), ("cached", 2, 1, False, 6))
-"""(name, batch, length, padding, past) of the inputs that the certificate measures; the last only where there is a cache."""
+PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""The type that torch computes in while a graph of this precision is made."""
 
 
 def require_onnx(span: Span | None = None) -> None:
@@ -49,83 +44,304 @@ def require_onnx(span: Span | None = None) -> None:
         )  # fmt: skip
 
 
-def _dtype(root: torch.nn.Module) -> torch.dtype:
-    return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+@dataclass(frozen=True)
+class Options:
+    """The parameters of the statement."""
+
+    opset: int = 20
+    precision: str = "fp32"
+    target: str = "cpu"
+    cache: bool | None = None
+    optimize: bool = True
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Options:
+        known = {k: v for k, v in params.items() if v is not None}
+        return cls(
+            int(known.get("opset", 20)), str(known.get("precision", "fp32")), str(known.get("target", "cpu")), known.get("cache"),
+            known.get("optimize", "all") in ("all", True),
+        )  # fmt: skip
 
 
-def session(data: bytes | str) -> Any:
-    """An onnxruntime session on the CPU with quiet logs and one thread (results must not depend on the machine)."""
-    import onnxruntime
+@dataclass
+class Graph:
+    """One graph on its way to a file: ``part`` is "" or ``encoder``, ``decoder``; ``program`` is what it computes."""
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-
-class Reference:
-    """The standard's own evaluator with the interface of a session: slow and complete, for types that onnxruntime's CPU has no kernels for."""
-
-    def __init__(self, model: Any) -> None:
-        from onnx.reference import ReferenceEvaluator
-
-        self.inner = ReferenceEvaluator(model)
-
-    def get_inputs(self) -> list[Any]:
-        return [SimpleNamespace(name=n) for n in self.inner.input_names]
-
-    def get_outputs(self) -> list[Any]:
-        return [SimpleNamespace(name=n) for n in self.inner.output_names]
-
-    def run(self, names: None, feeds: dict[str, Any]) -> list[Any]:
-        found: list[Any] = self.inner.run(names, feeds)
-        return found
+    part: str
+    program: Program
+    model: Any = None
+    run: Any = None
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def as_numpy(tensor: torch.Tensor) -> Any:
-    """An array of the same values; numpy has no bfloat16 of its own."""
-    if tensor.dtype != torch.bfloat16:
-        return tensor.numpy()
-    import ml_dtypes
+class OnnxBackend:
+    """Exports, cleans, checks and certifies, then writes: one file, or for an encoder and its decoder two (each with one more when its weights are large)."""
 
-    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    name = "onnx"
+    folds = True
+
+    def plan(self, program: Program, params: Mapping[str, Any], live: frozenset[str], span: Span | None) -> Iterable[str]:
+        """What the plan says of the statement. Raises S0876 for a cache that the model does not have."""
+        options = Options.of(params)
+        cached = onnx_cut.has_cache(program)
+        if options.cache and not cached:
+            raise _no_cache(program, span)
+        facts = []
+        if onnx_cut.is_pair(program):
+            facts.append(
+                f"two graphs: the encoder, and the decoder without a cache (it reads `{onnx_cut.STATES}` and all target tokens so far)"
+            )
+        if cached and options.cache is False:
+            facts.append("without the cache: whole sequences go in, no keys and values come out")
+        if options.precision == "int8":
+            facts.append("int8: constant matrices of products, by column; embeddings, norms and biases stay fp32")
+        if params.get("live"):
+            count = len(onnx_live.held(program, live))
+            facts.append(
+                f"{count} adapter{'' if count == 1 else 's'} live: inputs with the emitted values, exchanged in a session"
+                if count
+                else "live: nothing is attached"
+            )
+        return facts
+
+    def emit(self, program: Program, request: EmitRequest) -> Emitted:
+        """``params``: ``opset``, ``precision`` (fp32, fp16, bf16, int8), ``target``, ``cache``, ``optimize``; ``request.live`` names the modules that
+        stay exchangeable.
+
+        Raises S0840 without the extra, S0841 when a graph cannot be expressed in ONNX, S0842 when it computes something else, S0871 to S0878 for
+        what the options ask and the graph cannot give, S0801 to S0805 for the target. Nothing is written then.
+        """
+        require_onnx(request.span)
+        options = Options.of(request.params)
+        onnx_opset.check_new(options.opset, request.span)
+        whole = _cached_as_asked(program, options, request.span)
+        graphs = _graphs(whole)
+        paths = onnx_files.parts_of(request.target, [g.part for g in graphs])
+        onnx_files.check_free(paths, request)
+        for graph in graphs:
+            _make(graph, request, options)
+        shared = _together(program, whole, graphs, request, options)
+        for graph in graphs:
+            metadata(graph.model, "surgery.certificate", json.dumps([*request.certificates, *graph.certificates, *shared], sort_keys=True))
+            metadata(graph.model, "surgery.spec", request.spec_digest)
+        report("emitting onnx: writing", 5, STEPS)
+        notes = [line for g, path in zip(graphs, paths, strict=True) for line in _told(g, path, options)]
+        written = onnx_files.write([(path, g.model) for g, path in zip(graphs, paths, strict=True)], request)
+        return Emitted(tuple(written), tuple([c for g in graphs for c in g.certificates] + shared), tuple(notes))
 
 
-def checked_session(model: Any) -> Any:
-    """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder.
+BACKEND = OnnxBackend()
 
-    onnxruntime's CPU provider has few operations in bfloat16: a graph that needs others is run by :class:`Reference`.
-    """
-    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+def metadata(model: Any, key: str, value: str) -> None:
+    """One entry of a model's metadata, replaced where it is there."""
+    entry = next((p for p in model.metadata_props if p.key == key), None) or model.metadata_props.add()
+    entry.key, entry.value = key, value
+
+
+# ------------------------------------------------------------------ which graphs
+
+
+def _no_cache(program: Program, span: Span | None) -> SurgeryError:
+    family = program.info.family or program.info.architecture or "this model"
+    return fail(
+        "S0876", f"{family} has no cache of keys and values to give", span, "asked for here",
+        help="leave `cache` out: it is given where the model has one, which decoders of one stack do",
+    )  # fmt: skip
+
+
+def _cached_as_asked(program: Program, options: Options, span: Span | None) -> Program:
+    """The program with or without its cache. Raises S0876."""
+    cached = onnx_cut.has_cache(program)
+    if options.cache and not cached:
+        raise _no_cache(program, span)
+    if options.cache is not False or not cached:
+        return program
     try:
-        return _session(model)
-    except NoKernel:
-        if weight_bytes(model) > INLINE_LIMIT or not any(i.data_type == BFLOAT16 for i in model.graph.initializer):
-            raise
-        return Reference(model)
+        return onnx_cut.without_cache(program)
+    except onnx_cut.NotCut as exc:
+        raise fail(
+            "S0876", f"this model cannot be written without its cache: {exc}", span, "asked for here", help="leave `cache = false` out"
+        ) from exc
 
 
-def _session(model: Any) -> Any:
-    import onnx
-
-    if weight_bytes(model) <= INLINE_LIMIT:
-        onnx.checker.check_model(model)
-        return session(model.SerializeToString())
-    with tempfile.TemporaryDirectory() as folder:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        name, data = externalise(copy, "model")
-        (Path(folder) / name).write_bytes(data)
-        del data
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(copy.SerializeToString())
-        onnx.checker.check_model(str(path))
-        return session(str(path))
+def _graphs(program: Program) -> list[Graph]:
+    """One graph, or two of an encoder and a decoder; a pair whose parts cannot be told apart stays one and says so."""
+    if not onnx_cut.is_pair(program):
+        return [Graph("", program)]
+    try:
+        encoder, decoder = onnx_cut.split(program)
+    except onnx_cut.NotCut as exc:
+        return [Graph("", program, notes=[f"encoder and decoder are one graph: {exc}"])]
+    return [Graph("encoder", encoder), Graph("decoder", decoder)]
 
 
-def inexpressible(exc: Exception, span: Span | None, opset: int) -> SurgeryError:
-    """S0841 with the operations that have no translation, else with the exporter's own first lines."""
+# ------------------------------------------------------------------ one graph
+
+
+def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
+    """Fills a graph's model, session and certificates."""
+    program, span, precision = graph.program, request.span, options.precision
+    modules = frozenset(a.module for a in onnx_live.held(program, request.live))
+    live = onnx_live.tensor_names(program, modules)
+    exact: list[Case] = []
+    if precision != "fp32":
+        root = live_root(program, request.tensors, dtype=torch.float32).eval()
+        exact = cases(program, root, torch.float32)
+        del root
+    root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
+    if precision == "fp16":
+        _refuse_lost(root, program, request, span)
+    measured = cases(program, root, dtype_of(root))
+    try:
+        fused = fuse(program, root, Target("onnx", options.target, precision, options.opset, frozenset(live))) if options.optimize else None
+        model = export(
+            program, fused.graph if fused else root, opset=options.opset, live=live, table=fused_translations() if fused else None
+        )  # fmt: skip
+        model = onnx_opset.settle(model, options.opset, span)
+        onnx_live.overridable(model, root, live, span)
+        if live:
+            metadata(model, onnx_live.RECORD, json.dumps(onnx_live.record(program, modules, model), sort_keys=True))
+        report("emitting onnx: checking the graph", 3, STEPS)
+        run = checked_session(model)
+    except SurgeryError:
+        raise
+    except Exception as exc:
+        raise inexpressible(exc, span, options.opset, program, modules) from exc
+    report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
+    graph.certificates += certify(program, measured, run, tolerance=TOLERANCE["fp32" if precision == "int8" else precision])
+    if live:
+        graph.certificates += swaps(program, root, model, run, live, measured, TOLERANCE["fp32" if precision == "int8" else precision])
+    if precision == "fp16":
+        _refuse_overflow(graph, model, run, measured, span)
+    _refuse_other(graph.certificates, span)
+    if precision == "int8":
+        model, run = _to_int8(graph, model, span, live)
+    if exact:
+        found = loss(program, exact, run, precision)
+        graph.certificates += found
+        _refuse_loss(found, precision, span)
+    if graph.part:
+        graph.certificates[:] = [{"graph": graph.part, **c} for c in graph.certificates]
+    if options.target != "cpu":
+        graph.certificates[:] = [{**c, "for": options.target, "measured_on": "cpu"} for c in graph.certificates]
+    if fused is not None:
+        metadata(model, FUSIONS, json.dumps(fused.record(), sort_keys=True))
+        graph.notes += fused.summary()
+    graph.model, graph.run = model, run
+
+
+def _to_int8(graph: Graph, model: Any, span: Span | None, live: Iterable[str]) -> tuple[Any, Any]:
+    """The quantised model and its session. Raises S0875 when nothing in it can be quantised."""
+    report("emitting onnx: rounding weights to int8", 4, STEPS)
+    done = onnx_int8.quantize(model, live)
+    if not done.weights:
+        raise fail(
+            "S0875", "no product of this graph has a constant matrix that int8 could hold", span, "asked for here",
+            notes=[f"`{name}`: {why}" for name, why in done.kept[:4]], help="write `precision = fp32` or `fp16`",
+        )  # fmt: skip
+    kinds: dict[str, int] = {}
+    for _, why in done.kept:
+        kinds[why] = kinds.get(why, 0) + 1
+    stay = "; ".join(f"{n} products stay in fp32: {why}" for why, n in kinds.items())
+    graph.notes.append(f"int8: {len(done.weights)} weights by column" + (f"; {stay}" if stay else ""))
+    return done.model, checked_session(done.model)
+
+
+def _together(original: Program, whole: Program, graphs: list[Graph], request: EmitRequest, options: Options) -> list[dict[str, Any]]:
+    """Claims on what the graphs are together: that a graph without cache is the model with an empty one, that two parts are the whole."""
+    precision = "fp32" if options.precision == "int8" else options.precision
+    found: list[dict[str, Any]] = []
+    if whole is not original:
+        (graph,) = graphs
+        root = live_root(original, request.tensors, dtype=PRECISION[options.precision]).eval()
+        found += _empty_cache(original, whole, root, graph, TOLERANCE[precision], options)
+    if len(graphs) == 2:
+        root = live_root(whole, request.tensors, dtype=PRECISION[options.precision]).eval()
+        measured = cases(whole, root, dtype_of(root))
+        share = LOSS["int8"][0] if options.precision == "int8" else TOLERANCE[precision]
+        found += chained(whole, measured, graphs[0].run, graphs[1].run, share, onnx_cut.STATES, onnx_cut.MASK)
+    _refuse_other(found, request.span)
+    return found
+
+
+def _empty_cache(original: Program, whole: Program, root: Any, graph: Graph, tolerance: float, options: Options) -> list[dict[str, Any]]:
+    from surgery.backends.onnx_certify import difference
+    from surgery.model.sample import sample_inputs
+
+    share = LOSS["int8"][0] if options.precision == "int8" else tolerance
+    with torch.no_grad():
+        want = root(*sample_inputs(original, batch=2, length=9, seed=7, padding=True, dtype=dtype_of(root), past=0))
+    given = sample_inputs(whole, batch=2, length=9, seed=7, padding=True, dtype=dtype_of(root))
+    got = graph.run.run(None, feeds_of(whole, graph.run, Case("padded", 2, 9, given, [])))
+    worst, scale, _ = difference(want[0], got[0])
+    allowed = share * max(1.0, scale)
+    return [{"claim": "without cache = with an empty one", "max_abs_error": worst, "tolerance": allowed, "ok": worst <= allowed}]
+
+
+# ------------------------------------------------------------------ findings
+
+
+def _refuse_other(found: list[dict[str, Any]], span: Span | None) -> None:
+    bad = [c for c in found if not c["ok"]]
+    if bad:
+        raise SurgeryError(
+            error(
+                "S0842", "the ONNX graph does not compute what the module computes", span, "asked for here",
+                notes=[f"{_what(c)}: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
+                help="nothing was written; try another opset, and please report the model's config",
+            )
+        )  # fmt: skip
+
+
+def _what(c: Mapping[str, Any]) -> str:
+    return f"{c['output']} on {c['case']} input" if "output" in c else str(c["claim"])
+
+
+def _refuse_lost(root: Any, program: Program, request: EmitRequest, span: Span | None) -> None:
+    """S0874 for weights that half precision has no number for."""
+    lost = lost_weights(root, lambda name: request.tensors.of(program, name))
+    if lost:
+        name, size = lost[0]
+        raise fail(
+            "S0874", f"`{name}` overflows in fp16: it holds {size:.6g}, and the largest number is 65504", span, "asked for here",
+            notes=[f"`{n}` holds {s:.6g}" for n, s in lost[1:5]], help="write `precision = bf16`, which has the range of fp32, or `fp32`",
+        )  # fmt: skip
+
+
+def _refuse_overflow(graph: Graph, model: Any, run: Any, measured: list[Case], span: Span | None) -> None:
+    """S0874 when the outputs are not finite: which value of the graph was the first that is not."""
+    bad = [c for c in graph.certificates if not c["ok"]]
+    lost = [m for m in measured if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in m.expected)]
+    if not bad or not (lost or any(c["max_abs_error"] == float("inf") for c in bad)):
+        return
+    case = next((m for m in measured if m.name == bad[0].get("case")), (lost or measured)[0])
+    where = first_overflow(model, feeds_of(graph.program, run, case))
+    raise fail(
+        "S0874", "this model overflows in fp16: its outputs are not finite", span, "asked for here",
+        notes=[f"on {case.name} input the first value that is not finite is {where}" if where else f"on {case.name} input, in torch"],
+        help="nothing was written; write `precision = bf16`, which has the range of fp32, or `fp32`",
+    )  # fmt: skip
+
+
+def _refuse_loss(found: list[dict[str, Any]], precision: str, span: Span | None) -> None:
+    bad = [c for c in found if not c["ok"]]
+    if bad:
+        raise fail(
+            "S0878", f"{precision} changes the output by more than is allowed", span, "asked for here",
+            notes=[
+                f"{_what(c)}: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}; cosine {c['cosine']:.4f}, at least {c['least_cosine']:g}" for c in bad
+            ],
+            help="nothing was written; write a precision with more bits",
+        )  # fmt: skip
+
+
+def inexpressible(
+    exc: Exception, span: Span | None, opset: int, program: Program | None = None, live: frozenset[str] = frozenset()
+) -> SurgeryError:
+    """S0841 with the operations that have no translation, else with the exporter's own first lines; S0871 when a live adapter is what
+    needs such an operation."""
     text, cause = str(exc), exc.__cause__
     while cause is not None:
         text, cause = f"{text}\n{cause}", cause.__cause__
@@ -138,137 +354,44 @@ def inexpressible(exc: Exception, span: Span | None, opset: int) -> SurgeryError
     help = "emit torch instead, or try another opset"
     if "bfloat16" in plain and opset < 22:
         help = "write `opset = 22`: older ones have no convolutions and poolings in bf16"
+    if missing and program is not None and live:
+        held = onnx_live.held(program, live)
+        names = list(dict.fromkeys(f"`{a.name}`" for a in held))
+        return fail(
+            "S0871", f"{', '.join(names)} cannot stay live in ONNX: there is no operation for {', '.join(dict.fromkeys(missing))}", span,
+            "asked for here", help="leave it out of `live`, then it is folded where it can be, or use `emit torch`",
+        )  # fmt: skip
     what = f"ONNX has no operation for {', '.join(dict.fromkeys(missing))}" if missing else "the exporter cannot express this model in ONNX"
     return fail(
         "S0841", what, span, "asked for here", notes=() if missing else tuple(lines[:3]) or (type(exc).__name__,), help=help
     )  # fmt: skip
 
 
-def certify(program: Program, root: torch.nn.Module, run: Any, *, tolerance: float) -> list[dict[str, Any]]:
-    """Measures torch against onnxruntime on random, padded and single inputs: per output the largest absolute difference
-    and its share of the output's scale. Positions that a mask switches off are compared too: both sides compute them."""
-    read = {i.name for i in run.get_inputs()}
-    outs = [o.name for o in run.get_outputs()]
-    names = input_names(program)
-    found: list[dict[str, Any]] = []
-    for case, batch, length, padding, past in CASES:
-        if past and not any(n.startswith("past_key_values.") for n in names):
-            continue
-        inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=_dtype(root), past=past)
-        with one_thread(), torch.no_grad():
-            expected = root(*inputs)
-        expected = expected if isinstance(expected, (tuple, list)) else (expected,)
-        feeds = {n: as_numpy(t) for n, t in zip(names, inputs, strict=True) if n in read}
-        for name, want, got in zip(outs, expected, run.run(None, feeds), strict=True):
-            want_np = want.detach().double().numpy()
-            error_abs = float(abs(want_np - got.astype("float64")).max()) if want_np.size else 0.0
-            scale = max(1.0, float(abs(want_np).max()) if want_np.size else 1.0)
-            found.append(
-                {
-                    "claim": "torch = onnx", "case": case, "output": name, "batch": batch, "length": length,
-                    "max_abs_error": error_abs, "tolerance": tolerance * scale, "ok": error_abs <= tolerance * scale and math.isfinite(error_abs),
-                    **({"runtime": "onnx reference evaluator"} if isinstance(run, Reference) else {}),
-                }
-            )  # fmt: skip
-    return found
+# ------------------------------------------------------------------ what is said of the files
 
 
-class OnnxBackend:
-    """Exports, cleans, checks and certifies, then writes one file (two when the weights are large)."""
-
-    name = "onnx"
-    folds = True
-
-    def emit(self, program: Program, request: EmitRequest) -> Emitted:
-        """``params``: ``opset``, ``precision`` (fp32, fp16, bf16).
-
-        Raises S0840 without the extra, S0841 when a graph cannot be expressed in ONNX, S0842 when the certificate fails, S0801 to
-        S0805 for the target. Nothing is written then.
-        """
-        require_onnx(request.span)
-        precision = str(request.params.get("precision") or "fp32")
-        opset = int(request.params.get("opset") or 20)
-        root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
-        try:
-            model = export(program, root, opset=opset)
-            report("emitting onnx: checking the graph", 3, STEPS)
-            run = checked_session(model)
-        except SurgeryError:
-            raise
-        except Exception as exc:
-            raise inexpressible(exc, request.span, opset) from exc
-        report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
-        certificates = certify(program, root, run, tolerance=TOLERANCE[precision])
-        bad = [c for c in certificates if not c["ok"]]
-        if bad:
-            raise SurgeryError(
-                error(
-                    "S0842", "the ONNX graph does not compute what the module computes", request.span, "asked for here",
-                    notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                    help="nothing was written; try another opset, and please report the model's config",
-                )
-            )  # fmt: skip
-        for key, value in (
-            ("surgery.certificate", json.dumps([*request.certificates, *certificates], sort_keys=True)),
-            ("surgery.spec", request.spec_digest),
-        ):
-            entry = model.metadata_props.add()
-            entry.key, entry.value = key, value
-        report("emitting onnx: writing", 5, STEPS)
-        return Emitted(tuple(write(model, request)), tuple(certificates))
-
-
-def write(model: Any, request: EmitRequest) -> list[Path]:
-    """Writes the model whole or not at all; large weights go to one external file.
-
-    The data file is named by its content and written first, so that the model file that stands there at any moment finds its
-    own data; data files of earlier models are removed last.
-    """
-    target = request.target
-
-    def replace(path: Path, data: bytes) -> None:
-        with AtomicOutput(path, folder=False, force=request.force, own=lambda p: p != target or owns(p, request.spec_digest)) as temporary:
-            temporary.write_bytes(data)
-
-    if weight_bytes(model) <= INLINE_LIMIT:
-        replace(target, model.SerializeToString(deterministic=True))
-        name = ""
-    else:
-        name, data = externalise(model, target.name)
-        replace(target.with_name(name), data)
-        replace(target, model.SerializeToString(deterministic=True))
-
-    def tidy() -> None:
-        for old in sorted(target.parent.glob(f"{target.name}.*.data")):
-            if old.name != name:
-                old.unlink()
-
-    afterwards(tidy)
-    return [target, target.with_name(name)] if name else [target]
-
-
-def weight_bytes(model: Any) -> int:
-    return sum(len(i.raw_data) for i in model.graph.initializer)
-
-
-def externalise(model: Any, stem: str) -> tuple[str, bytes]:
-    """Moves all large initializers of a model into one byte string; gives the file name that the model now refers to."""
-    digest = hashlib.sha256()
-    large = [i for i in model.graph.initializer if len(i.raw_data) >= 1024]
-    for init in large:
-        digest.update(init.raw_data)
-    name = f"{stem}.{digest.hexdigest()[:12]}.data"
-    parts, offset = [], 0
-    for init in large:
-        data = init.raw_data
-        for key, value in (("location", name), ("offset", str(offset)), ("length", str(len(data)))):
-            item = init.external_data.add()
-            item.key, item.value = key, value
-        init.ClearField("raw_data")
-        init.data_location = 1  # TensorProto.EXTERNAL
-        parts.append(data + b"\0" * (-len(data) % 4096))
-        offset += len(parts[-1])
-    return name, b"".join(parts)
-
-
-BACKEND = OnnxBackend()
+def _told(graph: Graph, path: Path, options: Options) -> list[str]:
+    """Notes for who runs the file."""
+    held = {i.name for i in graph.model.graph.initializer}
+    names = [i.name for i in graph.model.graph.input if i.name not in held]
+    past = [n for n in names if n.startswith("past_key_values.")]
+    own = ", ".join(f'"{n}": ...' for n in names if n not in past)
+    lines = [f'{path.name}: onnxruntime.InferenceSession("{path.name}").run(None, {{{own}{", **past" if past else ""}}})']
+    if past:
+        lines.append(
+            f"{path.name}: past_key_values.LAYER.key and .value have no steps at first, then what present.LAYER.key and .value gave"
+        )
+    live = [i.name for i in graph.model.graph.input if i.name in held]
+    if live:
+        lines.append(
+            f'{path.name}: {len(live)} adapter tensors are inputs that may be given, as in {{**inputs, **surgery.adapter_inputs("{path.name}", "ARTIFACT")}}'
+        )
+    if graph.part == "decoder":
+        lines.append(f"{path.name}: `{onnx_cut.STATES}` is what the encoder gave; there is no cache, all target tokens so far go in")
+    if options.target == "cuda":
+        lines.append(f"{path.name}: for CUDA; its numbers were measured on the CPU here")
+        if options.precision == "int8":
+            lines.append(
+                f"{path.name}: onnxruntime runs products of integers that are quantised at run time on the CPU, CUDA has no kernels for them"
+            )
+    return lines + [f"{path.name}: {note}" for note in graph.notes]

@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from surgery.driver import plan as plan
     from surgery.driver import save as save
     from surgery.opening import capture as capture
+    from surgery.swapping import adapter_inputs as adapter_inputs
 
 _LAZY: dict[str, tuple[str, str]] = {
     "plan": ("surgery.driver", "plan"),
     "compile": ("surgery.driver", "compile_spec"),
     "load": ("surgery.driver", "load"),
     "save": ("surgery.driver", "save"),
+    "adapter_inputs": ("surgery.swapping", "adapter_inputs"),
     "capture": ("surgery.opening", "capture"),
     "Result": ("surgery.driver", "Result"),
     "Plan": ("surgery.core.plan", "Plan"),

@@ -18,6 +18,7 @@ from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked, Spec
 from surgery.folding import fold_all as fold_all
+from surgery.folding import live_modules, live_names
 from surgery.folding import stir as stir
 from surgery.model import masked
 from surgery.model.claims import Claim
@@ -39,7 +40,7 @@ DEFAULT_TOLERANCE = {"init": 1e-5, "fold": 1e-5}
 
 @dataclass
 class Compilation:
-    """Measures and emits what a session left. ``written`` and ``certificates`` fill as it runs."""
+    """Measures and emits what a session left. ``written``, ``certificates`` and ``notes`` fill as it runs."""
 
     session: Session
     checkpoint: Any
@@ -50,6 +51,7 @@ class Compilation:
     locked: Callable[[], tuple[list[Any], str]]
     written: list[Path] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         study = self.session.study
@@ -203,17 +205,19 @@ class Compilation:
         program = emission.program
         live = call.values().get("live")
         if backend.folds and live is not True:
-            program = self.folded(program, node, keep=frozenset(live or ()))
+            program = self.folded(program, node, keep=live_names(live))
         emitted = backend.emit(
             program,
             backends.request(
                 target=self.target(emission), params=call.values(), tensors=self.tensors, base=emission.base, plan=self.session.plan.portable(),
                 certificates=list(self.certificates), lock=self.lock, spec=self.session.spec.source, force=self.force, span=node.span,
+                live=live_modules(program, live),
                 files=tuple(getattr(self.checkpoint, "tokenizer_files", ()) or ()), progress=self.progress,
             ),
         )  # fmt: skip
         self.certificates.extend(emitted.certificates)
         self.written.extend(emitted.paths)
+        self.notes.extend(emitted.notes)
 
     def folded(self, program: Program, node: ast.Emit, keep: frozenset[str] = frozenset()) -> Program:
         """A copy in which everything that can fold and is not in ``keep`` is folded, with the measured claim that this changed nothing."""
@@ -267,7 +271,7 @@ def _inputs(spec: Spec, model: str) -> list[tuple[Path, str]]:
         own = Path(spec.source.name)
         found += [(own, "the spec"), (own.with_name(own.name + ".lock"), "the lock of the spec")]
     named = [(model, spec.source.name, "the model")] if model else []
-    for checked in (*spec.models.values(), *spec.checkpoints.values(), *spec.data.values()):
+    for checked in (*spec.models.values(), *spec.checkpoints.values(), *spec.adapters.values(), *spec.data.values()):
         node, file = checked.node, checked.node.span.source.name
         found.append((Path(file), "a file of the spec"))
         if isinstance(node, ast.Model):

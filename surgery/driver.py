@@ -35,12 +35,14 @@ from surgery.session import Session
 
 @dataclass
 class Result:
-    """What ``compile`` gives: the plan, one path per output, the measured claims, and the module on demand."""
+    """What ``compile`` gives: the plan, the paths that were written, the measured claims, the module on demand, and ``notes``: what the
+    outputs are and how to run them."""
 
     plan: Plan
     artifacts: list[Path] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
     lock: Path | None = None
+    notes: list[str] = field(default_factory=list)
     _module: Callable[[], nn.Module] | None = None
 
     @property
@@ -172,7 +174,7 @@ def compile_spec(
         )  # fmt: skip
         with together():
             work.run()
-            result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, _module=work.module)
+            result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, notes=work.notes, _module=work.module)
             if target is not None and write_lock and not locked:
                 result.lock = _write_lock(target, lock)
         return result

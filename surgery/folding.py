@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
+from surgery.core.diagnostics import fail
+from surgery.core.near import suggestion
+from surgery.core.source import Span
 from surgery.model.program import Attachment, Origin, Program
 from surgery.model.weights import Init
 from surgery.passes import registry
@@ -18,6 +22,28 @@ from surgery.session import apply
 def named_by(a: Attachment, keep: frozenset[str]) -> bool:
     """Whether ``keep`` names an attachment: by its label (``as`` name, else the method's), by the path of its module, or by a path around it."""
     return a.name in keep or any(a.module == name or a.module.startswith(name + ".") for name in keep if name)
+
+
+def live_names(live: Any) -> frozenset[str]:
+    """The names in a ``live`` parameter: ``@news`` and ``news`` are one. None where it says true or false for all."""
+    return frozenset(str(name).removeprefix("@") for name in live) if isinstance(live, list | tuple) else frozenset()
+
+
+def refuse_unknown(program: Program, live: Any, span: Span) -> None:
+    """S0870 when ``live`` names something that no statement attached, or that was folded or removed since."""
+    known = {a.name: None for a in program.attachments} | {a.module: None for a in program.attachments}
+    for name in unknown_names(program, live_names(live)):
+        help, notes = suggestion(name, known, "attached to the model here")
+        help.append("`live` takes names that `as` gave, names of methods, and paths of modules; what is folded above is gone")
+        raise fail(
+            "S0870", f"`live` names `{name}`, and nothing of this name is attached to the model", span, "named here", help=help, notes=notes
+        )
+
+
+def live_modules(program: Program, live: Any) -> frozenset[str]:
+    """The modules of a program, folded for an output, that ``live`` asks to keep: all of them for true."""
+    names = live_names(live)
+    return frozenset(a.module for a in program.attachments if live is True or named_by(a, names))
 
 
 def unknown_names(program: Program, keep: frozenset[str]) -> list[str]:

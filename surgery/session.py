@@ -20,7 +20,7 @@ from surgery.core.printer import to_text
 from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
 from surgery.merging import merge
-from surgery.model import cost
+from surgery.model import cost, past
 from surgery.model.claims import Claim
 from surgery.model.data_open import Shelf
 from surgery.model.program import Origin, Program
@@ -78,6 +78,7 @@ class Session:
     def run(self) -> None:
         """Walks every statement. A statement that fails is reported and the rest still run where that makes sense;
         raises SurgeryError with all findings at the end when there was an error."""
+        self.program.past = past.begin(self.program)
         sizes = parameter_sizes(self.program)
         params_before = sum(sizes.values())
         trainable_before = sum(n for name, n in sizes.items() if name not in self.program.frozen)
@@ -329,6 +330,7 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     backends.require(checked.call.name, node.span)
     params = {k: v for k, v in checked.call.values().items() if v is not None}
     backend = backends.get(checked.call.name, node.span)
+    facts = _told(session, backend, params, checked.call.spans.get("live", node.span), node.span)
     if (check := getattr(backend, "check", None)) is not None and not session.sink.failed:
         live = params.get("live")
         check(session.program if live is True or not backend.folds else _folded(session.program, node.span, live), node.span)
@@ -338,19 +340,30 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
-            stage=checked.stage, facts=_kept_live(session.program, checked.call.name, params),
+            stage=checked.stage, facts=(*_kept_live(session.program, checked.call.name, params), *facts),
         )
     )  # fmt: skip
 
 
+def _told(session: Session, backend: Any, params: dict[str, Any], place: Span, span: Span) -> tuple[str, ...]:
+    """What a backend says of an output while it is planned. Raises S0870 for a `live` that names nothing, and what the backend raises."""
+    from surgery.folding import live_modules, refuse_unknown
+
+    live = params.get("live")
+    refuse_unknown(session.program, live, place)
+    if (tell := getattr(backend, "plan", None)) is None or session.sink.failed:
+        return ()
+    return tuple(tell(session.program, params, live_modules(session.program, live), span))
+
+
 def _folded(program: Program, span: Span, live: Any) -> Program:
     """A copy with everything folded that can fold and is not ``live``; the program itself where nothing is attached."""
-    from surgery.folding import fold_all
+    from surgery.folding import fold_all, live_names
 
     if not program.attachments:
         return program
     copy = program.copy()
-    fold_all(copy, Origin(span=span, verb="emit", method="fold"), frozenset(live or ()))
+    fold_all(copy, Origin(span=span, verb="emit", method="fold"), live_names(live))
     return copy
 
 

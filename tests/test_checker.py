@@ -45,7 +45,7 @@ def test_values_become_python_values() -> None:
     assert isinstance(quantity.node, ast.ExpectQuantity) and quantity.node.of_base
     assert check.within == 1e-6 and check.call is not None and check.call.get("at") == "init"
     assert emit.call is not None and emit.call.values() | {"opset": 0} == {
-        "opset": 0, "precision": "fp16", "target": "cpu", "cache": False, "live": True, "optimize": True,
+        "opset": 0, "precision": "fp16", "target": "cpu", "cache": None, "live": True, "optimize": "all",
     }  # fmt: skip
     assert spec.created == {"queries": 1} and spec.params == {"r": 4}
 

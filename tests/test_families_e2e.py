@@ -212,14 +212,14 @@ def _tied(module: nn.Module, parameter: nn.Parameter) -> list[str]:
 
 def test_onnx_bytes_are_the_same_every_time_and_large_weights_stand_apart(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    from surgery.backends import to_onnx
+    from surgery.backends import onnx_files
 
     run = runs["vit"]
     first = run.exported.artifacts[0]
     surgery.compile(EXPORT, str(run.folded), out=run.folder / "again")
     assert (run.folder / "again" / "model.onnx").read_bytes() == first.read_bytes()
 
-    monkeypatch.setattr(to_onnx, "INLINE_LIMIT", 4096)
+    monkeypatch.setattr(onnx_files, "INLINE_LIMIT", 4096)
     surgery.compile(EXPORT, str(run.folded), out=run.folder / "apart")
     path = run.folder / "apart" / "model.onnx"
     assert len(list(path.parent.glob("model.onnx.*.data"))) == 1

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     report.say(done.plan.render_text())
     for certificate in done.certificates:
         report.say(_line(certificate))
+    for note in done.notes:
+        report.say(f"note: {note}")
     for path in done.artifacts:
         result(str(path))
     if done.lock is not None:
@@ -43,6 +45,7 @@ def document(done: Any) -> dict[str, Any]:
         "plan": done.plan.as_json(),
         "artifacts": [str(p) for p in done.artifacts],
         "certificates": done.certificates,
+        "notes": list(done.notes),
         "lock": str(done.lock) if done.lock is not None else None,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from surgery.core import ast, units
+from surgery.core import ast, nested, units
 from surgery.core.method import ParamInfo
 
 
@@ -36,7 +36,9 @@ def wanted(info: ParamInfo) -> str:
         return "a size in bytes"
     if info.unit == "tokens":
         return "a number of tokens"
-    return KINDS_IN_WORDS.get(info.type, "a name")
+    if info.unit in nested.NESTED:
+        return nested.WANTED[info.unit]
+    return KINDS_IN_WORDS.get(info.type, "a name") + "".join(f" or {KINDS_IN_WORDS[t]}" for t in info.also)
 
 
 KINDS_IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text in quotes", "list": "a list"}
@@ -66,6 +68,8 @@ def example(info: ParamInfo) -> str:
         return f"{info.name} = {show(_clamp(0.1, info), '%')}"
     if info.unit == "bytes":
         return f"{info.name} = 500MB"
+    if info.unit in nested.NESTED:
+        return f"{info.name} = {nested.EXAMPLES[info.unit]}"
     if info.type in ("int", "float"):
         return f"{info.name} = {show(_clamp(8, info))}"
     return {"bool": f"{info.name} = true", "str": f'{info.name} = "..."', "list": f"{info.name} = [1, 2]"}.get(

@@ -96,6 +96,16 @@ def together() -> Iterator[None]:
             output.close()
 
 
+@contextmanager
+def joined() -> Iterator[None]:
+    """As :func:`together`, but a part of the block around it where there is one."""
+    if _group.get() is not None:
+        yield
+        return
+    with together():
+        yield
+
+
 def afterwards(action: Callable[[], None]) -> None:
     """Runs ``action`` when the outputs of the enclosing :func:`together` stand; at once where there is none."""
     group = _group.get()
