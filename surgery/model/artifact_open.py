@@ -35,6 +35,7 @@ _RECORD = (
     "schedules",
     "named",
     "gone",
+    "past",
     "journal",
     "sources",
     "generation",
