@@ -22,8 +22,10 @@ def names() -> list[str]:
 
 INSTEAD = {
     "transformers": 'write `emit torch to "..."`: `surgery.load` opens it as a module with the original signature',
+    "peft": 'write `emit torch to "..."`: it keeps the adapters apart from the base and trains on; `fold all` above it merges them',
+    "pt2": 'write `emit onnx to "....onnx"` for serving, or compile what `surgery.load` opens with torch.compile',
 }
-"""What to write as long as a backend of the language is not there."""
+"""What to write where a backend of the language is not there."""
 
 
 def require(name: str, span: Span | None = None) -> None:
