@@ -13,7 +13,9 @@ from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.passes import registry
 from surgery.train import disabled
-from tests.workbench import bench_program, difference, fold_all, inputs, live, operation, outputs, perturb, run
+from tests import workbench
+from tests.captured_programs import zoo_program
+from tests.workbench import difference, fold_all, live, operation, perturb, run
 
 METHODS = registry.methods()
 ATTACHING = [key for key, cls in METHODS.items() if cls.kind in ("delta", "insert")]
@@ -22,8 +24,27 @@ ROLES = {
         "embed.tokens", "layers[0].attn.q", "layers[0].attn.v", "layers[0].attn.o", "layers[0].ffn.up", "layers[0].ffn.experts.up",
         "layers[0].ffn.experts.down", "stem.conv[0]", "stem.conv[1]", "head",
     ],
-    "insert": ["layers[0].attn", "layers[0].ffn", "layers[0].attn.o"],
+    "stream": ["layers[0].attn", "layers[0].ffn", "layers[0].attn.o"],
+    "attention": ["layers[0].attn", "layers[2].attn"],
+    "tokens": ["embed.tokens"],
 }  # fmt: skip
+
+
+def roles_of(cls: type[Method]) -> list[str]:
+    return ROLES[cls.stands or cls.kind]
+
+
+def bench_program(cls: type[Method]) -> Program:
+    """A model with the places that a method can stand at: a hand-made graph, or a captured one where it takes a real attention."""
+    return zoo_program("llama")[0] if cls.stands in ("attention", "tokens") else workbench.bench_program()
+
+
+def inputs(cls: type[Method]) -> tuple[torch.Tensor, ...]:
+    return tuple(zoo_program("llama")[1]) if cls.stands in ("attention", "tokens") else workbench.inputs()
+
+
+def outputs(cls: type[Method], program: Program, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    return workbench.outputs(program, *inputs(cls), dtype=dtype)
 
 
 def sample(cls: type[Method]) -> dict[str, object]:
@@ -40,9 +61,9 @@ def sample(cls: type[Method]) -> dict[str, object]:
 def attached(key: tuple[str, str], seed: int = 0, roles: list[str] | None = None, place: str = "") -> Program:
     """The workbench with the method on every site that it accepts; at least one."""
     cls = METHODS[key]
-    program = bench_program()
+    program = bench_program(cls)
     done = 0
-    for role in roles or ROLES[cls.kind]:
+    for role in roles or roles_of(cls):
         try:
             run(program, operation(program, *key, [role], place or cls.places[0], seed=seed, **sample(cls)))
             done += 1
@@ -72,8 +93,8 @@ def test_is_documented_and_has_its_own_kind(key: tuple[str, str]) -> None:
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
 def test_counts_what_it_adds(key: tuple[str, str]) -> None:
     cls = METHODS[key]
-    for role in ROLES[cls.kind]:
-        program = bench_program()
+    for role in roles_of(cls):
+        program = bench_program(cls)
         before, total = set(program.weights), parameters(program)
         try:
             change = run(program, operation(program, *key, [role], cls.places[0], **sample(cls)))[0]
@@ -97,11 +118,12 @@ def test_identity_at_the_start(key: tuple[str, str], place: str) -> None:
     if cls.identity == "changed":
         pytest.skip("says that it changes the model")
     bound = {"exact": 0.0, "near": cls.identity_bound}[cls.identity]
-    assert difference(outputs(attached(key, place=place)), outputs(bench_program())) <= bound
+    assert difference(outputs(cls, attached(key, place=place)), outputs(cls, bench_program(cls))) <= bound
 
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
 def test_only_declared_parameters_train(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
     program = attached(key)
     declared = {t for a in program.attachments for t in a.tensors} - program.frozen
     module = live(program).train()
@@ -111,7 +133,7 @@ def test_only_declared_parameters_train(key: tuple[str, str]) -> None:
     before = {n: p.detach().clone() for n, p in module.named_parameters(remove_duplicate=False)}
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(3):  # what starts behind a zero factor gets its gradient from the second step on
-        sum(o.square().mean() for o in module(*inputs())).backward()
+        sum(o.square().mean() for o in module(*inputs(cls))).backward()
         optimizer.step()
         optimizer.zero_grad()
     after = dict(module.named_parameters(remove_duplicate=False))
@@ -126,10 +148,10 @@ def test_folded_equals_unfolded_and_folding_twice_is_folding_once(key: tuple[str
     for place in cls.places:
         program = attached(key, place=place)
         perturb(program)
-        expected = outputs(program)
-        assert difference(expected, outputs(bench_program())) > 1e-3, "the test must see the change"
+        expected = outputs(cls, program)
+        assert difference(expected, outputs(cls, bench_program(cls))) > 1e-3, "the test must see the change"
         changes = fold_all(program)
-        assert difference(outputs(program), expected) <= 1e-5
+        assert difference(outputs(cls, program), expected) <= 1e-5
         assert all(c.note for c in changes)
         if cls.fold_class == "merge":
             assert not program.attachments and not [m for m in program.graph.modules() if hasattr(m, "surgery_events")]
@@ -141,16 +163,17 @@ def test_folded_equals_unfolded_and_folding_twice_is_folding_once(key: tuple[str
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
 def test_disabling_restores_the_base(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
     program = attached(key)
     if any(program.module(a.module).method.rebase(program.module(a.module).site) for a in program.attachments if a.method.kind == "delta"):
         pytest.skip("moves a part of the base weight into the adapter")
     perturb(program)
     module = live(program)
     with disabled(module), torch.no_grad():
-        off = list(module(*inputs()))
-    assert difference(off, outputs(bench_program())) == 0
+        off = list(module(*inputs(cls)))
+    assert difference(off, outputs(cls, bench_program(cls))) == 0
     with torch.no_grad():
-        assert difference(list(module(*inputs())), off) > 1e-3
+        assert difference(list(module(*inputs(cls))), off) > 1e-3
 
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
@@ -163,13 +186,14 @@ def test_seeds_decide_the_initial_values(key: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
 def test_runs_in_bfloat16(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
     program = attached(key)
-    got = outputs(program, dtype=torch.bfloat16)
+    got = outputs(cls, program, dtype=torch.bfloat16)
     assert all(o.dtype == torch.bfloat16 and torch.isfinite(o).all() for o in got)
-    assert difference(got, outputs(bench_program())) < 0.06
+    assert difference(got, outputs(cls, program)) < 0.06
     module = live(program).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = sum(o.float().square().mean() for o in module(*inputs()))
+        total = sum(o.float().square().mean() for o in module(*inputs(cls)))
     total.backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())
 
@@ -178,25 +202,27 @@ def test_runs_in_bfloat16(key: tuple[str, str]) -> None:
 def test_saved_and_loaded_as_data(key: tuple[str, str]) -> None:
     from surgery.model import graphjson
 
+    cls = METHODS[key]
     program = attached(key)
     perturb(program)
-    expected = outputs(program)
+    expected = outputs(cls, program)
     program.graph = graphjson.load(graphjson.dump(program.graph))
-    assert difference(outputs(program), expected) == 0
+    assert difference(outputs(cls, program), expected) == 0
     names = set(program.weights) | set(program.aliases)
     assert {n for n, _ in program.graph.named_parameters(remove_duplicate=False)} == names
 
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)
 def test_compiles_without_graph_breaks(key: tuple[str, str]) -> None:
+    cls = METHODS[key]
     program = attached(key)
     perturb(program)
     module = live(program).train()
-    eager = list(module(*inputs()))
+    eager = list(module(*inputs(cls)))
     sum(o.square().mean() for o in eager).backward()
     grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
-    compiled = list(torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs()))
+    compiled = list(torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs(cls)))
     assert difference([c.detach() for c in compiled], [e.detach() for e in eager]) <= 1e-6
     sum(o.square().mean() for o in compiled).backward()
     for name, parameter in module.named_parameters():
@@ -234,14 +260,15 @@ def test_a_stored_program_can_be_folded_later(key: tuple[str, str]) -> None:
 
     from surgery.model.record import program_of, record_of
 
+    cls = METHODS[key]
     program = attached(key)
     perturb(program)
-    expected = outputs(program)
+    expected = outputs(cls, program)
     record = json.loads(json.dumps({**record_of(program), "graph": None}))
     record["graph"] = record_of(program)["graph"]
     later = program_of(record, type(program.weights)(program.weights), registry.get)
     later._anatomy = program.anatomy
-    assert difference(outputs(later), expected) == 0
+    assert difference(outputs(cls, later), expected) == 0
     assert later.attachments == program.attachments and later.frozen == program.frozen
     fold_all(later)
-    assert difference(outputs(later), expected) <= 1e-5
+    assert difference(outputs(cls, later), expected) <= 1e-5

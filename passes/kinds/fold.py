@@ -59,6 +59,10 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             shape = a.site.shape
             note = f"{a.name} stays in the graph: {reason}" if reason else f"{a.name} folded"
             copied = 0
+            kept = 0 if reason else _left(program, a)  # what a generator made stays, as constants
+            if kept:
+                note = f"{a.name} folded: {kept:,} constants stay in the place of what made them"
+                copied = kept
             if tied and not reason and a is group[0]:
                 copied = torch.Size(program.weights[program.aliases.get(names[0], names[0])].shape).numel()
                 note += f"; {names[0]} is no longer tied, {copied:,} parameters more"
@@ -73,7 +77,7 @@ def _together(program: Program, sets: list[list[Attachment]], op: Resolved, chan
     kind = import_module("surgery.passes.kinds.delta")
     if any(members[0].method.fold_class == "none" for members in sets):
         return
-    before = {a.module: _count(program, a) for members in sets for a in members[:1]}
+    before = {a.module: sum(p.numel() for p in program.module(a.module).parameters()) for members in sets for a in members[:1]}
     kind.fold_attachments(program, [members[0] for members in sets], op, tied=True)
     for members in sets:
         for a in members[1:]:
@@ -85,5 +89,18 @@ def _together(program: Program, sets: list[list[Attachment]], op: Resolved, chan
             )
 
 
+def _left(program: Program, a: Attachment) -> int:
+    """Parameters of what stands in the place of a folded attachment."""
+    return _count(program, a) if any(b.module == a.module for b in program.attachments) else 0
+
+
 def _count(program: Program, a: Attachment) -> int:
-    return sum(p.numel() for p in program.module(a.module).parameters())
+    """Parameters of an attached module that nothing else holds: what several share goes with the last of them."""
+    shared = {*program.aliases, *program.aliases.values()}
+    parameters = program.module(a.module).named_parameters()
+    return sum(p.numel() for leaf, p in parameters if (name := attach.join(a.module, leaf)) not in shared or not _others(program, name))
+
+
+def _others(program: Program, name: str) -> bool:
+    first = program.aliases.get(name, name)
+    return name != first or first in program.aliases.values()

@@ -18,11 +18,13 @@ from surgery.core.site import NodeRef, Site
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
-from surgery.passes.kinds import attach
+from surgery.passes.kinds import attach, insert_memory, insert_prompt
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.axes import feature_axis
 from surgery.passes.kinds.calls import calls_of, operand
 from surgery.passes.kinds.follow import follow_insert
+from surgery.passes.kinds.insert_memory import MemoryMethod
+from surgery.passes.kinds.insert_prompt import PromptMethod
 from surgery.passes.operation import Resolved, SiteChange
 
 Tensors = Mapping[str, Tensor]
@@ -48,6 +50,7 @@ class InsertMethod(Method):
     """Base of the methods that insert a module."""
 
     kind: ClassVar[str] = "insert"
+    stands: ClassVar[str] = "stream"
     places: ClassVar[tuple[str, ...]] = ("after", "before", "beside")
 
     def tensors(self, site: Stream) -> tuple[TensorSpec, ...]:
@@ -139,6 +142,9 @@ register_module(MODULE_TAG, InsertModule)
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Insert the statement's module at every site. Raises S0271 where it cannot stand and S0571 where the graph gives no place."""
+    other = _machinery(op.method)
+    if other is not None:
+        return other.apply(program, op)  # type: ignore[no-any-return]
     attach.freeze_base(program)
     touched: dict[str, fx.GraphModule] = {}
     pool: dict[str, str] = {}
@@ -271,12 +277,31 @@ def _in_front(gm: fx.GraphModule, value: fx.Node, target: str, users: list[fx.No
     return node
 
 
+def _machinery(method: Method) -> Any:
+    """The module that attaches and folds methods which are no branch on the activations; None for those that are."""
+    if isinstance(method, MemoryMethod):
+        return insert_memory
+    return insert_prompt if isinstance(method, PromptMethod) else None
+
+
 def fold_attachments(program: Program, group: list[Attachment], op: Resolved) -> str:
-    """Widen the feed-forward block around each attachment; the reason when one has to stay, else an empty text."""
+    """Widen the feed-forward block around each attachment, or store what a generator makes; the reason when one has to stay, else an
+    empty text."""
     from surgery.passes.kinds.widen import widen
 
     for a in group:
-        reason = widen(program, a, op)
+        other = _machinery(a.method)
+        reason = widen(program, a, op) if other is None else other.fold(program, a, op)
         if reason:
-            return reason
+            return reason  # type: ignore[no-any-return]
     return ""
+
+
+def memory(cls: type[MemoryMethod], *tensors: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+    """The function ``insert/NAME:memory``, see :func:`surgery.passes.kinds.insert_memory.memory`."""
+    return insert_memory.memory(cls, *tensors, **params)
+
+
+def stored(cls: type[PromptMethod], *tensors: Tensor, **params: Any) -> tuple[Tensor, ...]:
+    """The function ``insert/NAME:stored``, see :func:`surgery.passes.kinds.insert_prompt.stored`."""
+    return insert_prompt.stored(cls, *tensors, **params)

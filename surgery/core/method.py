@@ -18,7 +18,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 FOLD_CLASSES = ("merge", "widen", "const", "kvcache", "slice", "none")
 KINDS = (
-    "delta", "insert", "state", "fold", "mask", "slice", "rotate", "drop", "tie", "route", "replace", "merge",
+    "delta", "insert", "state", "fold", "mask", "slice", "rotate", "drop", "tie", "route", "replace", "merge", "stack",
     "schedule", "objective", "measure",
 )  # fmt: skip
 
@@ -94,7 +94,8 @@ class Method:
     ``identity`` says whether the model's output is unchanged right after the surgery: ``exact``, ``near`` (then
     ``identity_bound`` holds the stated relative bound) or ``changed``. ``kind`` names the module ``passes/kinds/<kind>.py``
     that owns the graph machinery; the method file holds mathematics only. ``needs_data`` methods cannot do without a ``using``
-    clause, ``takes_data`` methods read one for some values of their parameters.
+    clause, ``takes_data`` methods read one for some values of their parameters. ``stands`` says what methods of a kind with several sorts of
+    places stand at (inserted modules: ``stream``, ``attention``, ``tokens``).
     """
 
     verb: ClassVar[str] = ""
@@ -105,6 +106,7 @@ class Method:
     identity_bound: ClassVar[float] = 0.0
     version: ClassVar[int] = 1
     places: ClassVar[tuple[str, ...]] = ("on",)
+    stands: ClassVar[str] = ""
     needs_sites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     takes_data: ClassVar[bool] = False

@@ -168,12 +168,12 @@ def _kept(program: Program, group: Group, refs: Mapping[NodeRef, fx.Node], graph
 
 
 def _equal(a: Around, b: Around) -> bool:
-    pairs = zip((a.weight, *a.inputs), (b.weight, *b.inputs), strict=True)
-    return a.groups == b.groups and all(_alike(p, q) for p, q in pairs)
+    first, second = (a.weight, *a.inputs), (b.weight, *b.inputs)
+    return a.groups == b.groups and len(first) == len(second) and all(_alike(p, q) for p, q in zip(first, second, strict=True))
 
 
 def _alike(a: Kept, b: Kept) -> bool:
-    return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 
 def _expr(program: Program, name: str) -> Expr | None:

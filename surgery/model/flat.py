@@ -41,6 +41,8 @@ class Flattener:
         self.path = ""
         self.origin = NodeRef("", "")
         self._attributes: dict[str, fx.Node] = {}
+        self.unread: list[fx.Node] = []
+        """Arguments of modules that a bare graph leaves out."""
 
     def attribute(self, name: str, tensor: Any, *, absolute: bool = False) -> fx.Node:
         """The one ``get_attr`` node of a parameter or buffer; ``name`` is relative to the current module path."""
@@ -124,6 +126,7 @@ class Flattener:
 
     def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
         if self.bare and hasattr(module, "edits"):
+            self.unread += [a for i, a in enumerate(args) if i != module.edits and isinstance(a, fx.Node)]
             return args[module.edits]
         hook = getattr(module, "expand_flat", None)
         if hook is not None:
@@ -134,6 +137,15 @@ class Flattener:
         made = self.graph.create_node("call_module", full, args, kwargs)
         made.meta.update(spec=spec, origin=self.origin, refs=[], module=module)
         return made
+
+    def sweep(self) -> None:
+        """Take out what only such modules read: it is no part of the model itself."""
+        while self.unread:
+            node = self.unread.pop()
+            if node.users or node.op in ("placeholder", "output", "get_attr") or node.graph is not self.graph or node._erased:
+                continue
+            self.unread += node.all_input_nodes
+            self.graph.erase_node(node)
 
     def own(self, module: nn.Module, name: str) -> fx.Node | None:
         """``get_attr`` of a module's own parameter or buffer, None where it has none."""
@@ -258,6 +270,7 @@ def flatten(root: fx.GraphModule, aliases: Mapping[str, str] | None = None, *, b
     flat = Flattener(root, aliases or {}, bare)
     result = flat.inline(root, "", None)
     node = flat.graph.output(result)
+    flat.sweep()
     node.meta.update(spec=None, origin=flat.origin, refs=[])
     return flat.graph
 

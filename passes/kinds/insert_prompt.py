@@ -1,0 +1,511 @@
+"""Virtual tokens in front of the sequence of a causal language model: how the graph computes with them, and how they become stored keys and values.
+
+In a causal model nothing that stands in front can see what follows, so the keys and values of ``n`` virtual tokens depend on no input. The
+graph says so: a *prompt pass* runs the model's own layers on the trained embeddings alone (batch 1, positions ``0 .. n - 1``), and its keys
+and values stand in front of every layer's past. From there on the model behaves as with a cache that is ``n`` steps longer: the attention
+mask gets ``n`` ones, positions move by ``n``, windows of sliding layers and everything else that counts steps follow. Caches that the model
+takes and returns hold the real tokens only, and outputs have the real tokens' positions only.
+
+Folding (class ``kvcache``) computes the pass once, stores its keys and values, and takes it out of the graph. Both forms are one set of
+edits at the root of the graph; only where the keys and values come from differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.core.diagnostics import fail
+from surgery.core.method import Method
+from surgery.core.site import NodeRef, Site
+from surgery.model import graphjson
+from surgery.model.cut_attached import Around, Follow
+from surgery.model.live import Tensors, live_root
+from surgery.model.modules import register_module
+from surgery.model.program import Attachment, ModelInfo, Program, Signature, ValueSpec
+from surgery.model.weights import Apply, Expr, Held, Weights
+from surgery.passes.kinds import attach
+from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.calls import calls_of, operand
+from surgery.passes.kinds.insert_memory import replace_module
+from surgery.passes.operation import Resolved, SiteChange
+
+MODULE_TAG = "surgery.prompt"
+IDS, ONES, STEPS, EMPTY, EMBED, JOIN, MASK, SHIFT, REST = range(9)
+"""What a call of the module makes, see :class:`PromptModule`."""
+_MOVES = ("aten.reshape", "aten.view", "aten._to_copy", "aten.to.", "aten.alias", "aten.clone")
+
+
+@dataclass(frozen=True)
+class PromptMethod(Method):
+    """Base of the methods that put trained tokens in front of the sequence."""
+
+    kind: ClassVar[str] = "insert"
+    fold_class: ClassVar[str] = "kvcache"
+    identity: ClassVar[str] = "changed"
+    places: ClassVar[tuple[str, ...]] = ("on",)
+    stands: ClassVar[str] = "tokens"
+
+    def entries(self) -> int:
+        """How many virtual tokens there are."""
+        raise NotImplementedError
+
+    def tensors(self, width: int) -> tuple[TensorSpec, ...]:
+        """What is trained, for a model of this width."""
+        raise NotImplementedError
+
+    def count(self, width: int) -> int:
+        """How many parameters that is, by the published formula."""
+        raise NotImplementedError
+
+    def embeddings(self, t: dict[str, Tensor]) -> Tensor:
+        """The embeddings of the virtual tokens, ``[entries, width]``."""
+        raise NotImplementedError
+
+
+class PromptModule(nn.Module):
+    """Everything that virtual tokens change at the root of a graph; the second argument says what a call makes.
+
+    For the prompt pass, of which only type and place of the first argument matter: ``IDS`` token ids (zeros; their embeddings are not used),
+    ``ONES`` a mask, ``STEPS`` positions, ``EMPTY`` an empty past, ``EMBED`` the trained embeddings ``[1, n, width]``. For the model:
+    ``(past, JOIN, new)`` puts the prompt's keys or values ``[1, heads, n, width]`` in front (a number in place of ``new``: the stored table of
+    that number), ``MASK`` a mask with ``n`` ones in front, ``SHIFT`` positions ``n`` later, ``REST`` a grown cache without its first ``n`` steps.
+    """
+
+    edits = 0
+    """Which argument is the value that passes through when the module is taken out."""
+
+    def __init__(self, method: PromptMethod, width: int, stored: tuple[tuple[int, int, int], ...] = ()) -> None:
+        super().__init__()
+        self._setup(method, width, stored)
+        for spec in method.tensors(width) if not stored else table_specs(stored):
+            self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.shape), requires_grad=spec.trainable))
+
+    def _setup(self, method: PromptMethod, width: int, stored: tuple[tuple[int, int, int], ...]) -> None:
+        self.method, self.site, self.stored = method, width, stored
+        self.active = True
+
+    @classmethod
+    def bare(cls, method: PromptMethod, width: int, stored: tuple[tuple[int, int, int], ...] = ()) -> PromptModule:
+        """Without tensors: the pass adds them with their expressions."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._setup(method, width, stored)
+        return module
+
+    def forward(self, value: Tensor, what: int, more: Tensor | int | None = None) -> Tensor:
+        n = self.method.entries()
+        if what == IDS:
+            return value.new_zeros(1, n)
+        if what == ONES:
+            return value.new_ones(1, n)
+        if what == STEPS:
+            return torch.arange(n, dtype=value.dtype, device=value.device).unsqueeze(0)
+        if what == EMPTY:
+            return value.new_zeros(1, value.shape[1], 0, value.shape[3])
+        if what == EMBED:
+            # a copy: what counts operations does not take views of what trains
+            return torch.stack([self.method.embeddings(dict(self._parameters)).to(value.dtype)])  # type: ignore[arg-type]
+        if not self.active:
+            return value
+        if what == JOIN:
+            table = self._parameters[f"table_{more}"].unsqueeze(0) if isinstance(more, int) else more  # type: ignore[union-attr]
+            assert isinstance(table, Tensor)
+            return torch.cat([table.to(value.dtype).expand(value.shape[0], -1, -1, -1), value], 2)
+        if what == MASK:
+            return torch.cat([value.new_ones(value.shape[0], n), value], 1)
+        return value + n if what == SHIFT else value[:, :, n:]
+
+    def surgery_events(self) -> tuple[Method, nn.Module]:
+        """Who acts during training on whose behalf (see ``surgery.train``)."""
+        return self.method, self
+
+    def follow(self, around: Around) -> Follow | str:
+        """A prompt pass runs through all layers: what one of them loses is not one place's affair."""
+        return "its keys and values come from all layers"
+
+    def module_config(self) -> dict[str, Any]:
+        config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "width": self.site}
+        return config | ({"stored": [list(s) for s in self.stored]} if self.stored else {})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PromptModule:
+        from surgery.passes import registry
+
+        verb, _, name = config["method"].partition("/")
+        method = registry.get(verb, name)
+        if not issubclass(method, PromptMethod):
+            raise ValueError(f"{config['method']} gives no virtual tokens")
+        shapes = tuple((int(a), int(b), int(c)) for a, b, c in config.get("stored", ()))
+        return cls(method(**config["params"]), int(config["width"]), shapes)
+
+    def extra_repr(self) -> str:
+        return f"{self.method.verb} {self.method.name}, {self.method.entries()} tokens" + (", stored" if self.stored else "")
+
+
+register_module(MODULE_TAG, PromptModule)
+
+
+def table_specs(stored: Sequence[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(f"table_{i}", shape, trainable=False) for i, shape in enumerate(stored))
+
+
+# ------------------------------------------------------------------ the call of the model
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Inputs and outputs of a causal model by what they are: placeholders, and for each past its grown form among the outputs."""
+
+    ids: fx.Node
+    embedded: fx.Node
+    same: tuple[fx.Node, ...]
+    """Further inputs of one integer a token that are zero for virtual tokens."""
+    mask: fx.Node | None
+    positions: fx.Node | None
+    pasts: tuple[fx.Node, ...]
+    grown: tuple[int, ...]
+    """Places among the flat outputs, in the order of ``pasts``."""
+
+
+def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
+    """Raises S0491 when the model is not a causal one with a cache, or takes what virtual tokens have no values for."""
+    from surgery.passes.kinds.insert import end_of_chain
+
+    calls = calls_of(program, site) if site.op == "embedding" else []
+    ids = _looked_up(calls[0][1]) if len(calls) == 1 and not calls[0][0] else None
+    if ids is None:
+        raise _refused(op, site, "it does not look up the model's token ids", "select the embedding of the tokens: `on embed.tokens`")
+    blocks = [s for s in program.anatomy.sites if s.is_region and "causal" in s.facts]
+    loose = next((s.role for s in blocks if not s.facts["causal"] or s.facts.get("cross")), None)
+    if loose or not blocks:
+        why = (
+            f"{loose} is no causal self attention, so later tokens would change what the virtual ones are"
+            if loose
+            else "no attention was found"
+        )
+        raise _refused(op, site, why, "`insert prefix(..) on layers[*].attn` puts keys and values in front of any attention")
+    holders = [n for n in program.graph.graph.nodes if n.op == "placeholder"]
+    kinds = _inputs(program)
+    pasts = tuple(n for n, (_, cached) in zip(holders, kinds, strict=True) if cached)
+    grown = tuple(i for i, cached in enumerate(_cached(program.signature.out_spec)) if cached)
+    if not pasts or len(pasts) != len(grown):
+        raise _refused(op, site, "the model was captured without a cache", "capture it with `past_key_values` among its inputs")
+    found: dict[str, fx.Node] = {}
+    same = []
+    for node, (name, cached) in zip(holders, kinds, strict=True):
+        if cached or node is ids:
+            continue
+        rank = len(node.meta["spec"].shape)
+        if name in ("attention_mask", "position_ids") and rank == 2:
+            found[name] = node
+        elif name == "token_type_ids" and rank == 2:
+            same.append(node)
+        elif node.users:
+            raise _refused(op, site, f"virtual tokens have no value for the input `{name}`", "")
+    return Ends(
+        ids, end_of_chain(program.graph, calls[0][1]), tuple(same), found.get("attention_mask"), found.get("position_ids"), pasts, grown
+    )
+
+
+def _looked_up(node: fx.Node) -> fx.Node | None:
+    """The input whose ids an embedding looks up, behind changes of shape."""
+    value = operand(node)
+    while value.op == "call_function" and str(value.target).startswith(_MOVES) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value if value.op == "placeholder" else None
+
+
+def _inputs(program: Program) -> list[tuple[str, bool]]:
+    """For every flat input the parameter that it belongs to and whether it is a part of a cache."""
+    tree = program.signature.in_spec
+    keys = tree.get("keys") or program.signature.parameters
+    return [(str(key), cached) for key, item in zip(keys, tree["items"], strict=True) for cached in _cached(item)]
+
+
+def _cached(tree: Any) -> list[bool]:
+    """For every tensor of a tree whether it is a part of a cache, in order."""
+    if tree["type"] == "tensor":
+        return [False]
+    if tree["type"] == "cache":
+        return [True] * (tree["layers"] * (4 if tree["class"] == "EncoderDecoderCache" else 2))
+    return [c for item in tree.get("items", ()) for c in _cached(item)]
+
+
+def _refused(op: Resolved, site: Site, why: str, help: str) -> Exception:
+    return fail("S0491", f"{op.method.name} cannot stand on {site.role}: {why}", op.origin.span, "asked for here", help=help or ())
+
+
+# ------------------------------------------------------------------ attach
+
+
+def apply(program: Program, op: Resolved) -> list[SiteChange]:
+    """Put the statement's tokens in front. Raises S0491 (see :func:`ends_of`) and S0492 for a second prompt."""
+    if len(op.sites) != 1:
+        raise _refused(op, op.sites[-1], "virtual tokens stand in front of one sequence", "select one embedding: `on embed.tokens`")
+    before = next((a for a in program.attachments if isinstance(a.method, PromptMethod)), None)
+    if before is not None:
+        raise fail(
+            "S0492", f"there are virtual tokens in front already: {before.name}", op.origin.span, "again here",
+            also=[(before.origin.span, "put there here")] if before.origin.span.source.text else (),
+            help="one statement with more tokens does the same",
+        )  # fmt: skip
+    site, method = op.sites[0], op.method
+    assert isinstance(method, PromptMethod)
+    ends = ends_of(program, op, site)
+    attach.freeze_base(program)
+    width = int(ends.embedded.meta["spec"].shape[-1])
+    path = attach.free_name(program.graph, op.name)
+    module = PromptModule.bare(method, width)
+    program.graph.add_submodule(path, module)
+    params = tuple((k, v) for k, v in method.params().items() if k != "seed")
+    table = program.weights[program.aliases.get(site.weight, site.weight)]
+    names, added, trainable = attach.add_tensors(
+        program, module, path, method.tensors(width), op,
+        dtype=attach.adapter_dtype(program.info.dtype), source=table, params=params, pool={},
+    )  # fmt: skip
+    first = _write(program, path, ends)
+    attach.recompile_later(program.graph)
+    program.journal.record(first, op.origin)
+    program.journal.record(path, op.origin)
+    program.attachments.append(Attachment(op.name, method, site, path, first, tuple(names), op.origin))
+    own = program.aliases.get(site.weight, site.weight)
+    trainable += 0 if own in program.frozen else torch.Size(table.shape).numel()
+    program.touch()
+    note = f"{method.entries()} tokens in front: positions move by as many, outputs and caches keep those of the real tokens"
+    return [SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)]
+
+
+def _write(program: Program, path: str, ends: Ends) -> NodeRef:
+    """The prompt pass and the edits of the model's own call; where the embeddings are made."""
+    graph = program.graph.graph
+    n = program.module(path).method.entries()
+    results = [graph.output_node().args[0][i] for i in ends.grown]  # type: ignore[index]
+
+    def call(value: fx.Node, what: int, spec: ValueSpec, *more: Any) -> fx.Node:
+        made = graph.create_node("call_module", path, (value, what, *more), name=path)
+        made.meta["spec"] = spec
+        return made
+
+    def spec(node: fx.Node, *shape: Any) -> ValueSpec:
+        return ValueSpec("tensor", node.meta["spec"].dtype, tuple(shape))
+
+    # the prompt pass: copies of what the grown caches are made of, with inputs of its own
+    with graph.inserting_before(graph.output_node()):
+        inner: dict[fx.Node, Any] = {i: call(i, IDS, spec(i, 1, n)) for i in (ends.ids, *ends.same)}
+        if ends.mask is not None:
+            inner[ends.mask] = call(ends.mask, ONES, spec(ends.mask, 1, n))
+        if ends.positions is not None:
+            inner[ends.positions] = call(ends.positions, STEPS, spec(ends.positions, 1, n))
+        for past in ends.pasts:
+            shape = past.meta["spec"].shape
+            inner[past] = call(past, EMPTY, spec(past, 1, shape[1], 0, shape[3]))
+        embedded = call(ends.embedded, EMBED, spec(ends.embedded, 1, n, ends.embedded.meta["spec"].shape[-1]))
+        inner[ends.embedded] = embedded
+        fixed = _sizes_in_pass(program, ends, n)
+        for node in _ancestors(results, stop=set(inner)):
+            copy = graph.node_copy(node, lambda x: inner[x])
+            if "spec" in node.meta:
+                copy.meta["spec"] = _fixed_spec(node.meta["spec"], fixed)
+            inner[node] = copy
+        # the model's own call
+        fresh = set(inner.values())
+        joined = []
+        for past, result in zip(ends.pasts, results, strict=True):
+            shape = past.meta["spec"].shape
+            joined.append((past, call(past, JOIN, spec(past, *shape[:2], shape[2] + n, shape[3]), inner[result])))
+        if ends.mask is not None:
+            rows, columns = ends.mask.meta["spec"].shape
+            joined.append((ends.mask, call(ends.mask, MASK, spec(ends.mask, rows, columns + n))))
+        if ends.positions is not None:
+            joined.append((ends.positions, call(ends.positions, SHIFT, ends.positions.meta["spec"])))
+    for old, new in joined:
+        for user in [u for u in old.users if u is not new and u not in fresh]:
+            user.replace_input_with(old, new)
+    _cut_outputs(program, path, ends, n)
+    _sort(graph)
+    return NodeRef("", embedded.name)
+
+
+def _cut_outputs(program: Program, path: str, ends: Ends, n: int) -> None:
+    """Returned caches are those of the real tokens."""
+    graph = program.graph.graph
+    end = graph.output_node()
+    values = list(end.args[0])  # type: ignore[arg-type]
+    with graph.inserting_before(end):
+        for i in ends.grown:
+            made = graph.create_node("call_module", path, (values[i], REST), name=path)
+            made.meta["spec"] = values[i].meta["spec"]
+            values[i] = made
+    end.args = (tuple(values),)
+
+
+def _ancestors(results: Iterable[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
+    """What the results are made of down to ``stop`` (excluded), in the graph's order."""
+    seen: set[fx.Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node not in seen and node not in stop:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return sorted(seen)
+
+
+def _sizes_in_pass(program: Program, ends: Ends, n: int) -> dict[str, int]:
+    """The size symbols of the inputs in the prompt pass: batch 1, ``n`` tokens, no past."""
+    held = {p.name for p in ends.pasts} | {str(p.target) for p in ends.pasts}
+    return {name: 1 if axis == 0 else 0 if holder in held else n for name, (holder, axis, _) in program.signature.symbols.items()}
+
+
+def _fixed_spec(spec: Any, fixed: dict[str, int]) -> Any:
+    if isinstance(spec, tuple | list):
+        return tuple(_fixed_spec(s, fixed) for s in spec)
+    if not isinstance(spec, ValueSpec):
+        return spec
+
+    def size(value: Any) -> Any:
+        symbols = getattr(value, "free_symbols", None)
+        if not symbols or any(str(s) not in fixed for s in symbols):
+            return value
+        found = value.subs({s: fixed[str(s)] for s in symbols})
+        return int(found) if getattr(found, "is_Integer", False) else found
+
+    return ValueSpec(spec.kind, spec.dtype, tuple(size(s) for s in spec.shape))
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Put every node behind its inputs, otherwise in the order that they have."""
+    placed: set[fx.Node] = set()
+    last: fx.Node | None = None
+    for start in list(graph.nodes):
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            waiting = [i for i in node.all_input_nodes if i not in placed] if node not in placed else []
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            stack.pop()
+            if node in placed:
+                continue
+            placed.add(node)
+            if last is not None:
+                last.append(node)
+            last = node
+
+
+# ------------------------------------------------------------------ fold
+
+
+def fold(program: Program, a: Attachment, op: Resolved) -> str:
+    """Replace the prompt pass by its keys and values; a reason when that is done already, else an empty text."""
+    module = program.module(a.module)
+    assert isinstance(module, PromptModule)
+    if module.stored:
+        return "its keys and values are stored already"
+    graph = program.graph.graph
+    joins = [n for n in graph.find_nodes(op="call_module", target=a.module) if n.args[1] == JOIN]
+    results = [n.args[2] for n in joins]
+    made, shapes = _stored(program, a, results)
+    for i, node in enumerate(joins):
+        node.args = (node.args[0], JOIN, i)
+    for node in reversed(_ancestors(results, stop=set())):  # type: ignore[arg-type]
+        if not node.users and node.op != "placeholder":
+            graph.erase_node(node)
+    stored = PromptModule.bare(module.method, module.site, shapes)
+    first = attach.node_ref("", joins[0])
+    new = replace_module(program, a, stored, made, op)
+    at = next(i for i, b in enumerate(program.attachments) if b is new)
+    program.attachments[at] = replace(new, node=first)
+    program.journal.record(first, a.origin)
+    attach.recompile_later(program.graph)
+    program.touch()
+    return ""
+
+
+class _Pass(str):
+    """The data of a prompt pass as text; in a description of weights it is named and not written out."""
+
+    def __format__(self, how: str) -> str:
+        return "a prompt pass"
+
+
+def _stored(program: Program, a: Attachment, results: Sequence[Any]) -> tuple[dict[str, Expr], tuple[tuple[int, int, int], ...]]:
+    """Expressions of the keys and values of a prompt pass: one function of every tensor that the pass reads."""
+    part = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    inputs: list[list[Any]] = []
+    own_calls = set(program.graph.graph.find_nodes(op="call_module", target=a.module))
+    for node in _ancestors(results, stop=own_calls):
+        for source in node.all_input_nodes:
+            if source in own_calls and source not in table:
+                holder = part.placeholder(f"given_{len(inputs)}")
+                holder.meta["spec"] = source.meta["spec"]
+                table[source] = holder
+                inputs.append([int(source.args[1]), list(source.meta["spec"].shape), source.meta["spec"].dtype])  # type: ignore[call-overload,arg-type]
+        copy = part.node_copy(node, lambda x: table[x])
+        copy.meta["spec"] = node.meta.get("spec")
+        table[node] = copy
+    part.output(tuple(table[r] for r in results))
+    body = fx.GraphModule(program.graph, part)
+    own = {**dict(body.named_parameters(remove_duplicate=False)), **dict(body.named_buffers(remove_duplicate=False))}
+    names = [n for n in own if program.aliases.get(n, n) in program.weights]
+    firsts = list(dict.fromkeys(program.aliases.get(n, n) for n in names))
+    ties = tuple((n, program.aliases[n]) for n in names if n in program.aliases)
+    module = program.module(a.module)
+    tensors = [spec.name for spec in module.method.tensors(module.site)]
+    args = tuple(program.weights[n] for n in firsts) + tuple(program.weights[program.aliases.get(n, n)] for n in a.tensors)
+    params = (
+        ("graph", _Pass(json.dumps(graphjson.dump(body), separators=(",", ":")))), ("names", tuple(firsts)), ("ties", ties),
+        ("given", tuple((w, tuple(s), d) for w, s, d in inputs)), ("width", module.site), ("tensors", tuple(tensors)),
+        ("dtype", program.info.dtype), ("prompt", tuple((k, v) for k, v in module.method.params().items())),
+    )  # fmt: skip
+    shapes = tuple(tuple(int(n) for n in r.meta["spec"].shape[1:]) for r in results)
+    dtype = program.weights[a.tensors[0]].dtype
+    function = f"{a.method.verb}/{a.method.name}:stored"
+    made: dict[str, Expr] = {f"table_{i}": Apply(shape, dtype, function, args, params, i) for i, shape in enumerate(shapes)}
+    return made, shapes  # type: ignore[return-value]
+
+
+def stored(
+    cls: type[PromptMethod],
+    *values: Tensor,
+    graph: str,
+    names: Any,
+    ties: Any,
+    given: Any,
+    width: int,
+    tensors: Any,
+    dtype: str,
+    prompt: Any,
+) -> tuple[Tensor, ...]:
+    """Keys and values ``[heads, n, width]`` of a prompt pass, computed in float32 (float64 for a float64 model)."""
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    root = graphjson.load(json.loads(graph))
+    weights = {n: Held(tuple(v.shape), str(v.dtype).removeprefix("torch."), n, v) for n, v in zip(names, values, strict=False)}
+    module = PromptModule(cls(**dict(prompt)), width)
+    for name, value in zip(tensors, values[len(names) :], strict=True):
+        module._parameters[name] = nn.Parameter(value.to(wide), requires_grad=False)
+    made = Program(root, Signature((), {"type": "tuple", "items": []}, {}), Weights(weights), ModelInfo("", dtype=dtype), dict(ties))
+    running = live_root(made, Tensors(_none), dtype=wide).eval()
+    inputs = []
+    for what, shape, kind in given:
+        of = wide if kind.startswith(("bfloat", "float")) else getattr(torch, kind)
+        stand_in = torch.zeros([max(1, int(s)) for s in shape], dtype=of)
+        inputs.append(module(stand_in, what))
+    with torch.no_grad():
+        found = running(*inputs)
+    return tuple(t.squeeze(0).contiguous() for t in found)
+
+
+def _none(name: str) -> Any:
+    raise KeyError(name)
+
+
+__all__ = ["Ends", "PromptMethod", "PromptModule", "apply", "ends_of", "fold", "stored"]
