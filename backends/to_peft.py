@@ -55,22 +55,16 @@ class PeftBackend:
         """``params``: ``dtype``, ``rank``. Raises what :meth:`plan` does, S0794 (peft computes something else), S0801 to S0805 (storage, target)."""
         said = collect(program, int(request.params.get("rank") or 0), request.span)
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
-        tensors, config = _folder(program, said, request)
-        tensors = {k: t.detach().to(getattr(torch, dtype) if dtype and t.is_floating_point() else t.dtype).contiguous() for k, t in tensors.items()}
         notes: list[str] = []
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
-            shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-            dtypes = {k: str(t.dtype).removeprefix("torch.") for k, t in tensors.items()}
-            write_safetensors(folder / TENSORS, tensors, shapes, dtypes)
-            with storage_errors(folder):
-                (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write(program, said, folder, request, dtype)
             found: list[dict[str, Any]] = []
             if dtype:
                 notes.append(f"not compared with peft: the tensors are rounded to {dtype}")
             elif importlib.util.find_spec("peft") is None:
                 notes.append("not compared with peft, which is not installed")
             else:
-                found, why = certify(program, said, folder, request)
+                found, why = certify(program, said, folder, request, _write)
                 notes += [why] if why else []
             record = {
                 "schema": "surgery.export/1", "owner": request.spec_digest, "spec": request.spec.text if request.spec else "",
@@ -88,6 +82,17 @@ def _base(program: Program) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------ tensors and config
+
+
+def _write(program: Program, said: Said, folder: Path, request: EmitRequest, dtype: str = "") -> None:
+    """Both files of an adapter folder. The bytes depend on the program and the dtype alone."""
+    made, config = _folder(program, said, request)
+    tensors = {k: t.detach().to(getattr(torch, dtype) if dtype and t.is_floating_point() else t.dtype).contiguous() for k, t in made.items()}
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    dtypes = {k: str(t.dtype).removeprefix("torch.") for k, t in tensors.items()}
+    write_safetensors(folder / TENSORS, tensors, shapes, dtypes)
+    with storage_errors(folder):
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _folder(program: Program, said: Said, request: EmitRequest) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -172,4 +177,4 @@ def targets(program: Program, paths: list[str]) -> list[str] | str:
 
 BACKEND = PeftBackend()
 
-__all__ = ["BACKEND", "Path", "PeftBackend", "targets"]
+__all__ = ["BACKEND", "PeftBackend", "targets"]
