@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from surgery.model.lanes import read_soon
 from surgery.model.program import Program
 from surgery.model.realise import Realiser
 from surgery.model.running import is_small
+from surgery.model.weights import Expr, loads
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
+WORKERS = 4
+"""Most threads that make tensors at once; as many as torch may use otherwise."""
+PAGE = 1 << 16
+"""Stored tensors below this size are not announced to the system before they are read."""
 
 
 class _Kept(Mapping[str, torch.Tensor]):
@@ -32,3 +39,31 @@ class _Kept(Mapping[str, torch.Tensor]):
 def weights(program: Program, tensors: Any) -> Mapping[str, torch.Tensor]:
     """The program's tensors by name, to be asked for in the order of ``program.weights``."""
     return _Kept(program, tensors) if is_small(program) else Realiser(program.weights, tensors.functions)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How the tensors of a program are written: the arguments of :func:`surgery.model.shards.write_safetensors` of these names."""
+
+    workers: int
+    costs: dict[str, int]
+    soon: Callable[[str], None] | None
+
+
+def lanes(program: Program, names: Mapping[str, str] | None = None) -> Lanes:
+    """Threads for a large program, none for a small one, whose tensors are kept. ``names`` maps names in the file to names in the program."""
+    if is_small(program):
+        return Lanes(0, {}, None)
+    exprs = dict(program.weights) if names is None else {target: program.weights[source] for target, source in names.items()}
+
+    def soon(name: str) -> None:
+        for load in loads(exprs[name]):
+            if load.nbytes >= PAGE:
+                read_soon(load.file, *load.span)
+
+    return Lanes(max(1, min(WORKERS, torch.get_num_threads())), {name: cost(expr) for name, expr in exprs.items()}, soon)
+
+
+def cost(expr: Expr) -> int:
+    """Bytes that computing an expression needs, about: what is read, the result, and half-precision results once more in float32 pieces."""
+    return sum(load.nbytes for load in loads(expr)) + expr.nbytes

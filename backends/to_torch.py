@@ -29,12 +29,13 @@ class TorchBackend:
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
         """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right)."""
         dtype = streaming.DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
-        weights = streaming.weights(program, request.tensors)
+        weights, lanes = streaming.weights(program, request.tensors), streaming.lanes(program)
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
             written = artifact.write_artifact(
                 folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,
                 spec=request.spec.text if request.spec else "", lock=request.lock.to_text() if request.lock else "",
                 spec_digest=request.spec_digest, progress=request.counting(sum(e.nbytes for e in program.weights.values())),
+                workers=lanes.workers, costs=lanes.costs, soon=lanes.soon,
             )  # fmt: skip
             found = self._certify(program, folder, request, dtype) if not dtype else []
             if found:

@@ -264,9 +264,11 @@ def _write(
         return lambda: values[source].to(getattr(torch, wanted))
 
     total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
+    lanes = streaming.lanes(program, dict(stored))
     write_safetensors(
-        folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=request.counting(total)
-    )
+        folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=request.counting(total),
+        workers=lanes.workers, costs=lanes.costs, soon=lanes.soon,
+    )  # fmt: skip
     with storage_errors(folder):
         (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
         copy_files(folder, request.files)

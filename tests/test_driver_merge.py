@@ -108,7 +108,7 @@ def test_a_merged_model_takes_adapters_and_plans_without_weights(models: Path, m
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        ('checkpoint wide = load("wide")\nmerge linear of base, wide\n', "S0774"),
+        ('checkpoint wide = load("wide")\nmerge linear of base, wide\n', "S0778"),
         ('checkpoint other = load("other")\nmerge linear of base, other\n', "S0774"),
         ("merge linear of one * 1, two * -1\n", "S0775"),
         ("merge slerp of one\n", "S0776"),

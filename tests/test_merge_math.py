@@ -62,8 +62,8 @@ def test_ties_worked_numbers() -> None:
 
 
 def test_dare_worked_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    tau, mask = t(1, -2, 3, -4), t(0.9, 0.9, 0.9, 0.1)
-    monkeypatch.setattr(merge_math.torch, "rand", lambda shape, generator: mask.clone())
+    tau, drawn = t(1, -2, 3, -4), np.array([False, False, False, True])
+    monkeypatch.setattr(merge_math.Chance, "below", lambda self, count, probability: drawn)
     assert close(run("dare", ZERO, tau, density=0.5), t(0, 0, 0, -8))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="l1"), t(0, 0, 0, -10))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="none"), t(0, 0, 0, -4))

@@ -1,8 +1,11 @@
 """Streaming safetensors files: readable by the library, the same bytes each time, little memory."""
 
+import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.model import lanes
 from surgery.model.checkpoint_headers import read_header
 from surgery.model.checkpoint_shards import find_weights, read_tensors
 from surgery.model.realise import Realiser
@@ -27,15 +31,16 @@ def shapes_of(values: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, ...
     return {k: tuple(v.shape) for k, v in values.items()}, {k: str(v.dtype)[6:] for k, v in values.items()}
 
 
-@pytest.mark.parametrize("read_ahead", [False, True])
-def test_one_file_reads_back(tmp_path: Path, read_ahead: bool) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_one_file_reads_back(tmp_path: Path, workers: int) -> None:
     seen: list[tuple[str, int]] = []
     lazy = {k: (lambda v=v: v) for k, v in VALUES.items()}
     done = write_safetensors(
-        tmp_path / "m.safetensors", lazy, *shapes_of(VALUES), metadata={"format": "pt", "a": "1"}, read_ahead=read_ahead,
+        tmp_path / "m.safetensors", lazy, *shapes_of(VALUES), metadata={"format": "pt", "a": "1"}, workers=workers, hashing=True,
         progress=lambda name, size: seen.append((name, size)),
     )  # fmt: skip
     assert [p.name for p in done.files] == ["m.safetensors"]
+    assert done.digests == {done.files[0]: hashlib.sha256(done.files[0].read_bytes()).hexdigest()}
     assert seen == [(k, v.numel() * v.element_size()) for k, v in VALUES.items()]
     loaded = load_file(tmp_path / "m.safetensors")
     for name, value in VALUES.items():
@@ -68,7 +73,7 @@ def test_plan_of_shards() -> None:
     assert plan_shards({}, 10) == [[]]
 
 
-def test_bytes_are_the_same_between_runs_threads_and_read_ahead(tmp_path: Path) -> None:
+def test_bytes_are_the_same_between_runs_threads_and_workers(tmp_path: Path) -> None:
     weights: dict[str, Expr] = {}
     for i in range(6):
         base = Init((64, 64), "bfloat16", "normal", (0.0, 0.02), i)
@@ -77,9 +82,9 @@ def test_bytes_are_the_same_between_runs_threads_and_read_ahead(tmp_path: Path) 
     found = set()
     before = torch.get_num_threads()
     try:
-        for threads, ahead in ((1, False), (2, False), (2, True), (1, True)):
+        for threads, workers in ((1, 0), (2, 0), (2, 1), (1, 4)):
             torch.set_num_threads(threads)
-            write_safetensors(tmp_path / "m.safetensors", Realiser(weights), shapes, dtypes, read_ahead=ahead)
+            write_safetensors(tmp_path / "m.safetensors", Realiser(weights), shapes, dtypes, workers=workers)
             found.add((tmp_path / "m.safetensors").read_bytes())
     finally:
         torch.set_num_threads(before)
@@ -99,28 +104,61 @@ def test_a_tensor_that_is_not_as_promised_stops_the_writing(tmp_path: Path) -> N
         write_safetensors(tmp_path / "m.safetensors", {"a": torch.ones(2)}, {"a": (3,)}, {"a": "float32"})
 
 
-def test_errors_of_a_tensor_pass_through_a_read_ahead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_a_tensor_pass_through_and_end_every_thread(tmp_path: Path, workers: int) -> None:
     def broken() -> torch.Tensor:
         raise KeyError("no")
 
+    made = {**{f"a{i}": torch.ones(2) for i in range(9)}, "b": broken, **{f"c{i}": torch.ones(2) for i in range(9)}}
+    before = threading.active_count()
     with pytest.raises(KeyError):
-        write_safetensors(
-            tmp_path / "m.safetensors",
-            {"a": torch.ones(2), "b": broken},
-            {"a": (2,), "b": (2,)},
-            {"a": "float32", "b": "float32"},
-            read_ahead=True,
-        )
+        write_safetensors(tmp_path / "m.safetensors", made, dict.fromkeys(made, (2,)), dict.fromkeys(made, "float32"), workers=workers)
+    assert threading.active_count() == before
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_no_space_is_a_diagnostic(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_space_is_a_diagnostic(tmp_path: Path, workers: int) -> None:
     target = tmp_path / "m.safetensors"
     target.symlink_to("/dev/full")
+    made = {f"a{i}": torch.ones(1000) for i in range(20)}
+    before = threading.active_count()
     with pytest.raises(SurgeryError) as caught:
-        write_safetensors(target, {"a": torch.ones(1000)}, {"a": (1000,)}, {"a": "float32"})
+        write_safetensors(target, made, dict.fromkeys(made, (1000,)), dict.fromkeys(made, "float32"), workers=workers)
     assert (caught.value.diagnostics[0].code, caught.value.exit_code) == ("S0801", 2)
     assert caught.value.diagnostics[0].message == f"there is no space left to write {target}"
+    assert threading.active_count() == before
+
+
+def test_what_is_on_the_way_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three workers, each tensor costs a third of the budget, one costs more than all of it: that one is made alone."""
+    monkeypatch.setattr(lanes, "BUDGET", 900)
+    lock, now, seen, told = threading.Lock(), [0], [0], []
+    costs = {f"w{i}": 300 if i != 4 else 2000 for i in range(9)}
+    most: dict[str, int] = {}
+
+    def make(name: str) -> torch.Tensor:
+        with lock:
+            now[0] += costs[name]
+            seen[0] = max(seen[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            most[name] = now[0]
+            now[0] -= costs[name]
+        return torch.ones(10)
+
+    made = {n: (lambda n=n: make(n)) for n in costs}
+    write_safetensors(
+        tmp_path / "m.safetensors",
+        made,
+        dict.fromkeys(made, (10,)),
+        dict.fromkeys(made, "float32"),
+        workers=3,
+        costs=costs,
+        soon=told.append,
+    )
+    assert most["w4"] == 2000 and max(v for n, v in most.items() if n != "w4") <= 900 and seen[0] == 2000
+    assert told == list(made) and len(load_file(tmp_path / "m.safetensors")) == 9
 
 
 STREAM = """
@@ -129,9 +167,10 @@ from pathlib import Path
 from surgery.model.checkpoint_shards import find_weights, read_tensors
 from surgery.model.realise import Realiser
 from surgery.model.shards import write_safetensors
+from surgery.backends.streaming import cost
 from surgery.model.weights import Add, Init, MatMul
 
-source, target, ahead = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1"
+source, target, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 weights = {}
 for name, header in read_tensors(find_weights(source)).items():
@@ -145,14 +184,14 @@ def kib(field):
 
 before = kib("VmRSS")
 write_safetensors(target, Realiser(weights), {k: e.shape for k, e in weights.items()}, {k: e.dtype for k, e in weights.items()},
-                  max_shard_bytes=64 << 20, read_ahead=ahead)
+                  max_shard_bytes=64 << 20, workers=workers, costs={k: cost(e) for k, e in weights.items()})
 print((kib("VmHWM") - before) * 1024)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@pytest.mark.parametrize("ahead", ["0", "1"])
-def test_a_fold_of_many_shards_needs_a_few_tensors_of_memory(tmp_path: Path, ahead: str) -> None:
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_fold_of_many_shards_needs_a_few_tensors_of_memory(tmp_path: Path, workers: str) -> None:
     """256 MiB in 16 tensors, folded with a low-rank product: the peak above the start is far below the model."""
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
@@ -160,11 +199,11 @@ def test_a_fold_of_many_shards_needs_a_few_tensors_of_memory(tmp_path: Path, ahe
     size = tensor.numel() * 4
     values = {f"w{i}": tensor for i in range(16)}
     write_safetensors(tmp_path / "in", values, *shapes_of(values), max_shard_bytes=64 << 20)
-    command = [sys.executable, "-c", STREAM, str(tmp_path / "in"), str(tmp_path / "out"), ahead]
+    command = [sys.executable, "-c", STREAM, str(tmp_path / "in"), str(tmp_path / "out"), workers]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     peak = int(ran.stdout)
-    # Load, product and sum are alive together; read-ahead keeps two finished tensors more. The rest is slack of the allocator,
-    # which keeps freed blocks of up to 32 MiB for each thread.
-    assert peak < (6 if ahead == "0" else 12) * size, f"{peak / 2**20:.0f} MiB"
+    # Load, product and sum are alive together, with two workers twice; the writer's queue holds finished tensors. The rest is slack of the
+    # allocator, which keeps freed blocks of up to 32 MiB for each thread.
+    assert peak < (6 if workers == "0" else 14) * size, f"{peak / 2**20:.0f} MiB"
     assert len(find_weights(tmp_path / "out").files) == 4
     assert sum(t.nbytes for t in read_tensors(find_weights(tmp_path / "out")).values()) == 16 * size

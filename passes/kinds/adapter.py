@@ -446,6 +446,7 @@ def _shift(program: Program, op: Resolved, here: _Here) -> None:
     name = program.aliases.get(here.site.bias, here.site.bias)
     old = program.weights[name]
     program.weights[name] = cast(Add(old.shape, "float32", (cast(old, "float32"), *terms)), old.dtype)
+    program.frozen.discard(name)
     program.journal.record(name, op.origin)
 
 

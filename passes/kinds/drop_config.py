@@ -35,14 +35,14 @@ def drop_layers(program: Program, gone: Mapping[str, tuple[int, set[int]]]) -> N
     out first, because what it would derive from the new number is another list.
     """
     config = deepcopy(program.info.config)
-    full = _full(program)
+    full = full_config(program)
     for stack, (count, lost) in gone.items():
-        owner, side = _owner(config, stack)
-        _drop(owner, _owner(full, stack)[0], side, stack, count, lost)
+        owner, side = owner_of(config, stack)
+        _drop(owner, owner_of(full, stack)[0], side, stack, count, lost)
     program.info = replace(program.info, config=config)
 
 
-def _full(program: Program) -> dict[str, Any]:
+def full_config(program: Program) -> dict[str, Any]:
     """Everything that the family's config class says of this model, with its defaults; empty for other models."""
     if not program.info.family:
         return {}
@@ -55,7 +55,7 @@ def _full(program: Program) -> dict[str, Any]:
         return {}
 
 
-def _owner(config: dict[str, Any], stack: str) -> tuple[dict[str, Any], str]:
+def owner_of(config: dict[str, Any], stack: str) -> tuple[dict[str, Any], str]:
     head = stack.partition(".")[0].partition("[")[0]
     sub = config.get(f"{head}_config")
     if isinstance(sub, dict):

@@ -3,62 +3,104 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.model.program import Program
 from surgery.model.realise import realise
-from surgery.passes.kinds.merge import Source
-from surgery.passes.kinds.merge_math import Ranking, Sparsifier, Top, chunks, delta_of, keep_all, nothing
+from surgery.model.threads import one_thread
+from surgery.passes.kinds.merge_inputs import Operands, Source
+from surgery.passes.kinds.merge_math import Ranking, Sparsifier, Top, between, chunks, delta_of, edges, keep_all, keys_of, nothing
 from surgery.passes.operation import Resolved
+
+SAMPLE = 1 << 20
+"""Entries of the whole model that say where its threshold lies, about."""
+
+Walk = Callable[[], Iterator[tuple[str, Tensor, list[Tensor]]]]
 
 
 def rank(
-    program: Program, op: Resolved, names: Sequence[str], sources: Sequence[Source], density: float, weighted: bool
+    op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], density: float, weighted: bool
 ) -> dict[str, tuple[Any, ...]]:
     """For each tensor ``(((key, ties) of each model), majority sign)``: see :class:`~surgery.passes.kinds.merge_math.Top`.
 
-    Three streamed passes over all tensors: bins, thresholds, and the sign of the summed trimmed task vectors. Empty while planning.
+    Three streamed passes over all tensors: a sample, the thresholds, and the sign of the summed trimmed task vectors. Empty while planning.
     """
     study = op.study
     if study is None:
         return {}
-    total = sum(math.prod(program.weights[n].shape) for n in names)
+    total = sum(math.prod(o.base.shape) for o in operands.values())
     keep = int(density * total)
-    rankings = [Ranking() for _ in sources]
-    work = 3 * len(names)
+    done = 0
 
-    def walk(step: int) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
-        for i, name in enumerate(names):
-            study.progress(f"merge {op.name}: ranking task vectors", step * len(names) + i, work)
-            exprs = [program.weights[name], *(program.weights[name] if s.own else s.weights[s.aliases.get(name, name)] for s in sources)]
-            base, *experts = (realise(e, functions=study.tensors.functions) for e in exprs)
+    def walk() -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+        nonlocal done
+        for name, o in operands.items():
+            study.progress(f"merge {op.name}: ranking task vectors", done, 3 * len(operands))
+            done += 1
+            base, *experts = (realise(e, functions=study.tensors.functions) for e in (o.base, *o.experts))
             yield name, base, experts
 
-    if 0 < keep < total:
-        for _, base, experts in walk(0):
+    with one_thread():
+        if 0 < keep < total:
+            found = _thresholds(walk, len(sources), keep, total)
+        else:
+            found = [(-1, 0) if keep else (0x7FFFFFFF, 0)] * len(sources)
+        return _signs(walk, sources, found, keep, total, weighted)
+
+
+def _thresholds(walk: Walk, models: int, keep: int, total: int) -> list[tuple[int, int]]:
+    """For each model the key of the last entry that stays, and how many entries of exactly this key do."""
+    samples: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(models)]
+    for _, base, experts in walk():
+        for i, expert in enumerate(experts):
+            samples[i].append(keys_of(delta_of(expert, base)(slice(0, base.numel(), max(1, total // SAMPLE)))))
+    limits = [edges(np.concatenate(s), keep / total) for s in samples]
+    del samples
+    above, inside = [0] * models, [list[np.ndarray[Any, Any]]() for _ in range(models)]
+    for _, base, experts in walk():
+        for i, expert in enumerate(experts):
+            delta = delta_of(expert, base)
+            for at in chunks(base.shape):
+                large, middle = between(delta(at), *limits[i])
+                above[i] += large
+                inside[i].append(middle)
+    out: list[tuple[int, int]] = []
+    for i in range(models):
+        middle = np.concatenate(inside[i])
+        rest = keep - above[i]
+        if not 0 < rest <= middle.size:
+            return _ranked(walk, models, keep)
+        key = int(np.partition(middle, middle.size - rest)[middle.size - rest])
+        out.append((key, rest - int(np.count_nonzero(middle > key))))
+    return out
+
+
+def _ranked(walk: Walk, models: int, keep: int) -> list[tuple[int, int]]:
+    """The same from every entry, should a sample have been wrong."""
+    rankings = [Ranking() for _ in range(models)]
+    for step in ("count", "gather"):
+        for _, base, experts in walk():
             for ranking, expert in zip(rankings, experts, strict=True):
                 delta = delta_of(expert, base)
                 for at in chunks(base.shape):
-                    ranking.count(delta(at))
-        for ranking in rankings:
-            ranking.settle(keep)
-        for _, base, experts in walk(1):
-            for ranking, expert in zip(rankings, experts, strict=True):
-                delta = delta_of(expert, base)
-                for at in chunks(base.shape):
-                    ranking.gather(delta(at))
-        found = [r.threshold() for r in rankings]
-    else:
-        found = [(-1, 0) if keep else (0x7FFFFFFF, 0)] * len(sources)
+                    getattr(ranking, step)(delta(at))
+        if step == "count":
+            for ranking in rankings:
+                ranking.settle(keep)
+    return [r.threshold() for r in rankings]
+
+
+def _signs(
+    walk: Walk, sources: Sequence[Source], found: Sequence[tuple[int, int]], keep: int, total: int, weighted: bool
+) -> dict[str, tuple[Any, ...]]:
     left = [ties for _, ties in found]
     out: dict[str, tuple[Any, ...]] = {}
     majority = 0
-    for name, base, experts in walk(2):
+    for name, base, experts in walk():
         mine = [(key, ties) for (key, _), ties in zip(found, left, strict=True)]
         tops: list[Sparsifier] = [keep_all if keep >= total else nothing if not keep else Top(*pair) for pair in mine]
         deltas = [delta_of(e, base) for e in experts]

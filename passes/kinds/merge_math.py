@@ -1,8 +1,8 @@
 """Arithmetic of merging, in chunks: no merge needs a full-size temporary in float32 beside its inputs and its output.
 
 Tensors are read flat, in chunks of whole rows (a row runs along the last axis; a tensor of one axis is one row), so that elementwise
-work stays in the cache and row-wise work sees whole rows. Every sum is accumulated in float64 in the order of the chunks: results do
-not depend on threads.
+work stays in the cache and row-wise work sees whole rows. Every sum is accumulated in float64 in the order of the chunks, on one thread: results
+do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
-"""Elements of a chunk, about: 1 MiB in float32."""
+CHUNK = 1 << 17
+"""Elements of a chunk, about: 512 KiB in float32, so that the few that a formula needs stay in a core's cache."""
 
 Delta = Callable[[slice], Tensor]
 """A task vector: the float32 differences of a slice of flat positions."""
@@ -36,6 +36,12 @@ def chunks(shape: Sequence[int]) -> Iterator[slice]:
     step = max(1, CHUNK // max(1, length)) * length
     for start in range(0, total, max(1, step)):
         yield slice(start, min(total, start + step))
+
+
+def buffers(shape: Sequence[int], count: int) -> list[Tensor]:
+    """Float32 tensors that hold one chunk each, to be used again for every chunk."""
+    size = max((at.stop - at.start for at in chunks(shape)), default=0)
+    return [torch.empty(size) for _ in range(count)]
 
 
 def delta_of(expert: Tensor, base: Tensor) -> Delta:
@@ -61,7 +67,7 @@ def keep_all(tau: Tensor, at: slice) -> Tensor:
 # ------------------------------------------------------------------ magnitudes
 
 
-def _keys(tau: Tensor) -> np.ndarray:
+def keys_of(tau: Tensor) -> np.ndarray:
     """Magnitudes as integers of the same order: the bits of a non-negative float count up with its value."""
     return tau.abs().contiguous().view(torch.int32).numpy()  # type: ignore[no-any-return]
 
@@ -80,7 +86,7 @@ class Ranking:
         self.inside: list[np.ndarray] = []
 
     def count(self, tau: Tensor) -> None:
-        keys = _keys(tau)
+        keys = keys_of(tau)
         self.bins += np.bincount(keys >> 16, minlength=1 << 16)
         self.total += keys.size
 
@@ -92,7 +98,7 @@ class Ranking:
         self.rest = k - (int(above[at - 1]) if at else 0)
 
     def gather(self, tau: Tensor) -> None:
-        keys = _keys(tau)
+        keys = keys_of(tau)
         self.inside.append((keys[(keys >> 16) == self.bin] & 0xFFFF).astype(np.uint16))
 
     def threshold(self) -> tuple[int, int]:
@@ -104,31 +110,65 @@ class Ranking:
         return (self.bin << 16) | ((1 << 16) - 1 - at), taken
 
 
+INFINITE = 0x7F800000
+"""The key of infinity: nothing finite has a larger one."""
+
+
 class Top:
     """Keeps entries above a key, and the first ``ties`` of those equal to it."""
 
     def __init__(self, key: int, ties: int) -> None:
         self.key, self.ties = key, ties
+        self.edge = float(np.array([max(key, 0)], np.int32).view(np.float32)[0])
 
     def __call__(self, tau: Tensor, at: slice) -> Tensor:
-        keys = _keys(tau)
-        keep = keys > self.key
-        equal = np.flatnonzero(keys == self.key)
-        keep[equal[: self.ties]] = True
-        self.ties = max(0, self.ties - equal.size)
-        return tau.mul_(torch.from_numpy(keep))
+        if self.key < 0:
+            return tau
+        if self.key >= INFINITE:
+            return tau.zero_()
+        flat = tau.view(-1)
+        equal = np.zeros(0, np.int64)
+        if self.ties > 0:
+            equal = np.flatnonzero(np.abs(flat.numpy()) == np.float32(self.edge))[: self.ties]
+            self.ties -= equal.size
+        stays = flat[torch.from_numpy(equal)] if equal.size else None
+        kept = torch.nn.functional.hardshrink(flat, self.edge)
+        if stays is not None:
+            kept[torch.from_numpy(equal)] = stays
+        return kept.view(tau.shape)
 
 
 def nothing(tau: Tensor, at: slice) -> Tensor:
     return tau.zero_()
 
 
+SAMPLE = 1 << 14
+
+
 def top(delta: Delta, shape: Sequence[int], keep: int) -> Sparsifier:
-    """Keeps exactly the ``keep`` entries of largest magnitude of one tensor; of equal ones the first."""
+    """Keeps exactly the ``keep`` entries of largest magnitude of one tensor; of equal ones the first.
+
+    A sample says between which two magnitudes the last entry that stays lies; one pass counts what is above and gathers what is between, where
+    the entry is then found exactly. Should the sample have been wrong, two passes over all entries find it.
+    """
+    count = math.prod(shape)
     if keep <= 0:
         return nothing
-    if keep >= math.prod(shape):
+    if keep >= count:
         return keep_all
+    limits = (0, 0x7FFFFFFF)
+    if count > SAMPLE:
+        limits = edges(keys_of(delta(slice(0, count, -(-count // SAMPLE)))), keep / count)
+    above, parts = 0, []
+    for at in chunks(shape):
+        large, middle = between(delta(at), *limits)
+        above += large
+        parts.append(middle)
+    inside = np.concatenate(parts)
+    if above < keep <= above + inside.size:
+        rest = keep - above
+        key = int(np.partition(inside, inside.size - rest)[inside.size - rest])
+        return Top(key, rest - int(np.count_nonzero(inside > key)))
     ranking = Ranking()
     for at in chunks(shape):
         ranking.count(delta(at))
@@ -136,6 +176,22 @@ def top(delta: Delta, shape: Sequence[int], keep: int) -> Sparsifier:
     for at in chunks(shape):
         ranking.gather(delta(at))
     return Top(*ranking.threshold())
+
+
+def edges(sample: np.ndarray, share: float) -> tuple[int, int]:
+    """Two keys between which the last of a share of entries most likely is: four standard deviations of the sample on either side."""
+    ordered = np.sort(sample)[::-1]
+    middle, spread = share * ordered.size, 4 * math.sqrt(ordered.size * share * (1 - share)) + 8
+    first, last = int(middle - spread), int(middle + spread)
+    return (int(ordered[last]) if last < ordered.size else 0), (int(ordered[first]) if first >= 0 else 0x7FFFFFFF)
+
+
+def between(tau: Tensor, low: int, high: int) -> tuple[int, np.ndarray]:
+    """How many keys of a chunk are above ``high``, and those from ``low`` to ``high``."""
+    keys = keys_of(tau)
+    large = keys > high
+    inside: np.ndarray = keys[(keys >= low) & ~large]
+    return int(np.count_nonzero(large)), inside
 
 
 class Band:
@@ -152,16 +208,32 @@ class Band:
 # ------------------------------------------------------------------ chance
 
 
+class Chance:
+    """A stream of 32-bit numbers for one tensor (SFC64, Chris Doty-Humphrey's generator, as numpy has it): a quarter of the time that torch's takes."""
+
+    def __init__(self, seed: int) -> None:
+        self.source = np.random.SFC64(seed)
+
+    def below(self, count: int, probability: float) -> np.ndarray:
+        """``count`` booleans, each true with ``probability`` (to 32 bits)."""
+        limit = round(probability * (1 << 32))
+        if limit >= 1 << 32:
+            return np.ones(count, bool)
+        drawn: np.ndarray = self.source.random_raw(-(-count // 2)).view(np.uint32)[:count] < np.uint32(limit)
+        return drawn
+
+
 class Drop:
     """Keeps each entry with probability ``keep`` and multiplies what is kept by ``factor``."""
 
     def __init__(self, keep: float, factor: float, seed: int) -> None:
         self.keep, self.factor = keep, factor
-        self.generator = torch.Generator().manual_seed(seed)
+        self.chance = Chance(seed)
 
     def __call__(self, tau: Tensor, at: slice) -> Tensor:
-        drawn = torch.rand(tau.shape, generator=self.generator) < self.keep
-        return tau.mul_(drawn).mul_(self.factor)
+        gone = torch.from_numpy(~self.chance.below(tau.numel(), self.keep)).view(tau.shape)
+        tau.masked_fill_(gone, 0.0)
+        return tau if self.factor == 1.0 else tau.mul_(self.factor)
 
 
 def norm_ratio(delta: Delta, shape: Sequence[int], make: Callable[[], Sparsifier]) -> float:
@@ -170,8 +242,8 @@ def norm_ratio(delta: Delta, shape: Sequence[int], make: Callable[[], Sparsifier
     sparsify = make()
     for at in chunks(shape):
         tau = delta(at)
-        before += float(tau.abs().sum(dtype=torch.float64))
-        after += float(sparsify(tau, at).abs().sum(dtype=torch.float64))
+        before += float(tau.abs().sum())
+        after += float(sparsify(tau, at).abs_().sum())
     return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
 
 
@@ -186,47 +258,74 @@ class Scaled:
 # ------------------------------------------------------------------ fusing
 
 
-def elect(parts: Sequence[Tensor], weights: Sequence[float], *, weighted: bool, by_weight: bool, zero: float) -> Tensor:
+def elect(
+    parts: Sequence[Tensor], weights: Sequence[float], *, weighted: bool, by_weight: bool, zero: float, reuse: bool = False
+) -> Tensor:
     """Sign election of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3): the mean of the entries that have the elected sign.
 
     ``weighted``: entries are multiplied by their model's weight before the election, else after it. ``by_weight``: the mean divides by
-    the weights of the agreeing models, else by their number. ``zero`` is the sign where the sum is zero.
+    the weights of the agreeing models, else by their number. ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are
+    used up.
     """
-    scaled = [p * w for p, w in zip(parts, weights, strict=True)]
-    total = torch.zeros_like(parts[0])
-    for p in scaled if weighted else parts:
+    parts = list(parts) if reuse else [p.clone() for p in parts]
+    if weighted:
+        parts = [p if w == 1 else p.mul_(w) for p, w in zip(parts, weights, strict=True)]
+        inner = [1.0] * len(parts)
+    else:
+        inner = list(weights)
+    total = parts[0].clone()
+    for p in parts[1:]:
         total += p
-    sign = torch.sign(total)
-    sign[sign == 0] = zero
-    summed, count = torch.zeros_like(total), torch.zeros_like(total)
-    for part, p, w in zip(parts, scaled, weights, strict=True):
-        mine = p if weighted else part
-        agree = (torch.sign(mine) == sign) & (mine != 0)
-        summed += torch.where(agree, p, torch.zeros((), dtype=p.dtype))
-        count += agree * (w if by_weight else 1.0)
+    # plus one where the elected sign is plus, minus one where it is minus: entries that agree are positive once multiplied by it
+    sign = torch.where(total >= 0 if zero > 0 else total > 0, 1.0, -1.0).to(total.dtype)
+    summed, count = total.zero_(), torch.zeros_like(total)
+    for p, w, own in zip(parts, inner, weights, strict=True):
+        p.mul_(sign).clamp_min_(0)
+        summed.add_(p, alpha=w)
+        count.add_(p.sign_() if not by_weight else p.sign_().mul_(own))
     count[count == 0] = 1.0
-    return summed.div_(count)
+    return summed.mul_(sign).div_(count)
 
 
-def add_up(parts: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0) -> Tensor:
-    total = parts[0] * weights[0]
+def add_up(parts: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0, reuse: bool = False) -> Tensor:
+    """The weighted sum over a divisor. With ``reuse`` the first part is used up."""
+    total = parts[0].mul_(weights[0]) if reuse else parts[0] * weights[0]
     for p, w in zip(parts[1:], weights[1:], strict=True):
         total.add_(p, alpha=w)
     return total if divisor == 1.0 else total.div_(divisor)
 
 
-def dot(left: Callable[[slice], Tensor], right: Callable[[slice], Tensor], shape: Sequence[int]) -> float:
-    """Inner product, accumulated in float64 chunk by chunk."""
-    total = 0.0
-    for at in chunks(shape):
-        total += float((left(at).double() * right(at).double()).sum())
-    return total
+def products(left: Tensor, right: Tensor) -> tuple[float, float, float]:
+    """``<left, left>``, ``<right, right>`` and ``<left, right>`` of two tensors of one shape, in float64, chunk by chunk."""
+    a, b = left.reshape(-1), right.reshape(-1)
+    totals = [0.0, 0.0, 0.0]
+    size = max((at.stop - at.start for at in chunks(left.shape)), default=0)
+    x, y = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    for at in chunks(left.shape):
+        n = at.stop - at.start
+        u, v = x[:n].copy_(a[at]), y[:n].copy_(b[at])
+        for i, (p, q) in enumerate(((u, u), (v, v), (u, v))):
+            totals[i] += float(torch.dot(p, q))
+    return totals[0], totals[1], totals[2]
 
 
-def flat(tensor: Tensor) -> Callable[[slice], Tensor]:
-    """A tensor read like a task vector: float32 chunks of its flat positions."""
-    view = tensor.reshape(-1)
-    return lambda at: view[at].to(torch.float32)
+def mix(left: Tensor, right: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """``a left + b right``, computed in float32 and rounded once to the type of ``like``."""
+    return combination([left, right], [a, b], like)
+
+
+def combination(tensors: Sequence[Tensor], factors: Sequence[float], like: Tensor) -> Tensor:
+    """The sum of tensors times factors, added in order in float32 and rounded once to the type of ``like``."""
+    out = torch.empty_like(like)
+    into, views = out.view(-1), [t.reshape(-1) for t in tensors]
+    total, term = buffers(like.shape, 2)
+    for at in chunks(like.shape):
+        n = at.stop - at.start
+        sum_ = total[:n].copy_(views[0][at]).mul_(factors[0])
+        for view, factor in zip(views[1:], factors[1:], strict=True):
+            sum_.add_(term[:n].copy_(view[at]), alpha=factor)
+        into[at] = sum_
+    return out
 
 
 def arc(cosine: float, t: float) -> tuple[float, float]:

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from surgery.core.method import param
-from surgery.passes.kinds.merge import TaskMethod
+from surgery.passes.kinds.adapter_method import Refactored
 from surgery.passes.kinds.merge_math import Delta, Sparsifier, dropped, elect
 
 
 @dataclass(frozen=True)
-class DareTies(TaskMethod):
+class DareTies(Refactored):
     """Drops entries of task vectors at random, as ``merge dare`` does, and averages those whose sign is elected.
 
     The election is that of ``merge ties``: ``elect`` and ``divide`` have the same meaning, a sum of zero counts as plus.
@@ -22,6 +22,9 @@ class DareTies(TaskMethod):
     Source: Yu et al., "Language Models are Super Mario", 2024, arXiv:2311.03099; Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708.
     """
 
+    version: ClassVar[int] = 2
+    """1 drew from torch's generator."""
+
     density: float = param(0.1, "probability that an entry of a task vector stays", min=0, max=1, unit="%", per_layer=True)
     rescale: Literal["inverse", "l1", "none"] = param("inverse", "how what stays is scaled up")
     scale: float = param(1.0, "factor of the merged change", per_layer=True)
@@ -29,8 +32,11 @@ class DareTies(TaskMethod):
     elect: Literal["before", "weighted"] = param("before", "whether signs are elected before or after the factors are applied")
     divide: Literal["count", "weight"] = param("count", "what the mean divides by")
 
+    def check(self, weights: Sequence[float]) -> str:
+        return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
+
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         return dropped(delta, shape, self.density, self.rescale, seed)
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=1.0)
+        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=1.0, reuse=True)

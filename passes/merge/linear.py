@@ -4,21 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.passes.kinds.adapter_method import FACTORWISE, AdapterSide
 from surgery.passes.kinds.merge import MergeMethod
-from surgery.passes.kinds.merge_math import add_up, chunks
+from surgery.passes.kinds.merge_math import combination
 
 
 @dataclass(frozen=True)
-class Linear(MergeMethod):
-    """The weighted average of checkpoints.
+class Linear(AdapterSide, MergeMethod):
+    """The weighted average of checkpoints, or the weighted sum of adapters.
 
         theta = sum_i w_i theta_i / sum_i w_i        without `normalize` the sum itself
+        dW    = sum_i w_i s_i B_i A_i                of adapters; with `normalize` divided by sum_i w_i
 
-    Computed in float32 and rounded once to the stored type.
+    Of checkpoints it is computed in float32 and rounded once to the stored type. Of adapters it is exact: their factors stand side by side in
+    the merged one, whose rank is the sum of theirs and whose scale is 1, whatever theirs were. A part that one adapter alone has, with
+    factor 1, stays as it is. ``factorwise`` adds ``A`` and ``B`` each by themselves instead, as common adapter tools do under this name:
+
+        A = sum_i sign(w_i s_i) sqrt|w_i s_i| A_i,   B = sum_i sqrt|w_i s_i| B_i
+
+    which needs equal ranks and holds products ``B_i A_j`` between adapters: it is not their sum.
 
         merge linear of first * 0.7, second * 0.3
 
@@ -26,19 +33,18 @@ class Linear(MergeMethod):
     """
 
     models: ClassVar[tuple[int, int | None]] = (1, None)
+    reads_base: ClassVar[bool] = False
+    adapters: ClassVar[str] = "sum"
 
-    normalize: bool = param(True, "divide by the sum of the factors")
+    normalize: bool | None = param(None, "divide by the sum of the factors; when nothing is said checkpoints are, and adapters are not")
+    factorwise: bool = param(False, FACTORWISE, last=True)
 
     def check(self, weights: Sequence[float]) -> str:
-        return "the factors sum to zero, and it divides by their sum" if self.normalize and abs(sum(weights)) < 1e-8 else ""
+        return "the factors sum to zero, and it divides by their sum" if self.normalize is not False and abs(sum(weights)) < 1e-8 else ""
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
-        divisor = sum(weights) if self.normalize else 1.0
+        divisor = sum(weights) if self.normalize is not False else 1.0
         factors = [w / divisor for w in weights]
         if len(experts) == 1 and factors == [1.0]:
             return experts[0]
-        out = torch.empty_like(base)
-        into, views = out.view(-1), [e.reshape(-1) for e in experts]
-        for at in chunks(base.shape):
-            into[at] = add_up([v[at].to(torch.float32) for v in views], factors)
-        return out
+        return combination(experts, factors, base)

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import MergeMethod
-from surgery.passes.kinds.merge_math import arc, chunks, dot, flat
+from surgery.passes.kinds.merge_math import arc, combination, products
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,12 @@ class Slerp(MergeMethod):
     """
 
     models: ClassVar[tuple[int, int | None]] = (2, 2)
+    reads_base: ClassVar[bool] = False
 
     t: float = param(0.5, "0 is the first model, 1 the second", min=0, max=1, per_layer=True)
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         first, second = experts
-        left, right = flat(first), flat(second)
-        norms = [math.sqrt(dot(v, v, base.shape)) for v in (left, right)]
-        scale = math.prod(n if n > 1e-8 else 1.0 for n in norms)
-        a, b = arc(dot(left, right, base.shape) / scale, self.t)
-        out = torch.empty_like(base)
-        into = out.view(-1)
-        for at in chunks(base.shape):
-            into[at] = left(at) * a + right(at) * b
-        return out
+        lengths = products(first, second)
+        scale = math.prod(n if n > 1e-8 else 1.0 for n in map(math.sqrt, lengths[:2]))
+        return combination([first, second], list(arc(lengths[2] / scale, self.t)), base)

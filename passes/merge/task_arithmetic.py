@@ -31,4 +31,4 @@ class TaskArithmetic(TaskMethod):
         return "the factors sum to zero, and it divides by their sum" if self.normalize and abs(sum(weights)) < 1e-8 else ""
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return add_up(parts, weights, sum(weights) if self.normalize else 1.0)
+        return add_up(parts, weights, sum(weights) if self.normalize else 1.0, reuse=True)

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from surgery.core.method import param
-from surgery.model.program import Program
-from surgery.passes.kinds.merge import Source, TaskMethod
+from surgery.passes.kinds.adapter_method import Refactored
 from surgery.passes.kinds.merge_global import rank
+from surgery.passes.kinds.merge_inputs import Operands, Source
 from surgery.passes.kinds.merge_math import Delta, Sparsifier, Top, elect, top
 from surgery.passes.operation import Resolved
 
 
 @dataclass(frozen=True)
-class Ties(TaskMethod):
+class Ties(Refactored):
     """Trims task vectors, elects a sign for each entry, and averages the entries that agree.
 
     1. of each ``tau_i = theta_i - theta_0`` the fraction ``density`` of largest magnitude stays: of the whole model (``trim = global``, the
@@ -29,6 +29,9 @@ class Ties(TaskMethod):
     Exactly ``int(density * n)`` entries stay, of equal ones the first. The paper's method is the default; ``trim = tensor, elect = weighted,
     divide = weight`` is what merging tools commonly call TIES.
 
+    Of adapters the changes of weights ``s B A`` take the place of task vectors; the result is factored again, to ``rank``, and the plan says what
+    that keeps. ``factorwise = true`` with ``trim = tensor`` merges ``A`` and ``B`` each by themselves, as common adapter tools do.
+
         merge ties(density = 20%, scale = 1) of code, math
 
     Source: Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708, section 3.
@@ -40,8 +43,11 @@ class Ties(TaskMethod):
     elect: Literal["before", "weighted"] = param("before", "whether signs are elected before or after the factors are applied")
     divide: Literal["count", "weight"] = param("count", "what the mean divides by")
 
-    def prepare(self, program: Program, op: Resolved, names: Sequence[str], sources: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
-        return rank(program, op, names, sources, self.density, self.elect == "weighted") if self.trim == "global" else {}
+    def check(self, weights: Sequence[float]) -> str:
+        return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
+
+    def prepare(self, op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
+        return rank(op, operands, sources, self.density, self.elect == "weighted") if self.trim == "global" else {}
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         if self.trim == "global" and prepared:
@@ -51,4 +57,4 @@ class Ties(TaskMethod):
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
         zero = prepared[1] if prepared else 1.0
-        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=zero)
+        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=zero, reuse=True)

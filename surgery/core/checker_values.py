@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.core import ast
+from surgery.core import ast, nested
 from surgery.core.checker_names import CONSTANTS, Definition, Names
 from surgery.core.checker_ranges import overlapping
 from surgery.core.checker_words import describe, dimension, example, limits, show, wanted
@@ -65,21 +65,31 @@ class Values:
             return value.value
         if info.type == "list" and isinstance(value, ast.ListValue):
             return self._list(info, value, also)
+        if info.type == "list" and info.unit == "layers" and isinstance(value, ast.Selector):
+            return self._list(info, ast.ListValue((value,), span=value.span), also)
         return self._wrong(info, value, span, also)
 
     def _list(self, info: ParamInfo, value: ast.ListValue, also: Also) -> Any:
         out: list[Any] = []
         for item in value.items:
             inner, definition = self.names.value(item)
+            if info.unit in nested.NESTED:
+                plain = nested.item(info.unit, item, self.names.deep)
+                if plain is None:
+                    return self._wrong(info, inner, item.span, also + _origin(definition))
+                out.append(plain)
+                continue
             if isinstance(inner, ast.Number | ast.String):
                 out.append(inner.value)
             elif isinstance(inner, ast.Name):
                 out.append({"true": True, "false": False, "none": None}.get(inner.value, inner.value))
+            elif isinstance(inner, ast.Selector) and inner.ref is not None and not inner.steps:
+                out.append(f"@{inner.ref}")
             elif isinstance(inner, ast.ListValue):
-                nested = self._list(info, inner, also)
-                if nested is BAD:
+                deeper = self._list(info, inner, also)
+                if deeper is BAD:
                     return BAD
-                out.append(nested)
+                out.append(deeper)
             else:
                 self._wrong(replace(info, type="float"), inner, item.span, also + _origin(definition))
                 return BAD

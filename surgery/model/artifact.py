@@ -66,12 +66,16 @@ def write_artifact(
     lock: str = "",
     spec_digest: str = "",
     progress: Any = None,
+    workers: int = 0,
+    costs: Mapping[str, int] | None = None,
+    soon: Any = None,
 ) -> list[Path]:
     """Fill ``folder`` (existing, best a temporary one of :class:`surgery.model.atomic.AtomicOutput`) with an artifact.
 
     ``tensors`` gives the realised tensor of every name in ``program.weights`` (a realiser streams them). ``dtype`` (a short name)
     casts what has the model's own dtype; the default keeps what the expressions have. ``files`` are copied along (tokenizer,
-    generation config). The bytes depend on the arguments alone. Raises S08xx for storage faults.
+    generation config). ``workers``, ``costs`` and ``soon`` are those of :func:`surgery.model.shards.write_safetensors`. The bytes depend on
+    the other arguments alone. Raises S08xx for storage faults.
     """
     folder = Path(folder)
     record = record_of(program, dtype=dtype)
@@ -87,7 +91,11 @@ def write_artifact(
     makers = {n: _maker(tensors, n, graphjson.dtype_of(final(n))) for n in names}
     files_of = {CONSTANTS: [n for n in names if n in constants]}
     main = [n for n in names if n not in constants]
-    written = list(write_safetensors(folder, makers, {n: shapes[n] for n in main}, {n: final(n) for n in main}, progress=progress).files)
+    stored = write_safetensors(
+        folder, makers, {n: shapes[n] for n in main}, {n: final(n) for n in main}, progress=progress, workers=workers, costs=costs, soon=soon,
+        hashing=True,
+    )  # fmt: skip
+    written = list(stored.files)
     if files_of[CONSTANTS]:
         held = files_of[CONSTANTS]
         sizes, kinds = {n: shapes[n] for n in held}, {n: final(n) for n in held}
@@ -99,7 +107,7 @@ def write_artifact(
         "trainable": sorted(n for n, m in metas.items() if isinstance(m, nn.Parameter) and n not in program.frozen and n not in program.aliases),
     }  # fmt: skip
     texts = {SPEC: spec, LOCK: lock}
-    return _finish(folder, record, body, [*written, *extra], texts)
+    return _finish(folder, record, body, [*written, *extra], texts, stored.digests)
 
 
 def _maker(tensors: Mapping[str, Any], name: str, dtype: torch.dtype) -> Any:
@@ -137,8 +145,11 @@ def _generation(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _finish(folder: Path, record: dict[str, Any], body: Mapping[str, Any], written: list[Path], texts: Mapping[str, str]) -> list[Path]:
-    """The files of text, and last the manifest with the hashes of all others."""
+def _finish(
+    folder: Path, record: dict[str, Any], body: Mapping[str, Any], written: list[Path], texts: Mapping[str, str],
+    digests: Mapping[Path, str] | None = None,
+) -> list[Path]:  # fmt: skip
+    """The files of text, and last the manifest with the hashes of all others; ``digests`` are those that are known already."""
     import transformers
 
     from surgery.core.version import VERSION as version
@@ -153,7 +164,10 @@ def _finish(folder: Path, record: dict[str, Any], body: Mapping[str, Any], writt
         if text:
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
-    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(set(written))}
+    known = digests or {}
+    files = {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": known.get(p) or file_digest(p)} for p in sorted(set(written))
+    }  # fmt: skip
     manifest = {
         "schema": f"surgery.artifact/{FORMAT}", "format": FORMAT, "surgery": version, "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__, **record, **body, "files": files,

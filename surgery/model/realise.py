@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ class Realiser(Mapping[str, torch.Tensor]):
     """Computes the weights of a program one by one; iterate in order for the smallest memory.
 
     Results of functions and products that several outputs need are kept until their last use, up to ``max_bytes`` (then the least
-    recently used goes first and is computed again, to the same bits, when needed).
+    recently used goes first and is computed again, to the same bits, when needed). Several threads may ask for weights at once.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Realiser(Mapping[str, torch.Tensor]):
         self._cache: OrderedDict[str, tuple[torch.Tensor, ...]] = OrderedDict()
         self._cached_bytes = 0
         self._uses: dict[str, int] = {}
+        self._lock = threading.RLock()
         self._depth = 0
         for expr in weights.values():
             count = 0
@@ -108,13 +111,8 @@ class Realiser(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         expr = self.weights[name]
-        limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(max(limit, min(4 * self._depth, 200_000) + 2000))
-        try:
-            with torch.no_grad():
-                value = self._value(expr)
-        finally:
-            sys.setrecursionlimit(limit)
+        with _deep(min(4 * self._depth, 200_000) + 2000), torch.no_grad():
+            value = self._value(expr)
         assert tuple(value.shape) == expr.shape and value.dtype == torch_dtype(expr.dtype), (
             name,
             expr.shape,
@@ -132,7 +130,8 @@ class Realiser(Mapping[str, torch.Tensor]):
         if self._memo is not None:
             return True
         place = value.untyped_storage().data_ptr()
-        kept = [t for results in self._cache.values() for t in results] + [n.tensor for n in nodes(expr) if isinstance(n, Held)]
+        with self._lock:
+            kept = [t for results in self._cache.values() for t in results] + [n.tensor for n in nodes(expr) if isinstance(n, Held)]
         return any(t.untyped_storage().data_ptr() == place for t in kept)
 
     # ------------------------------------------------------------ evaluation
@@ -214,6 +213,12 @@ class Realiser(Mapping[str, torch.Tensor]):
 
     def _shared(self, expr: MatMul | Apply) -> torch.Tensor:
         slot = _slot(expr)
+        if self._memo is None and self._uses.get(slot, 1) <= 1 and slot not in self._cache:
+            return _pick(expr, self._compute(expr))  # nobody else asks for it: other threads need not wait
+        with self._lock:
+            return self._kept(expr, slot)
+
+    def _kept(self, expr: MatMul | Apply, slot: str) -> torch.Tensor:
         results = self._memo.get(slot) if self._memo is not None else self._cache.get(slot)
         if results is None:
             results = self._compute(expr)
@@ -257,6 +262,28 @@ class Realiser(Mapping[str, torch.Tensor]):
         results = self._cache.pop(slot, None)
         if results is not None:
             self._cached_bytes -= sum(t.numel() * t.element_size() for t in results)
+
+
+_deep_lock = threading.Lock()
+_deep_users = [0, 0]
+"""How many threads compute now, and the recursion limit before the first of them."""
+
+
+@contextmanager
+def _deep(limit: int) -> Iterator[None]:
+    """Expressions may be deeper than Python's recursion limit, which all threads share: the last to leave puts it back."""
+    with _deep_lock:
+        if _deep_users[0] == 0:
+            _deep_users[1] = sys.getrecursionlimit()
+        _deep_users[0] += 1
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), limit))
+    try:
+        yield
+    finally:
+        with _deep_lock:
+            _deep_users[0] -= 1
+            if _deep_users[0] == 0:
+                sys.setrecursionlimit(_deep_users[1])
 
 
 def _slot(expr: MatMul | Apply) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from surgery.model.atomic import storage_errors
 from surgery.model.checkpoint_headers import CODE_OF_DTYPE
+from surgery.model.lanes import Ledger, Writer, in_order
 from surgery.model.weights import DTYPE_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -24,11 +24,13 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Written:
-    """``files`` in order (an index last), ``shard_of`` the file name of each tensor, ``total`` bytes of all tensors."""
+    """``files`` in order (an index last), ``shard_of`` the file name of each tensor, ``total`` bytes of all tensors, ``digests`` the sha256
+    of files with tensors where it was asked for."""
 
     files: tuple[Path, ...]
     shard_of: dict[str, str]
     total: int
+    digests: dict[Path, str] = field(default_factory=dict)
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -52,14 +54,19 @@ def write_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-    read_ahead: bool = False,
+    workers: int = 0,
+    costs: Mapping[str, int] | None = None,
+    soon: Callable[[str], None] | None = None,
+    hashing: bool = False,
 ) -> Written:
     """Stream tensors to one safetensors file or to shards with an index.
 
     ``tensors[name]`` gives a tensor or a function that makes it; it is asked for once, in the order of ``shapes``, and dropped when
     written. A ``target`` that ends in ``.safetensors`` is that one file; a folder gets ``model.safetensors``, or shards
     ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` when the total exceeds ``max_shard_bytes``.
-    ``read_ahead`` makes the next tensor while one is written (one more in memory). The bytes depend on the arguments alone.
+    With ``workers`` so many threads make tensors while others are written (``tensors`` must allow that); ``costs`` are the bytes that making
+    each one needs, which bound how many are made at once, and ``soon`` is told of a tensor before it is made. ``hashing`` gives the sha256 of the
+    files that hold tensors. The bytes depend on tensors, shapes, dtypes and metadata alone.
 
     Raises SurgeryError S0801 (no space), S0802 (not writable), S0804 (other failure of the storage).
     """
@@ -74,10 +81,17 @@ def write_safetensors(
         paths = [target / "model.safetensors"]
     else:
         paths = [target / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    made = _stream([name for shard in shards for name in shard], tensors, read_ahead)
+    ledger = Ledger()
+    names = [name for shard in shards for name in shard]
+    made = in_order(names, lambda name: _make(tensors, name), workers, costs or {}, sizes, ledger, soon)
     try:
-        for path, names in zip(paths, shards, strict=True):
-            _write_file(path, names, made, shapes, dtypes, metadata, progress)
+        with Writer(workers > 0, hashing) as writer:
+            for path, inside in zip(paths, shards, strict=True):
+                writer.begin(path, header_bytes(inside, shapes, dtypes, metadata))
+                for name in inside:
+                    _hand_over(writer, name, next(made), shapes, dtypes, sizes, ledger)
+                    if progress is not None:
+                        progress(name, sizes[name])
     finally:
         made.close()
     shard_of = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
@@ -88,7 +102,7 @@ def write_safetensors(
         with storage_errors(index_path):
             index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         paths.append(index_path)
-    return Written(tuple(paths), shard_of, total)
+    return Written(tuple(paths), shard_of, total, dict(writer.digests))
 
 
 def _make(tensors: Mapping[str, Any], name: str) -> torch.Tensor:
@@ -98,20 +112,18 @@ def _make(tensors: Mapping[str, Any], name: str) -> torch.Tensor:
     return made
 
 
-def _stream(names: list[str], tensors: Mapping[str, Any], read_ahead: bool) -> Generator[torch.Tensor, None, None]:
-    if not read_ahead:
-        for name in names:
-            yield _make(tensors, name)
-        return
-    # One worker makes tensors in the same order as the plain loop would, so caches and seeds see the same sequence.
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(_make, tensors, names[0]) if names else None
-        for i in range(len(names)):
-            assert coming is not None
-            value = coming.result()
-            coming = pool.submit(_make, tensors, names[i + 1]) if i + 1 < len(names) else None
-            yield value
-            del value
+def _hand_over(
+    writer: Writer,
+    name: str,
+    value: torch.Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    sizes: Mapping[str, int],
+    ledger: Ledger,
+) -> None:
+    if tuple(value.shape) != tuple(shapes[name]) or str(value.dtype) != f"torch.{dtypes[name]}":
+        raise ValueError(f"{name}: promised {dtypes[name]}{list(shapes[name])}, got {value.dtype}{list(value.shape)}")
+    writer.write(value.detach().contiguous(), lambda: ledger.give(sizes[name]) if writer.threaded else None)
 
 
 def header_bytes(names: list[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
@@ -125,37 +137,3 @@ def header_bytes(names: list[str], shapes: Mapping[str, tuple[int, ...]], dtypes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _write_file(
-    path: Path,
-    names: list[str],
-    made: Iterator[torch.Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, str],
-    metadata: Mapping[str, str],
-    progress: Progress | None,
-) -> None:
-    header = header_bytes(names, shapes, dtypes, metadata)
-    with storage_errors(path):
-        file = open(path, "wb", buffering=0)
-    with file:
-        _write_all(file, path, memoryview(header))
-        for name in names:
-            value = next(made)
-            if tuple(value.shape) != tuple(shapes[name]) or str(value.dtype) != f"torch.{dtypes[name]}":
-                raise ValueError(f"{name}: promised {dtypes[name]}{list(shapes[name])}, got {value.dtype}{list(value.shape)}")
-            value = value.detach().contiguous()
-            size = value.numel() * value.element_size()
-            if size:
-                _write_all(file, path, memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-            del value
-            if progress is not None:
-                progress(name, size)
-
-
-def _write_all(file: Any, path: Path, view: memoryview) -> None:
-    with storage_errors(path):
-        done = 0
-        while done < len(view):
-            done += file.write(view[done : done + (1 << 26)])
