@@ -73,11 +73,19 @@ def collect(program: Program, rank: int, span: Span | None) -> Said:
 
 def _base_as_it_was(program: Program, span: Span | None) -> None:
     added = {t for a in program.attachments for t in a.tensors}
+    split = {(program.aliases.get(w, w), a.origin) for a in program.attachments if (w := _rebased(program, a))}
     for key, origins in program.journal.entries.items():
         for origin in origins:
-            merged = origin.verb == "merge" and key in program.weights and key not in added and key in program.frozen
+            merged = origin.verb == "merge" and key in program.weights and key not in added and key in program.frozen and (key, origin) not in split
             if origin.verb in CHANGES_BASE or merged:
                 raise _changed(origin, span)
+
+
+def _rebased(program: Program, a: Attachment) -> str:
+    """The weight that an attachment took a part out of, which is an adapter's own affair; else an empty text."""
+    module = program.module(a.module)
+    rebase = getattr(getattr(module, "method", None), "rebase", None)
+    return f"{a.module.rpartition('.')[0]}.weight" if rebase is not None and rebase(module.site) else ""
 
 
 def _changed(origin: Origin, span: Span | None) -> Exception:
