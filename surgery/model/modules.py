@@ -80,8 +80,14 @@ class TorchModule:
 
 @lru_cache(maxsize=256)
 def _first_of(cls: type[nn.Module], given: tuple[tuple[str, Any], ...], dtype: torch.dtype | None) -> nn.Module:
-    """One module of each kind: constructors draw initial values, and deep models have hundreds of equal leaves."""
-    return cls(**dict(given), device="meta", dtype=dtype)
+    """One module of each kind: deep models have hundreds of equal leaves.
+
+    Nothing is drawn for it: meta tensors hold no values, and torch's way of drawing none imports its whole compiler.
+    """
+    bare = type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    made: nn.Module = bare(**dict(given), device="meta", dtype=dtype)
+    made.__class__ = cls
+    return made
 
 
 def twin(module: nn.Module) -> nn.Module:

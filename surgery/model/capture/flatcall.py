@@ -8,12 +8,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery.model import pytree
+from surgery.model.capture import markers
 from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, watch_sizes
 from surgery.model.capture.literals import Literals
 from surgery.model.capture.regions import Region, Regions
@@ -53,20 +55,81 @@ def flat_names(tree: pytree.Tree, prefix: str = "") -> list[str]:
     ]
 
 
+def cache_names(tree: pytree.Tree, prefix: str = "") -> set[str]:
+    """Those of :func:`flat_names` that are tensors of a cache."""
+    if tree["type"] == "cache":
+        return set(flat_names(tree, prefix))
+    keys = tree.get("keys") or [str(i) for i in range(len(tree.get("items", [])))]
+    return {
+        n for key, item in zip(keys, tree.get("items", []), strict=True) for n in cache_names(item, f"{prefix}_{key}" if prefix else key)
+    }
+
+
+class Likes:
+    """Which flat inputs are traced as copies of another one.
+
+    A deep model's cache is hundreds of tensors of one form, and the tracer spends most of its time on giving each sizes of its own and finding
+    them equal. So the first of a form is an input of the trace and an operation stands for the others until the trace is done.
+    """
+
+    def __init__(self, call: Call) -> None:
+        caches = cache_names(call.tree())
+        self.names = [name for name, _ in call.flat()]
+        self.groups: dict[Any, list[int]] = {}
+        for i, (name, leaf) in enumerate(call.flat()):
+            axes = tuple(sorted(call.axes.get(name, {}).items()))
+            key = (tuple(leaf.shape), leaf.stride(), leaf.dtype, axes) if name in caches else name
+            self.groups.setdefault(key, []).append(i)
+        self.first = [members[0] for members in self.groups.values()]
+
+    def spread(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All flat inputs from those that the trace has."""
+        out: dict[int, Tensor] = {}
+        for tensor, (first, *rest) in zip(given, self.groups.values(), strict=True):
+            out[first] = tensor
+            if rest:
+                out.update(zip(rest, markers.likes(tensor, len(rest)), strict=True))
+        return tuple(out[i] for i in range(len(out)))
+
+    def restore(self, graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
+        """Placeholders for all flat inputs, in order, from those of the trace; the operations are gone."""
+        found: dict[int, fx.Node] = {}
+        for node, (first, *rest) in zip(inputs, self.groups.values(), strict=True):
+            found[first] = node
+            made = next((n for n in node.users if n.target is markers.LIKES), None) if rest else None
+            for position, i in enumerate(rest):
+                with graph.inserting_after(inputs[-1]):
+                    new = found[i] = graph.placeholder(self.names[i])
+                new.meta["val"] = node.meta["val"]
+                for user in [u for u in made.users if u.args[1] == position] if made is not None else []:
+                    user.replace_all_uses_with(new)
+                    graph.erase_node(user)
+            if made is not None:
+                graph.erase_node(made)
+        ordered = [found[i] for i in range(len(found))]
+        for before, node in pairwise(ordered):
+            before.append(node)
+        return ordered
+
+
 class FlatModel(nn.Module):
     """The model behind a flat signature. ``note`` receives the tree of its output (an attribute would be reset by the export)."""
 
-    def __init__(self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None], fixed: dict[Any, tuple[str, str]]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, note: Callable[[pytree.Tree], None], fixed: dict[Any, tuple[str, str]], likes: Likes
+    ) -> None:
         super().__init__()
         self.model = model
         self.call = call
         self.tree = call.tree()
         self.names = flat_names(self.tree)
+        self.likes = likes
         self.note = note
         self.watch = lambda size: watch_sizes(size.node.shape_env, fixed)
 
-    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        self._unify(leaves)
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        self._unify(given)
+        leaves = self.likes.spread(given)
         values = _build(iter(leaves), self.tree)
         out = self.model(**values, **self.call.constants)
         tree = pytree.spec_of(out)
@@ -77,7 +140,7 @@ class FlatModel(nn.Module):
         """Tells the tracer which sizes are one: every open axis starts with a symbol of its own."""
         first: dict[str, Any] = {}
         sums = []
-        for name, leaf in zip(self.names, leaves, strict=True):
+        for name, leaf in zip([self.names[i] for i in self.likes.first], leaves, strict=True):
             for axis, size in self.call.axes.get(name, {}).items():
                 if "+" in size:
                     sums.append((leaf.shape[axis], size))
@@ -132,6 +195,7 @@ class Trace:
     regions: list[Region]
     out_tree: pytree.Tree
     names: list[str]
+    likes: Likes
     skips: tuple[float, ...] = ()
 
 
@@ -179,11 +243,15 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     """Exports ``model`` (on meta, nothing requiring grad) in its current mode. Raises SurgeryError S0501-S0503."""
     found: list[pytree.Tree] = []
     fixed: dict[Any, tuple[str, str]] = {}
-    flat = FlatModel(model, call, found.append, fixed)
+    likes = Likes(call)
+    flat = FlatModel(model, call, found.append, fixed, likes)
     flat.training = model.training
     hard, soft = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
-    dynamic = tuple({a: soft if size in call.optional else hard for a, size in call.axes.get(n, {}).items()} for n in flat.names)
-    leaves = tuple(leaf for _, leaf in call.flat())
+    dynamic = tuple(
+        {a: soft if size in call.optional else hard for a, size in call.axes.get(flat.names[i], {}).items()} for i in likes.first
+    )
+    every = [leaf for _, leaf in call.flat()]
+    leaves = tuple(every[i] for i in likes.first)
     skips: dict[float, None] = {}
     with _quiet(skips), Regions(model, stubs) as regions, Literals():
         try:
@@ -194,4 +262,4 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
             raise capture_error(error, model, fixed) from error
         regions.check()
     refuse_data_sizes(model, exported.graph)
-    return Trace(exported, regions.regions, found[-1], flat.names, tuple(rate for rate in skips if rate > 0))
+    return Trace(exported, regions.regions, found[-1], flat.names, likes, tuple(rate for rate in skips if rate > 0))

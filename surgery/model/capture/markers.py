@@ -1,4 +1,4 @@
-"""Operations that stand only in a raw trace: region boundaries, stubs of twin layers, stochastic depth.
+"""Operations that stand only in a raw trace: region boundaries, stubs of twin layers, inputs alike, stochastic depth.
 
 They are ordinary library operations, so ``torch.export`` records them without looking inside; the normal form of a capture
 has none of them left.
@@ -15,16 +15,19 @@ _LIBRARY = torch.library.Library("surgery_capture", "DEF")  # keeps the registra
 _LIBRARY.define("enter(Tensor[] xs, int region) -> Tensor[]")
 _LIBRARY.define("exit(Tensor[] ys, int region) -> Tensor[]")
 _LIBRARY.define("stub(Tensor[] xs, int region) -> Tensor[]")
+_LIBRARY.define("likes(Tensor x, int count) -> Tensor[]")
 _LIBRARY.define("drop_path(Tensor x, str path) -> Tensor")
 
 enter = torch.ops.surgery_capture.enter
 exit_ = torch.ops.surgery_capture.exit
 stub = torch.ops.surgery_capture.stub
+likes = torch.ops.surgery_capture.likes
 drop_path = torch.ops.surgery_capture.drop_path
 
 ENTER = torch.ops.surgery_capture.enter.default
 EXIT = torch.ops.surgery_capture.exit.default
 STUB = torch.ops.surgery_capture.stub.default
+LIKES = torch.ops.surgery_capture.likes.default
 DROP_PATH = torch.ops.surgery_capture.drop_path.default
 
 
@@ -69,5 +72,7 @@ for _name, _fake, _real in (("enter", _fresh, _copy), ("exit", _fresh, _copy), (
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"surgery_capture::{_name}", _fake, lib=_LIBRARY)
 
+_LIBRARY.impl("likes", lambda x, count: [torch.empty_like(x) for _ in range(count)], "CompositeExplicitAutograd")
+torch.library.register_fake("surgery_capture::likes", lambda x, count: [torch.empty_like(x) for _ in range(count)], lib=_LIBRARY)
 _LIBRARY.impl("drop_path", lambda x, path: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("surgery_capture::drop_path", lambda x, path: torch.empty_like(x), lib=_LIBRARY)

@@ -224,7 +224,7 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     lifted_targets = {ph: _attribute(i) for i, ph in enumerate(lifted)}
     parameters = {ph for ph in owners if ph in signature.inputs_to_parameters}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    inputs = [n for n in placeholders if n.name not in owners and n.name not in lifted]
+    inputs = traced.likes.restore(gm.graph, [n for n in placeholders if n.name not in owners and n.name not in lifted])
     flatten.inline_wrappers(gm, parameters | {n.name for n in inputs})
     flatten.drop_checks(gm.graph)
     symbols = flatten.Symbols()
