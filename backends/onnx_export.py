@@ -97,6 +97,22 @@ def axis_names(program: Program) -> dict[str, str]:
 # ------------------------------------------------------------------ export
 
 
+def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = ()) -> Any:
+    """The ``ExportedProgram`` of a realised root, with ``live`` tensors as further inputs. Raises what ``torch.export`` raises."""
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
+    axes: Any = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program)
+    )
+    called: torch.nn.Module = root.eval()
+    if live:
+        held = onnx_live.values(root, live)
+        onnx_live.loosen(root, live)
+        called, example = onnx_live.WithLive(root, list(held)).eval(), [*example, *held.values()]
+        axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)
+    return torch.export.export(called, tuple(example), dynamic_shapes=axes, strict=False)
+
+
 def export(
     program: Program, root: fx.GraphModule, *, opset: int, live: Sequence[str] = (), table: Mapping[Any, Callable[..., Any]] | None = None
 ) -> Any:
@@ -105,21 +121,12 @@ def export(
     ``live`` tensors are further inputs under their names, with the axes open that the model leaves open; ``table`` translates operations
     that the exporter does not know. Raises what torch's exporter raises when an operation has no translation.
     """
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
-    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
     outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
-    axes = tuple({i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program))
     prepare(root)
-    called: torch.nn.Module = root.eval()
-    if live:
-        held = onnx_live.values(root, live)
-        onnx_live.loosen(root, live)
-        called, example = onnx_live.WithLive(root, list(held)).eval(), [*example, *held.values()]
-        axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)  # type: ignore[assignment]
     report("emitting onnx: tracing", 0, STEPS)
     with _quiet(), torch.no_grad():
-        exported = torch.export.export(called, tuple(example), dynamic_shapes=axes, strict=False)
+        exported = traced(program, root, live)
         report("emitting onnx: translating", 1, STEPS)
         made = torch.onnx.export(
             exported, (), dynamo=True, opset_version=max(opset, EXPORTED), input_names=[*input_names(program), *live], output_names=names,

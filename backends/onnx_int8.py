@@ -46,7 +46,7 @@ def quantize(model: Any, skip: Iterable[str] = ()) -> Quantized:
             continue
         node.name = node.name or f"product_{i}"
         weight = node.input[1]
-        if weight in held and weight not in given | skipped and len(held[weight].dims) == 2 and _plain(node):
+        if node.op_type == "MatMul" and weight in held and weight not in given | skipped and len(held[weight].dims) == 2:
             products.append(node.name)
         else:
             kept.append((node.output[0], _reason(node, weight, held, given | skipped)))
@@ -70,14 +70,10 @@ def quantize(model: Any, skip: Iterable[str] = ()) -> Quantized:
     finally:
         logging.disable(level)
     _clean(made, source)
-    weights = tuple(dict.fromkeys(names.values()))
+    rounded = {i.name for i in made.graph.initializer}
+    weights = tuple(dict.fromkeys(w for w in names.values() if f"{w}_quantized" in rounded))
+    kept += [(n.output[0], "the quantiser left it") for n in source.graph.node if n.name in names and names[n.name] not in weights]
     return Quantized(made, weights, tuple(kept))
-
-
-def _plain(node: Any) -> bool:
-    """Whether a Gemm is a product and a sum, which the quantiser takes apart."""
-    settings = {a.name: a for a in node.attribute}
-    return all(settings[n].f == 1.0 for n in ("alpha", "beta") if n in settings) and not ("transA" in settings and settings["transA"].i)
 
 
 def _reason(node: Any, weight: str, held: dict[str, Any], given: set[str]) -> str:
@@ -125,8 +121,8 @@ def _raw(model: Any) -> None:
 def carry_out(model: Any) -> None:
     """Carries out transposes, slices and the like of constants, in place.
 
-    The result keeps the weight's name when nothing else reads the weight, else it is ``NAME.as_read`` (``_2`` ...). A Gemm that
-    transposes its weight reads it transposed.
+    The result keeps the weight's name when nothing else reads the weight, else it is ``NAME.as_read``; what a slice cuts out, such as one
+    expert, is ``NAME.part``, ``NAME.part_2`` ... in order.
     """
     import onnx
     from onnx.reference import ReferenceEvaluator
@@ -151,8 +147,9 @@ def carry_out(model: Any) -> None:
         weight = node.input[0]
         arrays = {n: onnx.numpy_helper.to_array(held[n]) for n in node.input if n}
         (value,) = ReferenceEvaluator(_alone(node, held, model.opset_import)).run(None, arrays)
-        last = readers[weight] == 1
-        name = weight if last else _free(f"{weight}.as_read", taken)
+        cut = node.op_type == "Slice"
+        last = readers[weight] == 1 and not cut
+        name = weight if last else _free(f"{weight}.part" if cut else f"{weight}.as_read", taken)
         taken.add(name)
         made = onnx.numpy_helper.from_array(value.copy(order="C"), name)
         if last:
@@ -182,18 +179,28 @@ def _alone(node: Any, held: dict[str, Any], opsets: Any) -> Any:
 
 
 def _open_gemms(graph: Any, held: dict[str, Any]) -> None:
-    """``Gemm(transB = 1)`` on a constant becomes a Transpose and a Gemm, so that one rule serves both forms."""
+    """A Gemm that is a product with a constant and a sum becomes these two, so that one rule serves both forms."""
     import onnx
 
     for i, node in reversed(list(enumerate(graph.node))):
-        flag = next((a for a in node.attribute if a.name == "transB"), None)
-        if node.op_type != "Gemm" or flag is None or not flag.i or node.input[1] not in held:
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type != "Gemm" or node.input[1] not in held or settings.get("transA") or settings.get("alpha", 1.0) != 1.0:
             continue
-        turned = f"{node.output[0]}.turned"
-        graph.node.insert(i, onnx.helper.make_node("Transpose", [node.input[1]], [turned], perm=[1, 0]))
-        node = graph.node[i + 1]
-        node.input[1] = turned
-        node.attribute.remove(next(a for a in node.attribute if a.name == "transB"))
+        if settings.get("beta", 1.0) != 1.0:
+            continue
+        left, weight, *rest = node.input
+        out, name = node.output[0], node.name or f"gemm_{i}"
+        nodes = []
+        if settings.get("transB"):
+            nodes.append(onnx.helper.make_node("Transpose", [weight], [f"{out}.turned"], perm=[1, 0]))
+            weight = f"{out}.turned"
+        summed = [n for n in rest if n]
+        nodes.append(onnx.helper.make_node("MatMul", [left, weight], [f"{out}.product" if summed else out], name=name))
+        if summed:
+            nodes.append(onnx.helper.make_node("Add", [f"{out}.product", *summed], [out]))
+        del graph.node[i]
+        for made in reversed(nodes):
+            graph.node.insert(i, made)
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -83,6 +83,20 @@ def loosen(root: fx.GraphModule, names: Iterable[str]) -> None:
         root.recompile()
 
 
+def blamed(exported: Any, program: Program, modules: frozenset[str], operations: Iterable[str]) -> list[str]:
+    """The labels of live adapters that compute with one of these operations, by the modules that the tracer saw them in."""
+    wanted = tuple(operations)
+    found: dict[str, None] = {}
+    for node in exported.run_decompositions().graph.nodes:
+        if node.op != "call_function" or not any(name in str(node.target) for name in wanted):
+            continue
+        paths = {str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+        found.update(
+            dict.fromkeys(a.name for a in held(program, modules) if any(p == a.module or p.endswith(f".{a.module}") for p in paths))
+        )
+    return list(found)
+
+
 def overridable(model: Any, root: nn.Module, names: Sequence[str], span: Span | None) -> None:
     """Gives the inputs of these names their initializers. Raises S0871 when one has no place in the graph: giving it would do nothing."""
     import onnx

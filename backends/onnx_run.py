@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,7 @@ def as_numpy(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def checked_session(model: Any, *, optimized: bool = True) -> Any:
+def checked_session(model: Any) -> Any:
     """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder.
 
     onnxruntime's CPU provider has few operations in bfloat16: a graph that needs others is run by :class:`Reference`.
@@ -65,7 +66,7 @@ def checked_session(model: Any, *, optimized: bool = True) -> Any:
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
     try:
-        return _session(model, optimized)
+        return _session(model)
     except NoKernel:
         large = onnx_files.weight_bytes(model) > onnx_files.INLINE_LIMIT
         if large or not any(i.data_type == BFLOAT16 for i in model.graph.initializer):
@@ -73,13 +74,19 @@ def checked_session(model: Any, *, optimized: bool = True) -> Any:
         return Reference(model)
 
 
-def _session(model: Any, optimized: bool) -> Any:
+def open_session(model: Any) -> Any:
+    """A session that computes every value of a graph as the graph states it: no optimizer, and no checker, which refuses outputs without a type."""
+    return _session(model, optimized=False, check=lambda model: None)
+
+
+def _session(model: Any, *, optimized: bool = True, check: Callable[[Any], None] | None = None) -> Any:
     import onnx
 
+    check = check or onnx.checker.check_model
     if onnx_files.weight_bytes(model) <= onnx_files.INLINE_LIMIT:
-        onnx.checker.check_model(model)
+        check(model)
         return session(model.SerializeToString(), optimized=optimized)
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_files.inside(Path(folder), model)
-        onnx.checker.check_model(str(path))
+        check(str(path))
         return session(str(path), optimized=optimized)

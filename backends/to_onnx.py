@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +11,18 @@ from typing import Any
 
 import torch
 
-from surgery.backends import onnx_cut, onnx_files, onnx_int8, onnx_live, onnx_opset
+from surgery.backends import onnx_cut, onnx_faults, onnx_files, onnx_int8, onnx_live, onnx_opset
 from surgery.backends.fuse import Target, fuse
 from surgery.backends.fuse.engine import FUSIONS
 from surgery.backends.fuse.ops import translations as fused_translations
 from surgery.backends.onnx_certify import CASES as CASES
 from surgery.backends.onnx_certify import LOSS, TOLERANCE, Case, cases, certify, chained, dtype_of, feeds_of, loss, swaps
 from surgery.backends.onnx_export import STEPS, export
-from surgery.backends.onnx_finite import first_overflow, lost_weights
 from surgery.backends.onnx_run import as_numpy as as_numpy
 from surgery.backends.onnx_run import checked_session
 from surgery.backends.onnx_run import session as session
 from surgery.backends.protocol import EmitRequest, Emitted
-from surgery.core.diagnostics import SurgeryError, error, fail
+from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.progress import report
 from surgery.core.source import Span
 from surgery.model.live import live_root
@@ -73,6 +71,7 @@ class Graph:
     run: Any = None
     certificates: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fusions: list[dict[str, Any]] = field(default_factory=list)
 
 
 class OnnxBackend:
@@ -86,7 +85,7 @@ class OnnxBackend:
         options = Options.of(params)
         cached = onnx_cut.has_cache(program)
         if options.cache and not cached:
-            raise _no_cache(program, span)
+            raise onnx_faults.no_cache(program, span)
         facts = []
         if onnx_cut.is_pair(program):
             facts.append(
@@ -128,7 +127,7 @@ class OnnxBackend:
         report("emitting onnx: writing", 5, STEPS)
         notes = [line for g, path in zip(graphs, paths, strict=True) for line in _told(g, path, options)]
         written = onnx_files.write([(path, g.model) for g, path in zip(graphs, paths, strict=True)], request)
-        return Emitted(tuple(written), tuple([c for g in graphs for c in g.certificates] + shared), tuple(notes))
+        return Emitted(tuple(written), tuple([c for g in graphs for c in g.certificates] + shared), tuple(notes), tuple(f for g in graphs for f in g.fusions))
 
 
 BACKEND = OnnxBackend()
@@ -143,19 +142,11 @@ def metadata(model: Any, key: str, value: str) -> None:
 # ------------------------------------------------------------------ which graphs
 
 
-def _no_cache(program: Program, span: Span | None) -> SurgeryError:
-    family = program.info.family or program.info.architecture or "this model"
-    return fail(
-        "S0876", f"{family} has no cache of keys and values to give", span, "asked for here",
-        help="leave `cache` out: it is given where the model has one, which decoders of one stack do",
-    )  # fmt: skip
-
-
 def _cached_as_asked(program: Program, options: Options, span: Span | None) -> Program:
     """The program with or without its cache. Raises S0876."""
     cached = onnx_cut.has_cache(program)
     if options.cache and not cached:
-        raise _no_cache(program, span)
+        raise onnx_faults.no_cache(program, span)
     if options.cache is not False or not cached:
         return program
     try:
@@ -192,10 +183,14 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         del root
     root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
     if precision == "fp16":
-        _refuse_lost(root, program, request, span)
+        onnx_faults.refuse_lost(root, program, request, span)
     measured = cases(program, root, dtype_of(root))
     try:
-        fused = fuse(program, root, Target("onnx", options.target, precision, options.opset, frozenset(live))) if options.optimize else None
+        fused = (
+            fuse(program, root, Target("onnx", options.target, precision, options.opset, frozenset(live)))
+            if options.optimize and options.opset >= onnx_opset.EXPORTED
+            else None
+        )
         model = export(
             program, fused.graph if fused else root, opset=options.opset, live=live, table=fused_translations() if fused else None
         )  # fmt: skip
@@ -208,27 +203,30 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
     except SurgeryError:
         raise
     except Exception as exc:
-        raise inexpressible(exc, span, options.opset, program, modules) from exc
+        raise onnx_faults.inexpressible(exc, span, options.opset, onnx_faults.Live(program, root, modules, live)) from exc
     report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
     graph.certificates += certify(program, measured, run, tolerance=TOLERANCE["fp32" if precision == "int8" else precision])
     if live:
         graph.certificates += swaps(program, root, model, run, live, measured, TOLERANCE["fp32" if precision == "int8" else precision])
     if precision == "fp16":
-        _refuse_overflow(graph, model, run, measured, span)
-    _refuse_other(graph.certificates, span)
+        onnx_faults.refuse_overflow(graph.certificates, program, model, run, measured, span)
+    onnx_faults.refuse_other(graph.certificates, span)
     if precision == "int8":
         model, run = _to_int8(graph, model, span, live)
     if exact:
         found = loss(program, exact, run, precision)
         graph.certificates += found
-        _refuse_loss(found, precision, span)
+        onnx_faults.refuse_loss(found, precision, span)
     if graph.part:
         graph.certificates[:] = [{"graph": graph.part, **c} for c in graph.certificates]
     if options.target != "cpu":
         graph.certificates[:] = [{**c, "for": options.target, "measured_on": "cpu"} for c in graph.certificates]
+    if options.optimize and fused is None:
+        graph.notes.append(f"not fused: operations of opset {onnx_opset.EXPORTED} and later would not survive the way to {options.opset}")
     if fused is not None:
         metadata(model, FUSIONS, json.dumps(fused.record(), sort_keys=True))
         graph.notes += fused.summary()
+        graph.fusions += fused.record()
     graph.model, graph.run = model, run
 
 
@@ -262,7 +260,7 @@ def _together(original: Program, whole: Program, graphs: list[Graph], request: E
         measured = cases(whole, root, dtype_of(root))
         share = LOSS["int8"][0] if options.precision == "int8" else TOLERANCE[precision]
         found += chained(whole, measured, graphs[0].run, graphs[1].run, share, onnx_cut.STATES, onnx_cut.MASK)
-    _refuse_other(found, request.span)
+    onnx_faults.refuse_other(found, request.span)
     return found
 
 
@@ -278,93 +276,6 @@ def _empty_cache(original: Program, whole: Program, root: Any, graph: Graph, tol
     worst, scale, _ = difference(want[0], got[0])
     allowed = share * max(1.0, scale)
     return [{"claim": "without cache = with an empty one", "max_abs_error": worst, "tolerance": allowed, "ok": worst <= allowed}]
-
-
-# ------------------------------------------------------------------ findings
-
-
-def _refuse_other(found: list[dict[str, Any]], span: Span | None) -> None:
-    bad = [c for c in found if not c["ok"]]
-    if bad:
-        raise SurgeryError(
-            error(
-                "S0842", "the ONNX graph does not compute what the module computes", span, "asked for here",
-                notes=[f"{_what(c)}: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                help="nothing was written; try another opset, and please report the model's config",
-            )
-        )  # fmt: skip
-
-
-def _what(c: Mapping[str, Any]) -> str:
-    return f"{c['output']} on {c['case']} input" if "output" in c else str(c["claim"])
-
-
-def _refuse_lost(root: Any, program: Program, request: EmitRequest, span: Span | None) -> None:
-    """S0874 for weights that half precision has no number for."""
-    lost = lost_weights(root, lambda name: request.tensors.of(program, name))
-    if lost:
-        name, size = lost[0]
-        raise fail(
-            "S0874", f"`{name}` overflows in fp16: it holds {size:.6g}, and the largest number is 65504", span, "asked for here",
-            notes=[f"`{n}` holds {s:.6g}" for n, s in lost[1:5]], help="write `precision = bf16`, which has the range of fp32, or `fp32`",
-        )  # fmt: skip
-
-
-def _refuse_overflow(graph: Graph, model: Any, run: Any, measured: list[Case], span: Span | None) -> None:
-    """S0874 when the outputs are not finite: which value of the graph was the first that is not."""
-    bad = [c for c in graph.certificates if not c["ok"]]
-    lost = [m for m in measured if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in m.expected)]
-    if not bad or not (lost or any(c["max_abs_error"] == float("inf") for c in bad)):
-        return
-    case = next((m for m in measured if m.name == bad[0].get("case")), (lost or measured)[0])
-    where = first_overflow(model, feeds_of(graph.program, run, case))
-    raise fail(
-        "S0874", "this model overflows in fp16: its outputs are not finite", span, "asked for here",
-        notes=[f"on {case.name} input the first value that is not finite is {where}" if where else f"on {case.name} input, in torch"],
-        help="nothing was written; write `precision = bf16`, which has the range of fp32, or `fp32`",
-    )  # fmt: skip
-
-
-def _refuse_loss(found: list[dict[str, Any]], precision: str, span: Span | None) -> None:
-    bad = [c for c in found if not c["ok"]]
-    if bad:
-        raise fail(
-            "S0878", f"{precision} changes the output by more than is allowed", span, "asked for here",
-            notes=[
-                f"{_what(c)}: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}; cosine {c['cosine']:.4f}, at least {c['least_cosine']:g}" for c in bad
-            ],
-            help="nothing was written; write a precision with more bits",
-        )  # fmt: skip
-
-
-def inexpressible(
-    exc: Exception, span: Span | None, opset: int, program: Program | None = None, live: frozenset[str] = frozenset()
-) -> SurgeryError:
-    """S0841 with the operations that have no translation, else with the exporter's own first lines; S0871 when a live adapter is what
-    needs such an operation."""
-    text, cause = str(exc), exc.__cause__
-    while cause is not None:
-        text, cause = f"{text}\n{cause}", cause.__cause__
-    missing = sorted(set(re.findall(r"No (?:ONNX function|decomposition|translation) found for.*?([\w]+[.:]+[\w.]+)", text)))
-    missing += sorted(set(re.findall(r"OpOverload\(op='([\w.]+)'", text)) - set(missing)) if "No ONNX function" in text else []
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [
-        line.strip() for line in plain.splitlines() if line.strip() and not line.strip().startswith(("#", "- If ", "Failed to convert"))
-    ]
-    help = "emit torch instead, or try another opset"
-    if "bfloat16" in plain and opset < 22:
-        help = "write `opset = 22`: older ones have no convolutions and poolings in bf16"
-    if missing and program is not None and live:
-        held = onnx_live.held(program, live)
-        names = list(dict.fromkeys(f"`{a.name}`" for a in held))
-        return fail(
-            "S0871", f"{', '.join(names)} cannot stay live in ONNX: there is no operation for {', '.join(dict.fromkeys(missing))}", span,
-            "asked for here", help="leave it out of `live`, then it is folded where it can be, or use `emit torch`",
-        )  # fmt: skip
-    what = f"ONNX has no operation for {', '.join(dict.fromkeys(missing))}" if missing else "the exporter cannot express this model in ONNX"
-    return fail(
-        "S0841", what, span, "asked for here", notes=() if missing else tuple(lines[:3]) or (type(exc).__name__,), help=help
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ what is said of the files
