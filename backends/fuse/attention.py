@@ -13,7 +13,7 @@ from torch import fx
 from surgery.backends.fuse.heads import called, merge, merged, replace_attention, unrepeated
 from surgery.backends.fuse.masks import Mask, classify
 from surgery.backends.fuse.ops_attention import fill_of
-from surgery.backends.fuse.packing import LINEAR, product
+from surgery.backends.fuse.packing import LINEAR, Product, product
 from surgery.backends.fuse.rule import ONNX, Match, Miss
 from surgery.backends.fuse.view import FuseView, aten
 
@@ -52,7 +52,8 @@ class Grown:
 
 @dataclass
 class FuseAttention:
-    """Places are calls of ``scaled_dot_product_attention``. The result is com.microsoft MultiHeadAttention:
+    """Places are calls of ``scaled_dot_product_attention``. The result is com.microsoft MultiHeadAttention, or Attention where one product makes
+    q, k and v from one value and nothing stands between:
 
     * heads are not moved to an axis of their own and back, and the bias of packed projections is added on the way;
     * a mask that is padding becomes the input ``key_padding_mask``, one that is causal an attribute; any other, and tables of relative
@@ -160,7 +161,12 @@ def _apply(view: FuseView, call: Call, mask: Mask) -> None:
             key, value = merge(view, key, node), merge(view, value, node)
         padding = _padding(view, mask) if mask.plain else None
         scores = None if mask.plain else _scores(view, call)
-        bias = _take_bias(view, query, key, value)
+        source = _source(query, key, value)
+        if source is not None and grown is None and _packs(view, source):
+            out = _packed(view, source, call, padding, scores, mask.causal)
+            replace_attention(view, node, out, call.heads)
+            return
+        bias = _take_bias(view, source) if source is not None else None
         rest = (bias, padding, scores)
         if grown is None:
             out = view.call(_OPS.attention.default, query, key, value, *rest, call.heads, call.scale, mask.causal, like=node)
@@ -206,8 +212,8 @@ def _grown(view: FuseView, call: Call) -> Grown | None:
     return Grown(past_key, past_value, key, value)
 
 
-def _take_bias(view: FuseView, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | None:
-    """The bias of one product that gives q, k and v one behind the other and is read by them alone; it is taken off the product."""
+def _source(q: fx.Node, k: fx.Node, v: fx.Node) -> Product | None:
+    """The one product that gives q, k and v one behind the other and is read by them alone."""
     for i, node in enumerate((q, k, v)):
         if not called(node, operator.getitem) or node.args[1] != i or len(node.users) != 1:
             return None
@@ -217,7 +223,39 @@ def _take_bias(view: FuseView, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node | 
     if not called(split, aten.split_with_sizes.default) or len(split.args[1]) != 3:  # type: ignore[arg-type]
         return None
     whole = product(split.args[0])  # type: ignore[arg-type]
-    if whole is None or whole.bias is None or len(whole.node.users) != 1:
+    return whole if whole is not None and len(whole.node.users) == 1 else None
+
+
+def _packs(view: FuseView, source: Product) -> bool:
+    """Whether the projections go into the operation: com.microsoft Attention holds one matrix, which no int8 of ours reaches into."""
+    sizes = _sizes(source)
+    if view.target.precision == "int8" or view.rank(source.x) != 3 or sizes[0] != sizes[1]:
+        return False
+    stored = [source.weight] if source.bias is None else [source.weight, source.bias]
+    return all(view.name(t) and not view.is_live(t) for t in stored)
+
+
+def _sizes(source: Product) -> list[int]:
+    split = next(iter(source.node.users))
+    return [int(n) for n in split.args[1]]  # type: ignore[union-attr, arg-type]
+
+
+def _packed(view: FuseView, source: Product, call: Call, padding: fx.Node | None, scores: fx.Node | None, causal: bool) -> fx.Node:
+    name = view.name(source.weight)
+    stored = view.attribute(name).detach()
+    weight = view.packed(f"{name}_t", [name], lambda: stored.t().contiguous(), call.node)
+    bias = source.bias
+    if bias is None:
+        base = name.removesuffix("weight")
+        bias = view.packed(f"{base}bias", [name], lambda: stored.new_zeros(stored.shape[0]), call.node)
+    return view.call(
+        _OPS.packed_attention.default, source.x, weight, bias, padding, scores, call.heads, _sizes(source), call.scale, causal, like=call.node
+    )  # fmt: skip
+
+
+def _take_bias(view: FuseView, whole: Product) -> fx.Node | None:
+    """Takes the bias off a product, for the attention to add."""
+    if whole.bias is None:
         return None
     with view.before(whole.node):
         bare = view.call(LINEAR, whole.x, whole.weight, like=whole.node)

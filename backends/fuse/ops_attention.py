@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -82,6 +82,22 @@ def _(q: Tensor, k: Tensor, v: Tensor, scores: Any, heads: int, groups: int, sca
     return q.new_empty(q.shape[0], q.shape[1], heads * v.shape[3])
 
 
+@torch.library.custom_op("surgery::packed_attention", mutates_args=())
+def packed_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, key_mask: Tensor | None, scores: Tensor | None, heads: int, sizes: Sequence[int],
+    scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
+    """:func:`attention` of ``x`` [batch, steps, in] with its projections: ``weight`` [in, q + k + v], ``bias`` [q + k + v] and the three
+    widths ``sizes``, those of q and k equal."""
+    q, k, v = torch.split(torch.matmul(x, weight) + bias, list(sizes), -1)
+    return _attend(q, k, v, None, key_mask, scores, heads, scale, causal)
+
+
+@packed_attention.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, key_mask: Any, scores: Any, heads: int, sizes: Any, scale: float, causal: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], sizes[2])
+
+
 def _biased(x: Tensor, bias: Tensor | None, start: int) -> Tensor:
     return x if bias is None else x + bias[start : start + x.shape[2]]
 
@@ -128,6 +144,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
     plain = operator("MultiHeadAttention", inputs, ["output"], attributes)
     growing = operator("MultiHeadAttention", inputs, ["output", "present_key", "present_value"], attributes)
 
+    whole = operator(
+        "Attention", ["input", "weights", "bias?", "mask_index:M?", "past?", "attention_bias?"], ["output"],
+        {**attributes, "qkv_hidden_sizes": "ints"},
+    )  # fmt: skip
+
     def attention(q, k, v, bias, key_mask, scores, heads: int, scale: float, causal: bool):  # type: ignore[no-untyped-def]
         return plain(
             q, k, v, bias, key_mask, scores, num_heads=heads, scale=scale, mask_filter_value=FILL, unidirectional=int(causal)
@@ -136,6 +157,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def cached(q, k, v, bias, key_mask, scores, past_key, past_value, heads: int, scale: float, causal: bool):  # type: ignore[no-untyped-def]
         return growing(
             q, k, v, bias, key_mask, scores, past_key, past_value, num_heads=heads, scale=scale, mask_filter_value=FILL,
+            unidirectional=int(causal),
+        )  # fmt: skip
+
+    def packed(x, weight, bias, key_mask, scores, heads: int, sizes: Sequence[int], scale: float, causal: bool):  # type: ignore[no-untyped-def]
+        return whole(
+            x, weight, bias, key_mask, None, scores, num_heads=heads, qkv_hidden_sizes=list(sizes), scale=scale, mask_filter_value=FILL,
             unidirectional=int(causal),
         )  # fmt: skip
 
@@ -159,4 +186,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.surgery.attention.default: attention,
         torch.ops.surgery.cached_attention.default: cached,
         torch.ops.surgery.grouped_attention.default: grouped,
+        torch.ops.surgery.packed_attention.default: packed,
     }
