@@ -26,8 +26,8 @@ class EmitRequest:
 
     ``params`` are the backend's parameters of the language with their values, ``tensors`` realises weights (``of(program, name)``,
     ``functions``), ``base`` is the program before the spec, ``certificates`` what was measured so far, ``files`` go along
-    with the weights (tokenizer). ``force`` allows to replace what is not this spec's own output. ``live`` are the
-    modules in the program that were asked to stay adapters of their own.
+    with the weights (tokenizer). ``force`` allows to replace what is not this spec's own output. ``live`` are the modules in the program that were
+    asked to stay adapters of their own. ``earlier`` are the outputs above this one: backend, path as the spec says it, what was emitted.
     """
 
     target: Path
@@ -42,6 +42,7 @@ class EmitRequest:
     span: Span | None = None
     files: tuple[Path, ...] = ()
     live: frozenset[str] = frozenset()
+    earlier: tuple[tuple[str, str, Emitted], ...] = ()
     progress: Callable[..., None] = lambda *what: None
 
     @property
@@ -63,11 +64,13 @@ class EmitRequest:
 
 @dataclass(frozen=True)
 class Emitted:
-    """``paths``: what was written, the thing to open first. ``certificates``: claims measured on the output, with numbers."""
+    """``paths``: what was written, the thing to open first. ``certificates``: claims measured on the output, with numbers.
+    ``fusions``: one record a fusion rule, where the output is a fused graph."""
 
     paths: tuple[Path, ...]
     certificates: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    fusions: tuple[dict[str, Any], ...] = ()
 
 
 class Backend(Protocol):

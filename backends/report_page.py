@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from surgery.backends import report_maps
 from surgery.core.plan import Plan, flops, group_roles, size
 from surgery.core.site import Site
 from surgery.model.program import Program
@@ -23,13 +24,27 @@ h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}p{margin:
 table{border-collapse:collapse;width:100%;font-size:.88rem}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code,pre{font:12.5px/1.45 ui-monospace,monospace}
 pre{background:var(--panel);padding:.8rem;overflow:auto;border-radius:6px;margin:.3rem 0}.ok{color:var(--good)}.bad{color:var(--bad)}
-.pics{display:flex;gap:2rem;flex-wrap:wrap}.pics figure{margin:0}figcaption{color:var(--soft);font-size:.85rem;margin-bottom:.3rem}
+.scroll{overflow-x:auto}.pics{display:flex;gap:2rem;flex-wrap:wrap}.pics figure{margin:0}figcaption{color:var(--soft);font-size:.85rem;margin-bottom:.3rem}
 svg text{fill:var(--ink);font:11px ui-monospace,monospace}svg .edge{stroke:var(--line)}
 """
 
 
-def render(plan: Plan, base: Program, program: Program, certificates: Sequence[Mapping[str, Any]], spec_text: str) -> str:
-    """The page as text. Deterministic: no dates, no paths of the machine."""
+def render(
+    plan: Plan,
+    base: Program,
+    program: Program,
+    certificates: Sequence[Mapping[str, Any]],
+    spec_text: str,
+    *,
+    tensors: Any = None,
+    outputs: Sequence[tuple[str, str, Any]] = (),
+    timings: Sequence[tuple[str, ...]] = (),
+) -> str:
+    """The page as text. Deterministic but for ``timings``: no dates, no paths of the machine.
+
+    ``tensors`` realises weights, to count the use of experts. ``outputs`` are what was emitted before: backend, path as the spec says it, and
+    the :class:`~surgery.backends.protocol.Emitted`. ``timings`` are rows of a table whose first row is its head.
+    """
     model = plan.model
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -39,10 +54,16 @@ def render(plan: Plan, base: Program, program: Program, certificates: Sequence[M
         f"{model['params']:,} parameters, {size(model['bytes'])}</p>",
         _totals(plan),
         _pictures(base, program),
+        report_maps.heads(program, base),
+        report_maps.widths(program, base),
+        report_maps.experts(program, tensors) if tensors is not None else "",
         _ranks(program),
+        _timings(timings),
         _steps(plan),
         _expectations(plan),
         _certificates(certificates),
+        _fusions(outputs),
+        _outputs(outputs),
         f"<h2>The spec</h2><pre>{escape(spec_text.rstrip())}</pre>",
         "</body></html>\n",
     ]
@@ -199,3 +220,42 @@ def _certificates(certificates: Sequence[Mapping[str, Any]]) -> str:
     return "<h2>Certificates</h2><p class=soft>Largest absolute difference that was measured when this was compiled.</p>" + _table(
         ("", "claim", "where", "measured", "allowed"), rows, (3, 4)
     )
+
+
+def _timings(rows: Sequence[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    head, *body = rows
+    return (
+        "<h2>Time</h2><p class=soft>Median of one call on the machine that compiled this, milliseconds; only this table differs between runs.</p>"
+        + _table(head, [[escape(c) for c in row] for row in body], tuple(range(1, len(head))))
+    )
+
+
+def _fusions(outputs: Sequence[tuple[str, str, Any]]) -> str:
+    """How often each rule fired in each fused output, and for each kind of near miss the first condition that failed."""
+    rows = []
+    for _, path, emitted in outputs:
+        for entry in emitted.fusions:
+            kinds: dict[str, list[Mapping[str, Any]]] = {}
+            for miss in entry["misses"]:
+                kinds.setdefault(str(miss["condition"]), []).append(miss)
+            missed = "".join(
+                f"<p class=soft>not at <code>{escape(str(group[0]['node_name']))}</code>"
+                + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+                + f": {escape(condition)}</p>"
+                for condition, group in kinds.items()
+            )
+            if entry["fired"] or missed:
+                rows.append((escape(path), f"<code>{escape(entry['rule'])}</code> {escape(entry['doc'])}", f"{entry['fired']}", missed))
+    return "<h2>Fusions</h2>" + _table(("output", "rule", "fired", "near misses"), rows, (2,)) if rows else ""
+
+
+def _outputs(outputs: Sequence[tuple[str, str, Any]]) -> str:
+    if not outputs:
+        return ""
+    rows = [
+        (escape(name), f"<code>{escape(path)}</code>", "".join(f"<p>{escape(n)}</p>" for n in emitted.notes))
+        for name, path, emitted in outputs
+    ]
+    return "<h2>Outputs</h2>" + _table(("backend", "path", "notes"), rows)

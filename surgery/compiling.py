@@ -52,6 +52,7 @@ class Compilation:
     written: list[Path] = field(default_factory=list)
     certificates: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    emitted: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         study = self.session.study
@@ -212,12 +213,13 @@ class Compilation:
                 target=self.target(emission), params=call.values(), tensors=self.tensors, base=emission.base, plan=self.session.plan.portable(),
                 certificates=list(self.certificates), lock=self.lock, spec=self.session.spec.source, force=self.force, span=node.span,
                 live=live_modules(program, live),
-                files=tuple(getattr(self.checkpoint, "tokenizer_files", ()) or ()), progress=self.progress,
+                files=tuple(getattr(self.checkpoint, "tokenizer_files", ()) or ()), progress=self.progress, earlier=tuple(self.emitted),
             ),
         )  # fmt: skip
         self.certificates.extend(emitted.certificates)
         self.written.extend(emitted.paths)
         self.notes.extend(emitted.notes)
+        self.emitted.append((call.name, node.to, emitted))
 
     def folded(self, program: Program, node: ast.Emit, keep: frozenset[str] = frozenset()) -> Program:
         """A copy in which everything that can fold and is not in ``keep`` is folded, with the measured claim that this changed nothing."""

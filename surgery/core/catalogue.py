@@ -69,12 +69,31 @@ BACKENDS: dict[str, Entry] = _table(
         "onnx",
         "an ONNX graph with dynamic batch and sequence",
         (
-            _p("opset", "int", "version of the ONNX operator set; what it lacks and what is not installed is said by `compile`", 20, min=1, max=99),
+            _p(
+                "opset",
+                "int",
+                "version of the ONNX operator set; what it lacks and what is not installed is said by `compile`",
+                20,
+                min=1,
+                max=99,
+            ),
             _p("precision", "name", "type of weights and arithmetic", "fp32", choices=("fp32", "fp16", "bf16", "int8")),
             _TARGET,
             _p("cache", "bool", "keys and values of earlier steps as inputs and outputs; unsaid, where the model has them", None),
-            _p("live", "bool", "adapters that stay tensors of their own, exchanged in a session: all, or a list of names", False, also=("list",)),
-            _p("optimize", "name", "all fuses the graph, none leaves every operation as the model states it", "all", choices=("all", "none")),
+            _p(
+                "live",
+                "bool",
+                "adapters that stay tensors of their own, exchanged in a session: all, or a list of names",
+                False,
+                also=("list",),
+            ),
+            _p(
+                "optimize",
+                "name",
+                "all fuses the graph, none leaves every operation as the model states it",
+                "all",
+                choices=("all", "none"),
+            ),
         ),
     ),
     Entry(
@@ -84,10 +103,27 @@ BACKENDS: dict[str, Entry] = _table(
             _p("precision", "name", "type of weights and arithmetic", "fp32", choices=("fp32", "fp16", "bf16")),
             _TARGET,
             _p("cache", "bool", "keys and values of earlier steps as inputs and outputs; unsaid, where the model has them", None),
-            _p("optimize", "name", "all fuses the graph, none leaves every operation as the model states it", "all", choices=("all", "none")),
+            _p(
+                "optimize",
+                "name",
+                "all fuses the graph, none leaves every operation as the model states it",
+                "all",
+                choices=("all", "none"),
+            ),
         ),
     ),
-    Entry("report", "one self-contained HTML page"),
+    Entry(
+        "report",
+        "one self-contained HTML page",
+        (
+            _p(
+                "timings",
+                "bool",
+                "also run the model before and after and the ONNX files emitted above it; the page then differs between runs",
+                False,
+            ),
+        ),
+    ),
 )
 
 CHECKS: dict[str, Entry] = _table(

@@ -115,6 +115,13 @@ def afterwards(action: Callable[[], None]) -> None:
         group.afterwards.append(action)
 
 
+def pending(path: str | Path) -> Path:
+    """Where an output can be read now: outputs of the enclosing :func:`together` wait in a place beside their own."""
+    group = _group.get()
+    own = Path(os.path.abspath(path))
+    return next((o.temporary for o in group.waiting if o.path == own), own) if group is not None else own
+
+
 class AtomicOutput:
     """Context manager for one output file or folder.
 
