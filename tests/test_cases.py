@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from surgery.cli.main import main
-from tests.test_error_pages import FENCE, Block, plain  # noqa: F401  the fixture
+from tests.test_error_pages import FENCE, Block, adapters, plain  # noqa: F401  the fixture
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.md"))
 
@@ -24,6 +24,7 @@ def planned(block: Block, folder: Path) -> str:
     from tests.fixtures import model
 
     (folder / "case.surg").write_text(block.body, "utf-8")
+    adapters(block, folder)
     verb = block.words[0] if block.words else "plan"
     args = [verb, "case.surg", model(block.get("model") or "config:bert", folder), "--quiet"]
     args += [x for w in block.words if w.startswith("set=") for x in ("--set", w.removeprefix("set="))]

@@ -2,7 +2,8 @@
 
 A page has ``## Wrong`` and ``## Right``. Their code blocks are run in an empty folder:
 
-- ```` ```surg [check|plan|compile] [model=bert|config:bert] [set=r=16] [lock] ```` runs the verb on the spec (as ``spec.surg``);
+- ```` ```surg [check|plan|compile] [model=bert|config:bert] [adapter=news,legal] [set=r=16] [lock] ```` runs the verb on the spec (as
+  ``spec.surg``) beside these adapters (see ``tests/adapters.py``);
 - ```` ```surg file=common.surg ```` only writes a file for the blocks that follow, as ```` ```text file=NAME [encoding=latin-1] ```` does;
 - ```` ```python setup ```` only prepares the folder for them;
 - ```` ```python ```` is executed; it raises a SurgeryError, or prints what it has to say;
@@ -75,6 +76,7 @@ def execute(block: Block, folder: Path) -> str:
             verb = next((w for w in block.words if w in ("check", "plan", "compile")), "check")
             (folder / "spec.surg").write_text(block.body, "utf-8")
             args = [verb, "spec.surg"]
+            adapters(block, folder)
             if block.get("model"):
                 from tests.fixtures import model
 
@@ -84,6 +86,15 @@ def execute(block: Block, folder: Path) -> str:
             main([*args, "--quiet"])
             shown = err.getvalue()
     return shown.replace(f"{folder}/", "").replace(str(folder), ".")
+
+
+def adapters(block: Block, folder: Path) -> None:
+    """Writes the adapters that a block names."""
+    if block.get("adapter"):
+        from tests.adapters import example
+
+        for name in block.get("adapter").split(","):
+            example(name, folder)
 
 
 def is_case(block: Block) -> bool:

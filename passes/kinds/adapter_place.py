@@ -62,7 +62,8 @@ class Placed:
         params = (*((k, v) for k, v in method.params().items() if k not in ("seed", "shared")), ("site", self.geometry.pairs()))
         specs = {s.name: s for s in method.tensors(self.geometry)}
         first = {
-            n: Apply(s.shape, "float32", f"{method.verb}/{method.name}:{s.init}", (self.origin,), params, s.output) for n, s in specs.items()
+            n: Apply(s.shape, "float32", f"{method.verb}/{method.name}:{s.init}", (self.origin,), params, s.output)
+            for n, s in specs.items()
         }
         minus = Scale(first["B"].shape, "float32", first["B"], -1.0)
         return _beside((a, first["A"]), 0), _beside((b, minus), 1), scale
@@ -268,7 +269,11 @@ def _refuse(adapter: Adapter, problems: Sequence[_Fault], span: Span) -> Surgery
         base = f"the adapter says that it was trained on {adapter.base!r}" if adapter.base else ""
         tail = f", and {more} more part{'s' if more > 1 else ''} like it" if more else ""
         if code == "S0784":
-            help = "open the model that it was trained on" if first.span is None else "merge it above that statement, or train it on what stands there now"
+            help = (
+                "open the model that it was trained on"
+                if first.span is None
+                else "merge it above that statement, or train it on what stands there now"
+            )
             sink.add(error(code, f"{adapter.name} has parts for what is not there: {first.text}{tail}", span, "merged here", also=also, notes=[base] if base else [], help=[help, *_likely(first, problems)]))  # fmt: skip
         else:
             sink.add(error(code, f"{adapter.name} does not fit: {first.text}{tail}", span, "merged here", notes=[base] if base else [], help="open the model that it was trained on"))  # fmt: skip
@@ -286,7 +291,7 @@ def _likely(first: _Fault, problems: Sequence[_Fault]) -> list[str]:
 def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
     return fail(
         "S0789", f"{adapter.name} cannot be carried over to `{path}`: {why}", span, "merged here",
-        help="merge the adapter above the statements that changed the model, and let them cut it along",
+        help="merge the adapter above the statement that changed the model: it is cut along, or folded first where that takes no adapters",
     )  # fmt: skip
 
 
@@ -296,7 +301,11 @@ def _named_otherwise(program: Program, adapter: Adapter, span: Span) -> list[Any
     theirs = str(adapter.record.get("hash") or "")
     if theirs and hashes and theirs in hashes:
         return []
-    names = {_last(program.info.ref), _last(program.past.model.get("ref", "")), _last(str(program.info.config.get("_name_or_path") or ""))} - {""}
+    names = {
+        _last(program.info.ref),
+        _last(program.past.model.get("ref", "")),
+        _last(str(program.info.config.get("_name_or_path") or "")),
+    } - {""}
     mine = _last(adapter.base)
     if (not theirs and (not mine or mine in names)) or not names:
         return []
@@ -323,7 +332,16 @@ def _placed(program: Program, adapter: Adapter, low: Low, site: Site, was: Ances
     now = _geometry(program, site, weight.shape)
     then = _geometry(program, site, was.shape)
     tensors = {n: cast(e, "float32") for n, e in chosen.tensors.items()}
-    part = Placed(site, then, chosen.method, tensors, weight, None if low.shift is None else cast(low.shift, "float32"), was.source, was.source is weight)
+    part = Placed(
+        site,
+        then,
+        chosen.method,
+        tensors,
+        weight,
+        None if low.shift is None else cast(low.shift, "float32"),
+        was.source,
+        was.source is weight,
+    )
     if was.source is None and not was.cut:
         part = replace(part, origin=weight, direct=True)
     if not was.cut:
@@ -340,7 +358,12 @@ def _placed(program: Program, adapter: Adapter, low: Low, site: Site, was: Ances
     given: dict[str, Expr] = dict(part.tensors)
     if follow.rewrite:
         if was.source is None:
-            raise _stuck(adapter, low.path, f"its {next(iter(follow.rewrite))} depends on the weight before the cut, which is not stored any more", span)
+            raise _stuck(
+                adapter,
+                low.path,
+                f"its {next(iter(follow.rewrite))} depends on the weight before the cut, which is not stored any more",
+                span,
+            )
         given |= {n: make({**part.tensors, "weight": was.source}) for n, make in follow.rewrite.items()}
     cut: dict[str, Expr] = {}
     for name, expr in given.items():
@@ -362,7 +385,9 @@ def within_selection(program: Program, placed: Placed, sites: Iterable[Site]) ->
 
     chosen = list(sites)
     site = placed.site
-    if any(site.role == s.role or within(site.role, s.role) or (s.path == site.path and s.weight == site.weight and not s.rows) for s in chosen):
+    if any(
+        site.role == s.role or within(site.role, s.role) or (s.path == site.path and s.weight == site.weight and not s.rows) for s in chosen
+    ):
         return [placed]
     slices = [s for s in program.anatomy.sites if s.weight == site.weight and s.rows and s.path == site.path]
     some = [s for s in slices if any(s.role == c.role or within(s.role, c.role) for c in chosen)]
@@ -376,7 +401,9 @@ def _slice(program: Program, placed: Placed, site: Site) -> Placed:
     low = placed.low() if placed.method.rebase(placed.geometry) else None
     if low is not None:
         a, b, scale = low
-        placed = replace(placed, method=plain(a.shape[0], scale, float(getattr(placed.method, "dropout", 0.0))), tensors={"A": a, "B": b}, direct=False)
+        placed = replace(
+            placed, method=plain(a.shape[0], scale, float(getattr(placed.method, "dropout", 0.0))), tensors={"A": a, "B": b}, direct=False
+        )
     tensors = {n: e if n == "A" else select(e, 0, tuple(site.rows)) for n, e in placed.tensors.items()}
     shift = None if placed.shift is None else select(placed.shift, 0, tuple(site.rows))
     shape = program.weights[program.aliases.get(site.weight, site.weight)].shape

@@ -37,7 +37,7 @@ QUIET = frozenset({
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
-    "use_rslora", "lora_dropout",
+    "use_rslora",
 })  # fmt: skip
 """Fields of a config whose meaning is known here, or that say nothing about what a trained adapter computes."""
 
@@ -121,7 +121,7 @@ def _folder(ref: str, base: Path, span: Span) -> Path:
     if cached is not None:
         return cached
     raise fail(
-        "S0781", f"there is no adapter {ref!r} here", span, "opened here", exit_code=2, notes=(f"looked for {base / path}", f"and in the hub cache {hub_cache()}"),
+        "S0781", f"there is no adapter {ref!r} here", span, "opened here", exit_code=2, notes=(f"looked for {base / path}, and in the hub cache",),
         help=f"name a folder that holds {CONFIG} and {TENSORS}; nothing is downloaded",
     )  # fmt: skip
 
@@ -268,9 +268,15 @@ class _Reader:
                 "a sharded training saved pieces: gather the parameters before saving",
             )
         if rank < 1 or a.shape[0] != rank:
-            raise self.fault(f"`{path}` of {self.name} has rank {rank} by its config and {a.shape[0]} by its tensor", "correct `r` or `rank_pattern`")
+            raise self.fault(
+                f"`{path}` of {self.name} has rank {rank} by its config and {a.shape[0]} by its tensor", "correct `r` or `rank_pattern`"
+            )
         if bool(self.config.get("use_dora")) != ("magnitude" in roles):
-            which = "no magnitude, and its config says `use_dora`" if self.config.get("use_dora") else "a magnitude, and its config does not say `use_dora`"
+            which = (
+                "no magnitude, and its config says `use_dora`"
+                if self.config.get("use_dora")
+                else "a magnitude, and its config does not say `use_dora`"
+            )
             raise self.fault(f"`{path}` of {self.name} has {which}")
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         load = {role: roles[role].load() for role in ("magnitude", "shift") if role in roles}
@@ -280,12 +286,14 @@ class _Reader:
         """The value of the first pattern that the end of a path matches, as peft looks it up."""
         table = self.config.get(field) or {}
         if not isinstance(table, Mapping):
-            raise self.fault(f"`{field}` of {self.name} is not a table", f"write it as {{pattern: number}}")
+            raise self.fault(f"`{field}` of {self.name} is not a table", "write it as {pattern: number}")
         for pattern in table:
             try:
                 match = re.match(rf"(.*\.)?({pattern})$", path)
             except re.error as exc:
-                raise self.fault(f"`{field}` of {self.name} has a pattern that cannot be read: {pattern!r} ({exc})", "correct the pattern") from None
+                raise self.fault(
+                    f"`{field}` of {self.name} has a pattern that cannot be read: {pattern!r} ({exc})", "correct the pattern"
+                ) from None
             if match:
                 return _number(table, pattern, default, self.name, self.span)
         return default
