@@ -55,7 +55,13 @@ def certify(program: Program, said: Said, folder: Path, request: EmitRequest, wr
             assert fresh is not None
             worst, scale = max((worst, scale), _difference(stirred, _loaded(fresh, Path(place)), request))
     tolerance = TOLERANCE * scale
-    entry = {"claim": "peft = program", "max_abs_error": worst, "tolerance": tolerance, "ok": worst <= tolerance, "samples": [c[0] for c in CASES]}
+    entry = {
+        "claim": "peft = program",
+        "max_abs_error": worst,
+        "tolerance": tolerance,
+        "ok": worst <= tolerance,
+        "samples": [c[0] for c in CASES],
+    }
     if entry["ok"]:
         return [entry], ""
     also = [(span, "attached here") for span in origin_of(said.truncated)[:3]]

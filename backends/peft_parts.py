@@ -76,7 +76,13 @@ def _base_as_it_was(program: Program, span: Span | None) -> None:
     split = {(program.aliases.get(w, w), a.origin) for a in program.attachments if (w := _rebased(program, a))}
     for key, origins in program.journal.entries.items():
         for origin in origins:
-            merged = origin.verb == "merge" and key in program.weights and key not in added and key in program.frozen and (key, origin) not in split
+            merged = (
+                origin.verb == "merge"
+                and key in program.weights
+                and key not in added
+                and key in program.frozen
+                and (key, origin) not in split
+            )
             if origin.verb in CHANGES_BASE or merged:
                 raise _changed(origin, span)
 
@@ -113,7 +119,8 @@ def _cannot(a: Attachment, why: str, span: Span | None, help: str = "`emit torch
 
 def _entry(program: Program, a: Attachment, rank: int, span: Span | None) -> tuple[str, Entry]:
     module = program.module(a.module)
-    method, site = getattr(module, "method", None), getattr(module, "site", None)
+    method: Any = getattr(module, "method", None)
+    site: Any = getattr(module, "site", None)
     path = a.module.rpartition(".")[0]
     if method is None or a.method.kind != "delta":
         raise _cannot(a, "it is no change of a weight", span)
@@ -128,7 +135,12 @@ def _entry(program: Program, a: Attachment, rank: int, span: Span | None) -> tup
     own = getattr(method, "rank", None)
     size = own if says is not None else rank or own
     if not isinstance(size, int):
-        raise _cannot(a, f"the change of {a.method.name} has to be factored, and nothing says to which rank", span, "say it: `emit peft(rank = 16) to ...`")
+        raise _cannot(
+            a,
+            f"the change of {a.method.name} has to be factored, and nothing says to which rank",
+            span,
+            "say it: `emit peft(rank = 16) to ...`",
+        )
     size = min(size, site.max_rank) if says is None else size
     start = None
     rebase = method.rebase(site)
@@ -136,7 +148,7 @@ def _entry(program: Program, a: Attachment, rank: int, span: Span | None) -> tup
         start = _start(program, path, method, site, rebase)
         if start is None and says is None:
             raise _cannot(a, "it took a part out of the base, and the base as it was is not known", span)
-        if start is None and getattr(method, "iterations", 0):
+        if start is None and bool(getattr(method, "iterations", 0)):
             raise _cannot(a, "its start is a randomised decomposition of a base that is not known any more", span)
     return path, Entry(a, method, site, says, size, start)
 
@@ -149,7 +161,9 @@ def _start(program: Program, path: str, method: Any, site: Any, rebase: tuple[st
     for expr in nodes(weight):
         if isinstance(expr, Apply) and expr.function == name and expr.output == output and dict(expr.params).get("site") == site.pairs():
             return {
-                s.name: Apply(tuple(s.shape), "float32", name, expr.args, expr.params, s.output) for s in method.tensors(site) if s.init == function
+                s.name: Apply(tuple(s.shape), "float32", name, expr.args, expr.params, s.output)
+                for s in method.tensors(site)
+                if s.init == function
             }
     return None
 
@@ -164,7 +178,11 @@ def _flags(said: Said, span: Span | None) -> None:
     if special and not (alone and alike):
         a = entries[special[0]].attachment
         other = next((e.attachment for i, e in enumerate(entries) if words[i] != words[special[0]]), None)
-        why = f"{other.name} on {other.site.role} is of another kind, and a folder holds one" if other is not None else "it shares its layer with another, or is a slice of it"
+        why = (
+            f"{other.name} on {other.site.role} is of another kind, and a folder holds one"
+            if other is not None
+            else "it shares its layer with another, or is a slice of it"
+        )
         raise _cannot(a, why, span, "emit them from two specs, or fold one of the two")
     said.native = alone and alike and all(e.says is not None and e.start is None for e in entries)
     said.flags = dict(words[0]) if said.native and words else {}

@@ -87,7 +87,9 @@ def _base(program: Program) -> dict[str, str]:
 def _write(program: Program, said: Said, folder: Path, request: EmitRequest, dtype: str = "") -> None:
     """Both files of an adapter folder. The bytes depend on the program and the dtype alone."""
     made, config = _folder(program, said, request)
-    tensors = {k: t.detach().to(getattr(torch, dtype) if dtype and t.is_floating_point() else t.dtype).contiguous() for k, t in made.items()}
+    tensors = {
+        k: t.detach().to(getattr(torch, dtype) if dtype and t.is_floating_point() else t.dtype).contiguous() for k, t in made.items()
+    }
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
     dtypes = {k: str(t.dtype).removeprefix("torch.") for k, t in tensors.items()}
     write_safetensors(folder / TENSORS, tensors, shapes, dtypes)
@@ -115,7 +117,7 @@ def _folder(program: Program, said: Said, request: EmitRequest) -> tuple[dict[st
             alpha = scale * a.shape[0]
         tensors[first], tensors[second] = a, b
         ranks[path], alphas[path] = int(a.shape[0]), alpha
-    for path, names in said.whole.items():
+    for names in said.whole.values():
         for name in names:
             tensors[f"{PREFIX}{name}"] = request.tensors.of(program, name)
     for name in said.biases:

@@ -15,7 +15,7 @@ from surgery.model.adapter import Adapter, open_adapter
 from surgery.model.program import Origin
 from surgery.passes import registry
 from surgery.passes.kinds import adapter, tie_config
-from surgery.passes.kinds.adapter import AdapterInputs, Loaded
+from surgery.passes.kinds.adapter_join import AdapterInputs, Loaded
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.stack import StackMethod
 from surgery.passes.operation import Resolved
@@ -43,8 +43,8 @@ def names_adapters(session: Session, checked: Checked) -> bool:
             also=[(_span(mine[0], node), "this is the adapter")],
             help="merge adapters with adapters and checkpoints with checkpoints; `fold` puts a merged adapter into the weights",
         )  # fmt: skip
-    if not getattr(cls, "adapters", ""):
-        fits = ", ".join(c.name for c in registry.methods().values() if issubclass(c, MergeMethod) and getattr(c, "adapters", ""))
+    if not bool(getattr(cls, "adapters", "")):
+        fits = ", ".join(c.name for c in registry.methods().values() if issubclass(c, MergeMethod) and bool(getattr(c, "adapters", "")))
         raise fail(
             "S0790", f"merge {call.name} merges checkpoints, and `{mine[0].name}` is an adapter", call.span, "not for adapters",
             help=f"these merge adapters: {fits}",

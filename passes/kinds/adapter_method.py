@@ -47,7 +47,10 @@ class Refactored(AdapterSide, TaskMethod):
     adapters: ClassVar[str] = "change"
 
     rank: Literal["largest", "full"] | int = param(
-        "largest", "of adapters: rank of the merged one, a number, the largest of those merged, or all that the change has", min=1, last=True
+        "largest",
+        "of adapters: rank of the merged one, a number, the largest of those merged, or all that the change has",
+        min=1,
+        last=True,
     )
     factorwise: bool = param(False, FACTORWISE, last=True)
 

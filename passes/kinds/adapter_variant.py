@@ -47,7 +47,13 @@ def variant(adapter: Adapter, low: Low, span: Span) -> Variant:
     cls = _known().get(frozenset(flags.items())) or _known().get(frozenset((k, v) for k, v in flags.items() if k != "use_rslora"))
     if cls is None:
         said = ", ".join(f"{k} = {str(v).lower()}" for k, v in sorted(flags.items()))
-        raise fail("S0782", f"{adapter.name} is a LoRA with {said}, for which there is no method", span, "opened here", help="save it as a plain LoRA")
+        raise fail(
+            "S0782",
+            f"{adapter.name} is a LoRA with {said}, for which there is no method",
+            span,
+            "opened here",
+            help="save it as a plain LoRA",
+        )
     method = scaled(cls, low.rank, low.scale, adapter.dropout, **more)
     tensors: dict[str, Expr] = {"A": low.a, "B": low.b}
     if low.magnitude is not None:

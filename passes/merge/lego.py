@@ -100,7 +100,10 @@ def clusters(a: Tensor, b: Tensor, size: int, method: Lego, number: int) -> np.n
         from threadpoolctl import threadpool_limits
     except ImportError as exc:
         raise fail(
-            "S0786", "merge lego clusters with scikit-learn, which is not installed", exit_code=2, help="install it: `pip install scikit-learn`"
+            "S0786",
+            "merge lego clusters with scikit-learn, which is not installed",
+            exit_code=2,
+            help="install it: `pip install scikit-learn`",
         ) from exc
     import warnings
 

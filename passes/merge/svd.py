@@ -25,6 +25,8 @@ class Svd(AdapterMerge):
     adapters: ClassVar[str] = "change"
     thin: ClassVar[bool] = True
 
-    rank: Literal["largest", "full"] | int = param("largest", "rank of the merged adapter: a number, the largest of those merged, or all that the sum has", min=1)
+    rank: Literal["largest", "full"] | int = param(
+        "largest", "rank of the merged adapter: a number, the largest of those merged, or all that the sum has", min=1
+    )
     clamp: float | None = param(None, "quantile of all entries at which both factors are clipped", min=0, max=1, unit="%")
     even: bool = param(False, "the square root of the singular values goes into each factor; else all of them go into B")
