@@ -1,6 +1,6 @@
 """``python -m surgery.dev generate [--check]``: every file that is made from the code.
 
-The method catalogue, the pages of methods, the reference of the command line, the index of errors with its packaged copy, and the
+The method catalogue, the pages of methods and of fusion rules, the reference of the command line, the index of errors with its packaged copy, and the
 grammar's tables. ``--check`` writes nothing and exits with 1 when a file is stale. For a checkout; imports torch.
 """
 
@@ -39,7 +39,40 @@ def generated() -> dict[Path, str]:
     out[ROOT / "docs/errors/README.md"] = error_index(pages)
     out[ROOT / "surgery/core/errors.json"] = json.dumps({"schema": "surgery.errors/1", "pages": pages}, indent=1, ensure_ascii=False) + "\n"
     out |= grammar_files()
+    out |= fusion_files()
     return out
+
+
+def fusion_files() -> dict[Path, str]:
+    """The pages of the fusion rules, for readers and packaged for ``explain``."""
+    import inspect
+
+    from surgery.backends.fuse.engine import rules
+
+    packaged, lines = [], ["# Fusion rules", "", MADE.strip(), ""]
+    lines += [
+        "`emit onnx` and `emit pt2` run these rules, in this order, unless they are told `optimize = none`. After each rule the graph must still compute",
+        "what it computed before, on random, padded and cached inputs; what breaks that is taken back. `surgery explain --why-not RULE FILE` says where a",
+        "rule fired in an emitted file and, for each place that it left alone, the first condition that did not hold.",
+        "",
+    ]
+    for rule in rules():
+        text = inspect.cleandoc(type(rule).__doc__ or "").replace("``", "`").strip()
+        own = [f"{rule.doc[0].upper()}{rule.doc[1:]}.", "", *text.splitlines(), "", f"For: {', '.join(sorted(rule.targets))}."]
+        packaged.append(
+            {
+                "name": rule.name,
+                "doc": rule.doc,
+                "targets": sorted(rule.targets),
+                "page": "\n".join([f"# fusion {rule.name}", "", *own]) + "\n",
+            }
+        )
+        lines += [f"## {rule.name}", "", *own, ""]
+    data = {"schema": "surgery.fusion-rules/1", "rules": packaged}
+    return {
+        ROOT / "docs/fusions.md": "\n".join(lines).rstrip() + "\n",
+        ROOT / "surgery/core/fusions.json": json.dumps(data, indent=1, ensure_ascii=False) + "\n",
+    }
 
 
 def method_pages(infos: Iterable[MethodInfo]) -> dict[Path, str]:

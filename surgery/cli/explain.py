@@ -1,14 +1,16 @@
-"""``surgery explain``: the page of a diagnostic's code, of a method, of a backend, check, quantity or data source."""
+"""``surgery explain``: the page of a diagnostic's code, of a method, of a backend, check, quantity, data source or fusion rule; with
+``--why-not`` what fused in an emitted file and what did not."""
 
 from __future__ import annotations
 
 import argparse
 import re
 
-from surgery.cli.command import FAULT, Argument, Command
+from surgery.cli.command import FAULT, Argument, Command, Option
 from surgery.cli.explaining import absent, pages
 from surgery.cli.pages import entry_page, method_page, quantity_page
 from surgery.cli.report import Report, result
+from surgery.cli.why_not import known_rules, rule_page, why_not
 from surgery.core.catalogue import BACKENDS, CHECKS, METHOD_VERBS, QUANTITIES, SOURCES, load
 from surgery.core.diagnostics import fail
 from surgery.core.near import suggestion
@@ -36,11 +38,13 @@ def page(subject: str) -> str:
             found.append(quantity_page(QUANTITIES[subject]))
         if subject in METHOD_VERBS:
             found.append(_verb(subject))
+        if subject in known_rules():
+            found.append(rule_page(subject))
         if found:
             return "\n".join(found)
     names = [f"{v}/{n}" for v, n in catalogue.methods] if slash else [n for _, n in catalogue.methods]
     if not slash:
-        names += [*BACKENDS, *CHECKS, *QUANTITIES, *SOURCES]
+        names += [*BACKENDS, *CHECKS, *QUANTITIES, *SOURCES, *known_rules()]
     help, _ = suggestion(subject, names, "names")
     raise fail(
         "S0912",
@@ -69,6 +73,13 @@ def _code(code: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     report: Report = args.report
+    if args.why_not:
+        text, found = why_not(args.subject)
+        if report.machine:
+            report.document((), found)
+        else:
+            result(text)
+        return 0
     text = page(" ".join(args.subject))
     if report.machine:
         report.document((), {"schema": "surgery.page/1", "subject": " ".join(args.subject), "markdown": text})
@@ -84,10 +95,19 @@ COMMAND = Command(
     (
         Argument(
             "subject",
-            "a code such as S0212, a verb, a method such as lora or adapt/lora, an output, check, quantity or data source",
+            "a code such as S0212, a verb, a method such as lora or adapt/lora, an output, check, quantity, data source or fusion rule; with "
+            "`--why-not` a file that `emit onnx` or `emit pt2` wrote, and before it a rule",
             "+",
             files=False,
         ),
     ),
-    examples=("surgery explain S0212", "surgery explain lora", "surgery explain adapt/lora", "surgery explain onnx"),
+    (Option("why-not", "say where a fusion rule fired in an emitted file, and for each near miss the first condition that failed"),),
+    examples=(
+        "surgery explain S0212",
+        "surgery explain lora",
+        "surgery explain adapt/lora",
+        "surgery explain onnx",
+        "surgery explain --why-not skip_layer_norm model.onnx",
+        "surgery explain --why-not model.onnx",
+    ),
 )
