@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from surgery import merging
 from surgery.core import ast
 from surgery.core.diagnostics import fail
 from surgery.core.plan import PlanSite, PlanStep
@@ -17,9 +18,10 @@ from surgery.passes import registry
 from surgery.passes.kinds import adapter, tie_config
 from surgery.passes.kinds.adapter_join import AdapterInputs, Loaded
 from surgery.passes.kinds.merge import MergeMethod
+from surgery.passes.kinds.merge_inputs import Source
 from surgery.passes.kinds.stack import StackMethod
 from surgery.passes.operation import Resolved
-from surgery.passes.resolve import build, pick
+from surgery.passes.resolve import pick
 from surgery.passes.verify import verify
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ def names_adapters(session: Session, checked: Checked) -> bool:
         raise fail(
             "S0790", f"merge {call.name} merges checkpoints, and `{mine[0].name}` is an adapter", call.span, "not for adapters",
             help=f"these merge adapters: {fits}",
+        )  # fmt: skip
+    if "vocab" in call.args:
+        raise fail(
+            "S0790", "`vocab` is about checkpoints, and adapters are merged here", call.spans.get("vocab", call.span), "nothing looks at this",
+            help="leave it out",
         )  # fmt: skip
     return True
 
@@ -78,16 +85,14 @@ def merge_adapters(session: Session, checked: Checked, position: int) -> None:
         return
     loaded = tuple(_loaded(session, part, node) for part in node.of)
     cls = registry.get("merge", call.name)
-    regions = [s for s in program.anatomy.sites if s.is_region and s.layer is not None and s.role.endswith(f"[{s.layer}]")]
-    varied = any(isinstance(v, ast.ListValue | ast.Table | ast.Call) for v in call.values().values())
-    methods = build(cls, call, regions if varied else [], {s.name: s.layers for s in program.anatomy.stacks})
+    given = tuple(Source(i.adapter.name, {}, {}, i.weight, span=i.span) for i in loaded)
+    methods, inputs = merging._inputs(program, cls, call, given, sites, node)
     seed = int(call.args.get("seed", 0) or 0)
-    layers: Any = tuple(zip(regions, methods, strict=True)) if varied else ()
     told: list[str] = []
     op = Resolved(
         verb="merge", name=node.name or _label(loaded), place="", sites=tuple(sites), methods=methods[:1],
         origin=Origin(span=node.span, verb="merge", method=call.name, note=node.doc), seed=seed, study=session.study,
-        data=AdapterInputs(loaded, layers), tell=told.append, warn=session.sink.add,
+        data=AdapterInputs(loaded, inputs.layers, inputs.factors), tell=told.append, warn=session.sink.add,
     )  # fmt: skip
     session.progress(f"merge {call.name} of {', '.join(i.adapter.name for i in loaded)}")
     session.enter("merge")
@@ -101,7 +106,7 @@ def merge_adapters(session: Session, checked: Checked, position: int) -> None:
     session.versions[f"merge/{call.name}"] = op.method.version
     session.plan.steps.append(
         PlanStep(
-            span=node.span, verb="merge", method=call.name, params={**op.method.params(), **_columns(methods)},
+            span=node.span, verb="merge", method=call.name, params={**op.method.params(), **merging._columns(methods)},
             sites=tuple(
                 PlanSite(role=c.role, path=c.path, rows=c.rows, shape_before=c.shape_before, shape_after=c.shape_after, added=c.added, removed=c.removed, trainable=c.trainable, note=c.note)
                 for c in changes
@@ -114,12 +119,6 @@ def merge_adapters(session: Session, checked: Checked, position: int) -> None:
 def _label(loaded: tuple[Loaded, ...]) -> str:
     """What the merged adapter is called without `as`: one adapter keeps its name."""
     return loaded[0].adapter.name.rpartition(".")[2] if len(loaded) == 1 else "merged"
-
-
-def _columns(methods: Any) -> dict[str, Any]:
-    """The parameters that differ from layer to layer, one value a layer."""
-    first = methods[0].params()
-    return {k: [m.params()[k] for m in methods] for k in first if any(m.params()[k] != first[k] for m in methods)}
 
 
 def _span(part: ast.Weighted, node: ast.Merge) -> Span:

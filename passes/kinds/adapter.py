@@ -57,7 +57,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """
     assert isinstance(op.data, AdapterInputs) and isinstance(op.method, MergeMethod)
     method, loaded = op.method, op.data.adapters
-    weights = _weights(op, method, [item.weight for item in loaded])
+    weights = _Factors(op, method)
     placements = []
     for item in loaded:
         check_finite(item.adapter, op.study, item.span)
@@ -66,7 +66,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             op.warn(warning)
         placements.append(placement)
     places, left = _gather(program, op, placements, weights)
-    whole = _whole(program, op, placements)
+    whole = _whole(program, op, placements, weights)
     _told(op, placements, left)
     if not places and not whole:
         raise fail(
@@ -98,20 +98,31 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
 # ------------------------------------------------------------------ what is merged where
 
 
-def _weights(op: Resolved, method: MergeMethod, given: Sequence[float]) -> list[float]:
-    """The factors, divided by their sum where the method says so."""
-    if not getattr(method, "normalize", False):
-        return list(given)
-    total = sum(given)
-    if abs(total) < 1e-8:
-        raise fail(
-            "S0775",
-            f"merge {op.name}: the factors sum to zero, and it divides by their sum",
-            op.origin.span,
-            "these factors",
-            help="change the factors behind `of`",
-        )
-    return [w / total for w in given]
+class _Factors:
+    """The factors of a statement by place, divided by their sum where the method says so. Raises S0775 for those that do not go with it."""
+
+    def __init__(self, op: Resolved, method: MergeMethod) -> None:
+        assert isinstance(op.data, AdapterInputs)
+        self.by_layer = [(site, self._settled(op, method, given)) for site, given in op.data.factors]
+        self.elsewhere = self.by_layer[0][1] if self.by_layer else self._settled(op, method, [i.weight for i in op.data.adapters])
+
+    @staticmethod
+    def _settled(op: Resolved, method: MergeMethod, given: Sequence[float]) -> list[float]:
+        total, divides = sum(given), bool(getattr(method, "normalize", False))
+        why = "the factors sum to zero, and it divides by their sum" if divides and abs(total) < 1e-8 else ""
+        if why := why or (method.check(given) if kind_of(method) == "change" else ""):
+            raise fail("S0775", f"merge {op.origin.method}: {why}", op.origin.span, "these factors", help="change the factors behind `of`")
+        return [w / total for w in given] if divides else list(given)
+
+    def at(self, role: str, path: str) -> list[float]:
+        """One factor for each adapter at a place; outside of the layers those of the first layer."""
+        return next((own for region, own in self.by_layer if _inside(region, role, path)), self.elsewhere)
+
+
+def _inside(region: Site, role: str, path: str) -> bool:
+    from surgery.passes.resolve import within
+
+    return within(role, region.role) or bool(region.path and path.startswith(f"{region.path}."))
 
 
 def _randomised(item: Loaded) -> list[Any]:
@@ -126,19 +137,17 @@ def _randomised(item: Loaded) -> list[Any]:
     ]  # fmt: skip
 
 
-def _gather(
-    program: Program, op: Resolved, placements: Sequence[Placement], weights: Sequence[float]
-) -> tuple[list[Here], dict[str, list[str]]]:
+def _gather(program: Program, op: Resolved, placements: Sequence[Placement], weights: _Factors) -> tuple[list[Here], dict[str, list[str]]]:
     """The places in model order with what stands there, and of each adapter the roles that the selector leaves out."""
     found: dict[str, list[tuple[Placed, float, str]]] = {}
     left: dict[str, list[str]] = {}
-    for placement, weight in zip(placements, weights, strict=True):
+    for i, placement in enumerate(placements):
         for part in placement.parts.values():
             chosen = within_selection(program, part, op.sites) if op.sites else [part]
             if not chosen:
                 left.setdefault(placement.adapter.name, []).append(part.site.role)
             for each in chosen:
-                found.setdefault(each.site.role, []).append((each, weight, placement.adapter.name))
+                found.setdefault(each.site.role, []).append((each, weights.at(each.site.role, each.site.path)[i], placement.adapter.name))
     order = {name: i for i, name in enumerate(program.weights)}
     out = [
         Here(
@@ -154,12 +163,12 @@ def _gather(
     return out, left
 
 
-def _whole(program: Program, op: Resolved, placements: Sequence[Placement]) -> dict[str, list[tuple[float, str, Expr]]]:
+def _whole(program: Program, op: Resolved, placements: Sequence[Placement], weights: _Factors) -> dict[str, list[tuple[float, str, Expr]]]:
     """Tensors of the base that adapters replace, by first name: factor, adapter and value of each."""
     names = {n for s in op.sites for n in (s.weight, s.bias, *s.parameters) if n} if op.sites else None
     assert isinstance(op.data, AdapterInputs)
     found: dict[str, list[tuple[float, str, Expr]]] = {}
-    for placement, item in zip(placements, op.data.adapters, strict=True):
+    for i, placement in enumerate(placements):
         for name, expr in placement.whole.items():
             mine = {name, program.aliases.get(name, name)}
             if names is not None and not mine & names:
@@ -167,7 +176,7 @@ def _whole(program: Program, op: Resolved, placements: Sequence[Placement]) -> d
             old = program.weights[program.aliases.get(name, name)]
             if name in placement.adapter.copies and is_copy(op.study, expr, old):
                 continue
-            found.setdefault(name, []).append((item.weight, placement.adapter.name, expr))
+            found.setdefault(name, []).append((weights.at("", name)[i], placement.adapter.name, expr))
     return found
 
 
@@ -194,12 +203,7 @@ def _by_whom(here: Here, loaded: Sequence[Loaded]) -> str:
 
 
 def _method_of(site: Site, layers: Sequence[tuple[Site, MergeMethod]], method: MergeMethod) -> MergeMethod:
-    from surgery.passes.resolve import within
-
-    for region, own in layers:
-        if within(site.role, region.role) or (region.path and site.path.startswith(f"{region.path}.")):
-            return own
-    return method
+    return next((own for region, own in layers if _inside(region, site.role, site.path)), method)
 
 
 # ------------------------------------------------------------------ attaching

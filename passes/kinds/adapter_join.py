@@ -36,10 +36,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What a merge of adapters names, in the order written, and the method of each layer where its parameters differ by layer."""
+    """What a merge of adapters names, in the order written; the method of each layer where its parameters differ by layer, and the factors of
+    each layer where the statement gives them by layer."""
 
     adapters: tuple[Loaded, ...]
     layers: tuple[tuple[Site, MergeMethod], ...] = ()
+    factors: tuple[tuple[Site, tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
