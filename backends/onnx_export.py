@@ -27,7 +27,7 @@ _CACHE = re.compile(r"(?P<cache>\w+?)_(?P<what>key|value)_(?P<layer>\d+)")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints progress and logs through several channels; none of it belongs in our output."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -125,7 +125,7 @@ def export(
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
     prepare(root)
     report("emitting onnx: tracing", 0, STEPS)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         exported = traced(program, root, live)
         report("emitting onnx: translating", 1, STEPS)
         made = torch.onnx.export(

@@ -12,7 +12,7 @@ from torch import fx
 
 from surgery.backends import onnx_live
 from surgery.backends.onnx_certify import Case, feeds_of
-from surgery.backends.onnx_export import traced
+from surgery.backends.onnx_export import quiet, traced
 from surgery.backends.onnx_finite import first_overflow, lost_weights
 from surgery.backends.protocol import EmitRequest
 from surgery.core.diagnostics import SurgeryError, error, fail
@@ -123,6 +123,6 @@ def inexpressible(exc: Exception, span: Span | None, opset: int, live: Live | No
 def _blamed(live: Live, missing: Sequence[str]) -> list[str]:
     """The live adapters that compute with operations that ONNX does not have."""
     operations = {name.rpartition("::")[2].rpartition(".")[2] or name for name in missing}
-    with torch.no_grad():
+    with quiet(), torch.no_grad():
         exported = traced(live.program, live.root, live.names)
-    return onnx_live.blamed(exported, live.program, live.modules, operations)
+        return onnx_live.blamed(exported, live.program, live.modules, operations)

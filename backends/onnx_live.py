@@ -85,9 +85,11 @@ def loosen(root: fx.GraphModule, names: Iterable[str]) -> None:
 
 def blamed(exported: Any, program: Program, modules: frozenset[str], operations: Iterable[str]) -> list[str]:
     """The labels of live adapters that compute with one of these operations, by the modules that the tracer saw them in."""
+    from torch._decomp import decomposition_table
+
     wanted = tuple(operations)
     found: dict[str, None] = {}
-    for node in exported.run_decompositions().graph.nodes:
+    for node in exported.run_decompositions(dict(decomposition_table)).graph.nodes:
         if node.op != "call_function" or not any(name in str(node.target) for name in wanted):
             continue
         paths = {str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()}

@@ -50,20 +50,25 @@ def newest_exported() -> int:
     return int(getattr(converter, "SUPPORTED_MAX_ONNX_OPSET", EXPORTED))
 
 
-def check_new(opset: int, span: Span | None) -> None:
-    """S0873 when no graph of this version can be made, checked and run here."""
+@cache
+def known() -> dict[str, int]:
+    """The packages that make, check and run graphs, with the newest operator set of each."""
     import onnx
     import onnxruntime
     import onnxscript
 
-    known = {
+    return {
         f"onnx {onnx.__version__}": newest_checked(), f"onnxruntime {onnxruntime.__version__}": newest_run(),
         f"onnxscript {onnxscript.__version__}": newest_exported(),
     }  # fmt: skip
-    last = min(known.values())
+
+
+def check_new(opset: int, span: Span | None) -> None:
+    """S0873 when no graph of this version can be made, checked and run here."""
+    last = min(known().values())
     if opset <= last:
         return
-    who = [f"{name} knows operator sets up to {n}" for name, n in known.items() if n < opset]
+    who = [f"{name} knows operator sets up to {n}" for name, n in known().items() if n < opset]
     raise fail(
         "S0873", f"opset {opset} is newer than what is installed here can make and run", span, "asked for here", notes=who,
         help=[f"write `opset = {last}`", "an operator set that is not released yet cannot be measured"],
