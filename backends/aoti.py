@@ -97,8 +97,7 @@ def build(
 
 
 def defaults(place: Path) -> dict[str, Any]:
-    """Inductor's options: weights packed for the processor and the rest computed ahead, one product for what shares an input, no
-    trace of this machine in what the compiler writes."""
+    """Inductor's options: weights packed for the processor, constants computed ahead, no trace of this machine in what the compiler writes."""
     headers = Path(torch.__file__).parent
     return {
         "aot_inductor.package": True,
@@ -111,7 +110,6 @@ def defaults(place: Path) -> dict[str, Any]:
         "alignment_asserts": False,
         "cpp.dynamic_threads": True,
         "freezing": True,
-        "cpp.enable_concat_linear": True,
     }
 
 

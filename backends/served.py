@@ -89,11 +89,13 @@ def record(program: Program, outputs: Sequence[str]) -> dict[str, Any]:
         shape = [n if isinstance(n, int) else _axis(n, named) for n in spec.shape]
         below = None if spec.dtype.startswith(("float", "bfloat", "bool")) or "mask" in flat_name else _rows(program, flat_name)
         found.append({"name": name, "dtype": spec.dtype, "shape": shape, "below": below})
-    lengths = [n for n in COST_AT if longest is None or n <= longest] or [longest]
+    lengths = (
+        COST_AT if longest is None or longest >= max(COST_AT) else tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
+    )
     return {
         "schema": SCHEMA, "model": program.info.family or program.info.architecture, "inputs": found, "outputs": list(outputs), "longest": longest,
         "params": cost.parameters(program), "bytes": cost.bytes_of(program),
-        "cost": [[n, cost.count(program, n).total] for n in lengths if n],
+        "cost": [[n, cost.count(program, n).total] for n in lengths],
     }  # fmt: skip
 
 

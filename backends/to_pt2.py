@@ -31,6 +31,9 @@ PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat1
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Allowed difference to torch in the same precision, times the output's scale when that is above one."""
 
+BATCH, LENGTH = 8, 127
+"""Of the example that is traced. Weights are packed for products of so many rows; what suits many rows was measured to suit few as well."""
+
 STEPS = 4
 """Of one emission: compiling, packing, measuring, writing."""
 
@@ -128,7 +131,7 @@ class Pt2Backend:
             with AtomicOutput(request.target, folder=False, force=request.force, own=lambda p: owns(p, request.spec_digest)) as temporary:
                 aoti.package(files, temporary, record)
         notes = [f"{request.target.name}: {line}" for line in fused.lines()] if fused else []
-        return Emitted((request.target,), tuple(certificates), tuple(notes))
+        return Emitted((request.target,), tuple(certificates), tuple(notes), tuple(record["fusions"]))
 
 
 def cached_as_asked(program: Program, cache: Any, span: Span | None) -> Program:
@@ -159,7 +162,7 @@ def compiled(
     """The files of the package of a root graph, made in the folder ``place``. Batch, length and past stay open."""
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     tree = served.input_tree(program)
-    example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
+    example = sample_inputs(program, batch=BATCH, length=LENGTH, seed=1, padding=False, dtype=dtype, past=5)
     axes = [
         {i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if getattr(n, "free_symbols", None)} or None
         for _, s in placeholders(program)
