@@ -58,7 +58,9 @@ class MergeMethod(Method):
         """Why these factors do not go with the method, or an empty text."""
         return ""
 
-    def align(self, program: Program, op: Resolved, names: Sequence[str], operands: Mapping[str, Operands]) -> Mapping[str, Operands]:
+    def align(
+        self, program: Program, op: Resolved, names: Sequence[str], operands: Mapping[str, Operands], sources: Sequence[Source]
+    ) -> Mapping[str, Operands]:
         """The operands after a change that keeps what each model computes; reads through ``op.study``, says nothing while planning."""
         return operands
 
@@ -153,7 +155,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     operands: Mapping[str, Operands] = {n: overlap(base[n], [s.expr(n, base) for s in sources], rows.get(n)) for n in names}
     for line in mixed(program, operands, sources):
         op.tell(line)
-    operands = method.align(program, op, names, operands)
+    operands = method.align(program, op, names, operands, sources)
     by_layer = {program.aliases.get(n, n): m for site, m in op.data.layers for n in site.parameters}
     prepared = method.prepare(op, operands, sources)
     for name in names:

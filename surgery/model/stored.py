@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
@@ -70,6 +71,18 @@ def _gone(expr: Load, why: str) -> Exception:
     )  # fmt: skip
 
 
+MANY = 64
+"""Ranges of an axis beyond which one gathering is faster than so many copies."""
+
+
+def positions(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The positions that ranges name, in order."""
+    starts = torch.tensor([start for start, _ in ranges])
+    lengths = torch.tensor([stop - start for start, stop in ranges])
+    ends = lengths.cumsum(0)
+    return torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - ends + lengths, lengths)
+
+
 def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
     """Index ranges of a stored tensor. Ranges of the first axis are read byte-exactly; those of others are copied out of a
     mapping of the tensor, so that only the pages they touch are read, and nothing stays mapped."""
@@ -77,6 +90,8 @@ def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> tor
     out = torch.empty((*expr.shape[:axis], size, *expr.shape[axis + 1 :]), dtype=torch_dtype(expr.dtype))
     if out.numel() == 0:
         return out
+    if len(ranges) > MANY and 4 * out.numel() >= math.prod(expr.shape):
+        return read(expr).index_select(axis, positions(ranges))  # most of it is needed, in small pieces
     if axis == 0:
         row = expr.nbytes // expr.shape[0]
         view, at = memoryview(out.reshape(-1).view(torch.uint8).numpy()), 0
