@@ -55,7 +55,7 @@ def strip(label: str, shares: Sequence[float], text: str, y: int, says: Callable
 def _figure(title: str, note: str, rows: Sequence[Callable[[int], str]], cells: int, width: int = CELL) -> str:
     if not rows:
         return ""
-    wide, high = LEFT + cells * (width + GAP) + 230, len(rows) * (CELL + 5) + 4
+    wide, high = LEFT + cells * (width + GAP) + 420, len(rows) * (CELL + 5) + 4
     drawn = "".join(row(4 + i * (CELL + 5)) for i, row in enumerate(rows))
     return (
         f"<h2>{escape(title)}</h2><p class=soft>{escape(note)}</p>"

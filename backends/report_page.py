@@ -92,7 +92,7 @@ def _totals(plan: Plan) -> str:
     return "<h2>Totals</h2>" + _table(("", "before", "after", ""), rows, (1, 2))
 
 
-CELL_W, CELL_H, LEFT, TOP = 62, 20, 120, 22
+CELL_W, CELL_H, LEFT, TOP = 76, 20, 120, 22
 
 
 def _grid(sites: Iterable[Site]) -> dict[str, dict[str, Site]]:
@@ -107,13 +107,21 @@ def _grid(sites: Iterable[Site]) -> dict[str, dict[str, Site]]:
     return rows
 
 
+def _short(column: str, most: int = 11) -> str:
+    """A role's last words, as many as a column's head has room for."""
+    words = column.split(".")
+    while len(".".join(words)) > most and len(words) > 1:
+        words = words[1:]
+    return ".".join(words)[:most]
+
+
 def _picture(title: str, program: Program, columns: list[str], top: float, added: Mapping[str, int]) -> str:
     """One row per layer, one cell per site: the darker, the more parameters; a dot marks what surgery added."""
     rows = {r: c for r, c in _grid(program.anatomy.sites).items() if r}
     width, height = LEFT + CELL_W * len(columns) + 8, TOP + CELL_H * len(rows) + 8
     out = [f"<figure><figcaption>{escape(title)}</figcaption><svg width={width} height={height} role=img aria-label='{escape(title)}'>"]
     for i, column in enumerate(columns):
-        out.append(f"<text x={LEFT + i * CELL_W + 2} y={TOP - 8}>{escape(column[-9:])}</text>")
+        out.append(f"<text x={LEFT + i * CELL_W + 2} y={TOP - 8}>{escape(_short(column))}</text>")
     for j, (row, cells) in enumerate(rows.items()):
         y = TOP + j * CELL_H
         out.append(f"<text x=0 y={y + 14}>{escape(row)}</text>")
