@@ -209,7 +209,8 @@ def test_saved_and_loaded_as_data(key: tuple[str, str]) -> None:
     program.graph = graphjson.load(graphjson.dump(program.graph))
     assert difference(outputs(cls, program), expected) == 0
     names = set(program.weights) | set(program.aliases)
-    assert {n for n, _ in program.graph.named_parameters(remove_duplicate=False)} == names
+    held = [*program.graph.named_parameters(remove_duplicate=False), *program.graph.named_buffers(remove_duplicate=False)]
+    assert {n for n, _ in held} == names
 
 
 @pytest.mark.parametrize("key", ATTACHING, ids="/".join)

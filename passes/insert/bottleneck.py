@@ -29,8 +29,9 @@ class Bottleneck(InsertMethod):
     to zero, which leaves the model unchanged; ``init = bert`` draws both from N(0, 0.02) and does not. ``residual = false``
     lets the branch replace the value: the model is then changed from the start. Dropout acts on the bottleneck.
 
-    Adds ``2 hidden width + width + hidden`` parameters per part (a layer norm 2 hidden, a learned scale 1 more). Beside a plain
-    feed-forward block with the same activation it folds exactly, by widening that block; elsewhere it stays.
+    Adds ``2 hidden width + width + hidden`` parameters per part (a layer norm 2 hidden, a learned scale 1 more). Beside a
+    feed-forward block with the same activation it folds exactly, by widening that block (of a gated one by units whose value is 1);
+    elsewhere it stays.
 
         insert bottleneck(width = 64, activation = gelu) after layers[*].{attn, ffn}
 

@@ -40,10 +40,11 @@ class DropMethod(Method):
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Bypass what the statement chooses. Raises S0473 for what cannot be bypassed, S0474 for the last cache, S0475 for what is
     no such part, S0476 for impossible amounts, S0477 for what others need or would leave a stack empty, S0478 for what an
-    earlier line shared or converted."""
+    earlier line shared or converted, S0493 below virtual tokens."""
     method = op.method
     assert isinstance(method, DropMethod)
     _are_parts(op, method)
+    _no_virtual_tokens(program, op)
     gone = amount(op, method.every)
     open_ = [s for s in op.sites if not any(within(s.role, k.role) for k in op.keep)]
     if not open_:
@@ -70,6 +71,17 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         bypassed = Bypassed(before, took.layers, took.branches)
         op.claim(bypass_claim(bypassed, program.copy(), took.inputs, took.outputs, op.origin.span))
     return _changes(chosen, took.removed, note)
+
+
+def _no_virtual_tokens(program: Program, op: Resolved) -> None:
+    """What stands in front of the sequence has keys and values of every layer, which no part of one layer takes along."""
+    a = next((a for a in program.attachments if a.method.stands == "tokens"), None)
+    if a is not None:
+        raise fail(
+            "S0493", f"{a.name} keeps keys and values of virtual tokens for every layer, so no part of a layer can go", op.origin.span,
+            "dropped here", also=[(a.origin.span, f"{a.name} is put in front here")] if a.origin.span.source.text else (),
+            help=f"write this line in front of `{a.origin.verb} {a.method.name}`",
+        )  # fmt: skip
 
 
 def _changes(chosen: Sequence[Site], removed: dict[str, int], note: str) -> list[SiteChange]:

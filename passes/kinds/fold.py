@@ -46,7 +46,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         if any(b is a for b in program.attachments):
             key = weight_names(program, a.site) if a.method.kind == "delta" else (a.module,)
             groups.setdefault(key, []).append(a)
-    for names, group in groups.items():
+    # changes of weights first: a weight that is to become wider takes none on top of it
+    for names, group in sorted(groups.items(), key=lambda g: g[1][0].method.kind != "delta"):
         kind = import_module(f"surgery.passes.kinds.{group[0].method.kind}")
         sizes = {a.module: _count(program, a) for a in group}
         tied = group[0].method.kind == "delta" and bool(ties_outside(program, names))

@@ -13,7 +13,7 @@ edits at the root of the graph; only where the keys and values come from differs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,23 +22,19 @@ from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
-from surgery.core.site import NodeRef, Site
 from surgery.model import graphjson
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.live import Tensors, live_root
 from surgery.model.modules import register_module
-from surgery.model.program import Attachment, ModelInfo, Program, Signature, ValueSpec
+from surgery.model.program import Attachment, ModelInfo, Program, Signature
 from surgery.model.weights import Apply, Expr, Held, Weights
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
-from surgery.passes.kinds.calls import calls_of, operand
 from surgery.passes.kinds.insert_memory import replace_module
+from surgery.passes.kinds.insert_prompt_graph import EMBED, EMPTY, IDS, JOIN, MASK, ONES, SHIFT, STEPS, ancestors, ends_of, refused, write
 from surgery.passes.operation import Resolved, SiteChange
 
 MODULE_TAG = "surgery.prompt"
-IDS, ONES, STEPS, EMPTY, EMBED, JOIN, MASK, SHIFT, REST = range(9)
-"""What a call of the module makes, see :class:`PromptModule`."""
-_MOVES = ("aten.reshape", "aten.view", "aten._to_copy", "aten.to.", "aten.alias", "aten.clone")
 
 
 @dataclass(frozen=True)
@@ -155,99 +151,13 @@ def table_specs(stored: Sequence[tuple[int, int, int]]) -> tuple[TensorSpec, ...
     return tuple(TensorSpec(f"table_{i}", shape, trainable=False) for i, shape in enumerate(stored))
 
 
-# ------------------------------------------------------------------ the call of the model
-
-
-@dataclass(frozen=True)
-class Ends:
-    """Inputs and outputs of a causal model by what they are: placeholders, and for each past its grown form among the outputs."""
-
-    ids: fx.Node
-    embedded: fx.Node
-    same: tuple[fx.Node, ...]
-    """Further inputs of one integer a token that are zero for virtual tokens."""
-    mask: fx.Node | None
-    positions: fx.Node | None
-    pasts: tuple[fx.Node, ...]
-    grown: tuple[int, ...]
-    """Places among the flat outputs, in the order of ``pasts``."""
-
-
-def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
-    """Raises S0491 when the model is not a causal one with a cache, or takes what virtual tokens have no values for."""
-    from surgery.passes.kinds.insert import end_of_chain
-
-    calls = calls_of(program, site) if site.op == "embedding" else []
-    ids = _looked_up(calls[0][1]) if len(calls) == 1 and not calls[0][0] else None
-    if ids is None:
-        raise _refused(op, site, "it does not look up the model's token ids", "select the embedding of the tokens: `on embed.tokens`")
-    blocks = [s for s in program.anatomy.sites if s.is_region and "causal" in s.facts]
-    loose = next((s.role for s in blocks if not s.facts["causal"] or s.facts.get("cross")), None)
-    if loose or not blocks:
-        why = (
-            f"{loose} is no causal self attention, so later tokens would change what the virtual ones are"
-            if loose
-            else "no attention was found"
-        )
-        raise _refused(op, site, why, "`insert prefix(..) on layers[*].attn` puts keys and values in front of any attention")
-    holders = [n for n in program.graph.graph.nodes if n.op == "placeholder"]
-    kinds = _inputs(program)
-    pasts = tuple(n for n, (_, cached) in zip(holders, kinds, strict=True) if cached)
-    grown = tuple(i for i, cached in enumerate(_cached(program.signature.out_spec)) if cached)
-    if not pasts or len(pasts) != len(grown):
-        raise _refused(op, site, "the model was captured without a cache", "capture it with `past_key_values` among its inputs")
-    found: dict[str, fx.Node] = {}
-    same = []
-    for node, (name, cached) in zip(holders, kinds, strict=True):
-        if cached or node is ids:
-            continue
-        rank = len(node.meta["spec"].shape)
-        if name in ("attention_mask", "position_ids") and rank == 2:
-            found[name] = node
-        elif name == "token_type_ids" and rank == 2:
-            same.append(node)
-        elif node.users:
-            raise _refused(op, site, f"virtual tokens have no value for the input `{name}`", "")
-    return Ends(
-        ids, end_of_chain(program.graph, calls[0][1]), tuple(same), found.get("attention_mask"), found.get("position_ids"), pasts, grown
-    )
-
-
-def _looked_up(node: fx.Node) -> fx.Node | None:
-    """The input whose ids an embedding looks up, behind changes of shape."""
-    value = operand(node)
-    while value.op == "call_function" and str(value.target).startswith(_MOVES) and isinstance(value.args[0], fx.Node):
-        value = value.args[0]
-    return value if value.op == "placeholder" else None
-
-
-def _inputs(program: Program) -> list[tuple[str, bool]]:
-    """For every flat input the parameter that it belongs to and whether it is a part of a cache."""
-    tree = program.signature.in_spec
-    keys = tree.get("keys") or program.signature.parameters
-    return [(str(key), cached) for key, item in zip(keys, tree["items"], strict=True) for cached in _cached(item)]
-
-
-def _cached(tree: Any) -> list[bool]:
-    """For every tensor of a tree whether it is a part of a cache, in order."""
-    if tree["type"] == "tensor":
-        return [False]
-    if tree["type"] == "cache":
-        return [True] * (tree["layers"] * (4 if tree["class"] == "EncoderDecoderCache" else 2))
-    return [c for item in tree.get("items", ()) for c in _cached(item)]
-
-
-def _refused(op: Resolved, site: Site, why: str, help: str) -> Exception:
-    return fail("S0491", f"{op.method.name} cannot stand on {site.role}: {why}", op.origin.span, "asked for here", help=help or ())
-
-
 # ------------------------------------------------------------------ attach
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Put the statement's tokens in front. Raises S0491 (see :func:`ends_of`) and S0492 for a second prompt."""
     if len(op.sites) != 1:
-        raise _refused(op, op.sites[-1], "virtual tokens stand in front of one sequence", "select one embedding: `on embed.tokens`")
+        raise refused(op, op.sites[-1], "virtual tokens stand in front of one sequence", "select one embedding: `on embed.tokens`")
     before = next((a for a in program.attachments if isinstance(a.method, PromptMethod)), None)
     if before is not None:
         raise fail(
@@ -269,7 +179,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         program, module, path, method.tensors(width), op,
         dtype=attach.adapter_dtype(program.info.dtype), source=table, params=params, pool={},
     )  # fmt: skip
-    first = _write(program, path, ends)
+    first = write(program, path, ends)
     attach.recompile_later(program.graph)
     program.journal.record(first, op.origin)
     program.journal.record(path, op.origin)
@@ -279,125 +189,6 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     program.touch()
     note = f"{method.entries()} tokens in front: positions move by as many, outputs and caches keep those of the real tokens"
     return [SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)]
-
-
-def _write(program: Program, path: str, ends: Ends) -> NodeRef:
-    """The prompt pass and the edits of the model's own call; where the embeddings are made."""
-    graph = program.graph.graph
-    n = program.module(path).method.entries()
-    results = [graph.output_node().args[0][i] for i in ends.grown]  # type: ignore[index]
-
-    def call(value: fx.Node, what: int, spec: ValueSpec, *more: Any) -> fx.Node:
-        made = graph.create_node("call_module", path, (value, what, *more), name=path)
-        made.meta["spec"] = spec
-        return made
-
-    def spec(node: fx.Node, *shape: Any) -> ValueSpec:
-        return ValueSpec("tensor", node.meta["spec"].dtype, tuple(shape))
-
-    # the prompt pass: copies of what the grown caches are made of, with inputs of its own
-    with graph.inserting_before(graph.output_node()):
-        inner: dict[fx.Node, Any] = {i: call(i, IDS, spec(i, 1, n)) for i in (ends.ids, *ends.same)}
-        if ends.mask is not None:
-            inner[ends.mask] = call(ends.mask, ONES, spec(ends.mask, 1, n))
-        if ends.positions is not None:
-            inner[ends.positions] = call(ends.positions, STEPS, spec(ends.positions, 1, n))
-        for past in ends.pasts:
-            shape = past.meta["spec"].shape
-            inner[past] = call(past, EMPTY, spec(past, 1, shape[1], 0, shape[3]))
-        embedded = call(ends.embedded, EMBED, spec(ends.embedded, 1, n, ends.embedded.meta["spec"].shape[-1]))
-        inner[ends.embedded] = embedded
-        fixed = _sizes_in_pass(program, ends, n)
-        for node in _ancestors(results, stop=set(inner)):
-            copy = graph.node_copy(node, lambda x: inner[x])
-            if "spec" in node.meta:
-                copy.meta["spec"] = _fixed_spec(node.meta["spec"], fixed)
-            inner[node] = copy
-        # the model's own call
-        fresh = set(inner.values())
-        joined = []
-        for past, result in zip(ends.pasts, results, strict=True):
-            shape = past.meta["spec"].shape
-            joined.append((past, call(past, JOIN, spec(past, *shape[:2], shape[2] + n, shape[3]), inner[result])))
-        if ends.mask is not None:
-            rows, columns = ends.mask.meta["spec"].shape
-            joined.append((ends.mask, call(ends.mask, MASK, spec(ends.mask, rows, columns + n))))
-        if ends.positions is not None:
-            joined.append((ends.positions, call(ends.positions, SHIFT, ends.positions.meta["spec"])))
-    for old, new in joined:
-        for user in [u for u in old.users if u is not new and u not in fresh]:
-            user.replace_input_with(old, new)
-    _cut_outputs(program, path, ends, n)
-    _sort(graph)
-    return NodeRef("", embedded.name)
-
-
-def _cut_outputs(program: Program, path: str, ends: Ends, n: int) -> None:
-    """Returned caches are those of the real tokens."""
-    graph = program.graph.graph
-    end = graph.output_node()
-    values = list(end.args[0])  # type: ignore[arg-type]
-    with graph.inserting_before(end):
-        for i in ends.grown:
-            made = graph.create_node("call_module", path, (values[i], REST), name=path)
-            made.meta["spec"] = values[i].meta["spec"]
-            values[i] = made
-    end.args = (tuple(values),)
-
-
-def _ancestors(results: Iterable[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
-    """What the results are made of down to ``stop`` (excluded), in the graph's order."""
-    seen: set[fx.Node] = set()
-    stack = list(results)
-    while stack:
-        node = stack.pop()
-        if node not in seen and node not in stop:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return sorted(seen)
-
-
-def _sizes_in_pass(program: Program, ends: Ends, n: int) -> dict[str, int]:
-    """The size symbols of the inputs in the prompt pass: batch 1, ``n`` tokens, no past."""
-    held = {p.name for p in ends.pasts} | {str(p.target) for p in ends.pasts}
-    return {name: 1 if axis == 0 else 0 if holder in held else n for name, (holder, axis, _) in program.signature.symbols.items()}
-
-
-def _fixed_spec(spec: Any, fixed: dict[str, int]) -> Any:
-    if isinstance(spec, tuple | list):
-        return tuple(_fixed_spec(s, fixed) for s in spec)
-    if not isinstance(spec, ValueSpec):
-        return spec
-
-    def size(value: Any) -> Any:
-        symbols = getattr(value, "free_symbols", None)
-        if not symbols or any(str(s) not in fixed for s in symbols):
-            return value
-        found = value.subs({s: fixed[str(s)] for s in symbols})
-        return int(found) if getattr(found, "is_Integer", False) else found
-
-    return ValueSpec(spec.kind, spec.dtype, tuple(size(s) for s in spec.shape))
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Put every node behind its inputs, otherwise in the order that they have."""
-    placed: set[fx.Node] = set()
-    last: fx.Node | None = None
-    for start in list(graph.nodes):
-        stack = [start]
-        while stack:
-            node = stack[-1]
-            waiting = [i for i in node.all_input_nodes if i not in placed] if node not in placed else []
-            if waiting:
-                stack.extend(reversed(waiting))
-                continue
-            stack.pop()
-            if node in placed:
-                continue
-            placed.add(node)
-            if last is not None:
-                last.append(node)
-            last = node
 
 
 # ------------------------------------------------------------------ fold
@@ -415,7 +206,7 @@ def fold(program: Program, a: Attachment, op: Resolved) -> str:
     made, shapes = _stored(program, a, results)
     for i, node in enumerate(joins):
         node.args = (node.args[0], JOIN, i)
-    for node in reversed(_ancestors(results, stop=set())):  # type: ignore[arg-type]
+    for node in reversed(ancestors(results, stop=set())):  # type: ignore[arg-type]
         if not node.users and node.op != "placeholder":
             graph.erase_node(node)
     stored = PromptModule.bare(module.method, module.site, shapes)
@@ -442,7 +233,7 @@ def _stored(program: Program, a: Attachment, results: Sequence[Any]) -> tuple[di
     table: dict[fx.Node, fx.Node] = {}
     inputs: list[list[Any]] = []
     own_calls = set(program.graph.graph.find_nodes(op="call_module", target=a.module))
-    for node in _ancestors(results, stop=own_calls):
+    for node in ancestors(results, stop=own_calls):
         for source in node.all_input_nodes:
             if source in own_calls and source not in table:
                 holder = part.placeholder(f"given_{len(inputs)}")
@@ -508,4 +299,4 @@ def _none(name: str) -> Any:
     raise KeyError(name)
 
 
-__all__ = ["Ends", "PromptMethod", "PromptModule", "apply", "ends_of", "fold", "stored"]
+__all__ = ["PromptMethod", "PromptModule", "apply", "fold", "stored"]

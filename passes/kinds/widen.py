@@ -1,12 +1,15 @@
 """Folding a parallel bottleneck into the feed-forward block beside it, by making that block wider.
 
 With the same input and the same activation ``f``, ``W2 f(W1 x + b1) + b2 + s (U f(D x + d) + u)`` is a feed-forward block with
-``W1' = [W1; D]``, ``b1' = [b1; d]``, ``W2' = [W2, s U]``, ``b2' = b2 + s u``: exact.
+``W1' = [W1; D]``, ``b1' = [b1; d]``, ``W2' = [W2, s U]``, ``b2' = b2 + s u``: exact. A gated block ``W2 (f(G x + g) * (W1 x + b1))`` takes
+the branch as units whose gate is ``f(D x + d)`` and whose value is 1: ``G' = [G; D]``, ``W1' = [W1; 0]``, ``b1' = [b1; 1]``. Where the model
+stores gate and value as one weight, each half grows in its place.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +18,26 @@ from torch import fx, nn
 from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.program import Attachment, Program, ValueSpec
-from surgery.model.weights import Add, Apply, Cast, Concat, Expr, Init, Scale
+from surgery.model.weights import Add, Apply, Concat, Expr, Init, Reshape, Scale, cast, select
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.calls import calls_of, operand
+from surgery.passes.kinds.widen_path import Path, computes, path_of, plain_moves, resize
 from surgery.passes.operation import Resolved
 
-_ACTIVATIONS = {"relu": "relu", "silu": "silu", "tanh": "tanh"}
+
+@dataclass(frozen=True)
+class Block:
+    """A feed-forward block in one graph: its projections, their calls and what stands between them."""
+
+    graph: str
+    up: Site
+    gate: Site | None
+    down: Site
+    path: Path
+
+    @property
+    def fused(self) -> bool:
+        return self.gate is not None and self.gate.weight == self.up.weight
 
 
 def widen(program: Program, a: Attachment, op: Resolved) -> str:
@@ -29,67 +46,64 @@ def widen(program: Program, a: Attachment, op: Resolved) -> str:
     branch: dict[str, Any] | None = getattr(module.method, "branch", lambda site: None)(module.site)
     if module.site.place != "beside" or branch is None:
         return f"only a plain {a.method.name} beside a feed-forward block widens that block"
-    parts = {s.role.removeprefix(a.site.role + "."): s for s in program.anatomy.sites if s.role.startswith(a.site.role + ".")}
-    up, down = parts.get("up"), parts.get("down")
-    if up is None or down is None or "gate" in parts:
-        return "it is not beside a plain feed-forward block (up, activation, down)"
-    if any(s.op != "linear" or s.rows or len(s.calls) != 1 for s in (up, down)):
-        return "the block's projections are not plain linear modules"
-    if any(other.site.weight in (up.weight, down.weight) for other in program.attachments if other.site.weight):
-        return "other adapters stand on the block's projections; fold them first"
-    (graph, first), (other_graph, last) = calls_of(program, up)[0], calls_of(program, down)[0]
-    gm = program.module(graph)
-    if graph != other_graph or first.op != "call_module" or last.op != "call_module":
-        return "the block's projections are not plain linear modules"
+    block = _block(program, a)
+    if isinstance(block, str):
+        return block
     node = program.node(a.node)
-    if node.graph is not first.graph or node.args[0] is not operand(first):
+    first, last = block.path.firsts[0], block.path.last
+    if node.graph is not first.graph or any(plain_moves(node.args[0]) is not plain_moves(operand(f)) for f in block.path.firsts):
         return "it does not see the same input as the block"
-    between = path_between(gm, first, last)
-    if between is None or activation_of(gm, between) != branch["activation"]:
+    if not computes(block.path, branch["activation"], block.gate is not None):
         return f"its activation {branch['activation']} is not the block's"
-    if not _same_output(node, last, gm):
+    if not _same_output(node, last, program.module(block.graph)):
         return "something stands between the block and the place where it adds"
-    _widen(program, a, op, graph, up, down, [first, *between], branch)
+    _Widening(program, a, op, block, branch).run()
     return ""
 
 
-def path_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> list[fx.Node] | None:
-    """The nodes from ``first`` (excluded) to ``last`` (excluded) when each has one use and one input, else None."""
-    path: list[fx.Node] = []
-    node = first
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node is last:
-            return path
-        if len(node.all_input_nodes) != 1:
-            return None
-        path.append(node)
-    return None
+def _block(program: Program, a: Attachment) -> Block | str:
+    parts = {s.role.removeprefix(a.site.role + "."): s for s in program.anatomy.sites if s.role.startswith(a.site.role + ".")}
+    up, gate, down = parts.get("up"), parts.get("gate"), parts.get("down")
+    if up is None or down is None:
+        return "it is not beside a feed-forward block (up, activation, down)"
+    sites = [s for s in (up, gate, down) if s is not None]
+    if any(s.op not in ("linear", "conv1d") or len(s.calls) != 1 for s in sites):
+        return "the block's projections are not linear maps that are used once"
+    if any(program.aliases.get(s.weight, s.weight) in program.aliases.values() for s in sites):
+        return "the block's weights are shared with other parts, which would grow, too"
+    if any(other.site.weight in {s.weight for s in sites} for other in program.attachments if other.site.weight):
+        return "other adapters stand on the block's projections; fold them first"
+    if down.rows or not _whole(program, up, gate):
+        return "the block's projections are parts of larger weights"
+    calls = [calls_of(program, s)[0] for s in sites]
+    graph = calls[0][0]
+    if any(g != graph for g, _ in calls):
+        return "the block's projections are used in different graphs"
+    firsts = [node for _, node in calls[:-1]]
+    order = [r[0][0] if (r := s.rows) else 0 for s in sites[:-1]]
+    path = path_of(program.module(graph), firsts, calls[-1][1], gate_first=len(order) == 2 and order[1] < order[0])
+    return path if isinstance(path, str) else Block(graph, up, gate, down, path)
 
 
-def activation_of(gm: fx.GraphModule, path: list[fx.Node]) -> str:
-    """The activation that the path computes (dropout beside it does not count), or an empty text."""
-    found = []
-    for node in path:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if isinstance(module, (nn.Dropout, nn.Identity)):
-                continue
-            return ""
-        name = str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_")
-        if name == "gelu":
-            found.append("gelu_tanh" if node.kwargs.get("approximate", *node.args[1:2] or ("none",)) == "tanh" else "gelu")
-        elif name in _ACTIVATIONS:
-            found.append(_ACTIVATIONS[name])
-        elif name != "dropout":
-            return ""
-    return found[0] if len(found) == 1 else "" if found else "identity"
+def _whole(program: Program, up: Site, gate: Site | None) -> bool:
+    """Up and gate have weights of their own, or are the two halves of one."""
+    if not up.rows:
+        return gate is None or not gate.rows
+    if gate is None or gate.weight != up.weight or len(up.rows) != 1 or len(gate.rows) != 1:
+        return False
+    (a, b), (c, d) = sorted((up.rows[0], gate.rows[0]))
+    size = program.weights[program.aliases.get(up.weight, up.weight)].shape[up.out_axis]
+    return (a, b, d) == (0, c, size) and b - a == d - c
 
 
 def _same_output(node: fx.Node, last: fx.Node, gm: fx.GraphModule) -> bool:
-    """Whether the value that ``node`` edits is the down projection's output, dropout and other insertions apart."""
+    """Whether the value that ``node`` edits is the down projection's output, dropout, changes of shape and other insertions apart."""
     value = node.args[1]
     while isinstance(value, fx.Node) and value is not last:
+        moved = plain_moves(value, 1)
+        if moved is not value:
+            value = moved
+            continue
         if value.op != "call_module":
             return False
         module = gm.get_submodule(str(value.target))
@@ -102,68 +116,119 @@ def _same_output(node: fx.Node, last: fx.Node, gm: fx.GraphModule) -> bool:
     return value is last
 
 
-def _widen(
-    program: Program, a: Attachment, op: Resolved, graph: str, up: Site, down: Site, inner: list[fx.Node], branch: dict[str, Any]
-) -> None:
-    weights, width = program.weights, branch["width"]
+class _Widening:
+    """The new weights, modules and sizes of one block."""
 
-    def like(name: str, part: str) -> Expr:
-        expr = weights[attach.join(a.module, part)]
-        return expr if expr.dtype == weights[name].dtype else Cast(expr.shape, weights[name].dtype, expr)
+    def __init__(self, program: Program, a: Attachment, op: Resolved, block: Block, branch: dict[str, Any]) -> None:
+        self.program, self.a, self.op, self.block, self.branch = program, a, op, block, branch
+        self.width: int = branch["width"]
 
-    def scaled(expr: Expr) -> Expr:
-        learned = weights.get(attach.join(a.module, "scale"))
+    def run(self) -> None:
+        program, block, weights = self.program, self.block, self.program.weights
+        up, gate, down = block.up, block.gate, block.down
+        d, d_bias = self.own("down_weight"), self.own("down_bias")
+        hidden = d.shape[1]
+        zero, one = Init((self.width, hidden), d.dtype, "zeros"), Init((self.width,), d.dtype, "ones")
+        if gate is None:
+            self.grow(up, [(up, d, d_bias)])
+        else:
+            pieces = [(gate, d, d_bias), (up, zero, one)]
+            if block.fused:
+                self.grow(up, sorted(pieces, key=lambda p: p[0].rows))
+            else:
+                for piece in pieces:
+                    self.grow(piece[0], [piece])
+        shift = self.scaled(self.own("up_bias"))
+        self.extend(down.weight, down.in_axis, [(None, self.scaled(self.own("up_weight")), 1)])
+        bias = _bias_of(down)
+        old = weights.get(bias)
+        like = weights[down.weight].dtype
+        self.put(bias, cast(shift, like) if old is None else Add(shift.shape, old.dtype, (old, cast(shift, old.dtype))))
+        for site in (up, gate, down):
+            if site is not None:
+                _resize_module(program, site)
+        attach.detach(program, self.a)
+        resize(program.module(block.graph), block.path, self.width)
+        attach.recompile_later(program.module(block.graph))
+        program.touch()
+
+    def own(self, part: str) -> Expr:
+        """A tensor of the branch."""
+        return self.program.weights[attach.join(self.a.module, part)]
+
+    def scaled(self, expr: Expr) -> Expr:
+        learned = self.program.weights.get(attach.join(self.a.module, "scale"))
         if learned is not None:
-            return Apply(expr.shape, expr.dtype, f"{a.method.verb}/{a.method.name}:times", (expr, learned))
-        return expr if branch["scale"] == 1 else Scale(expr.shape, expr.dtype, expr, float(branch["scale"]))
+            return Apply(expr.shape, expr.dtype, f"{self.a.method.verb}/{self.a.method.name}:times", (expr, learned))
+        return expr if self.branch["scale"] == 1 else Scale(expr.shape, expr.dtype, expr, float(self.branch["scale"]))
 
-    up_weight, down_weight = weights[up.weight], weights[down.weight]
-    ff, hidden = up_weight.shape
-    new: dict[str, Expr] = {
-        up.weight: Concat((ff + width, hidden), up_weight.dtype, (up_weight, like(up.weight, "down_weight")), 0),
-        down.weight: Concat(
-            (down_weight.shape[0], ff + width), down_weight.dtype, (down_weight, scaled(like(down.weight, "up_weight"))), 1
-        ),
-    }
-    up_bias, down_bias = up.bias or up.weight[: -len("weight")] + "bias", down.bias or down.weight[: -len("weight")] + "bias"
-    zero = Init((ff,), up_weight.dtype, "zeros")
-    new[up_bias] = Concat((ff + width,), up_weight.dtype, (weights.get(up_bias, zero), like(up.weight, "down_bias")), 0)
-    shift = scaled(like(down.weight, "up_bias"))
-    old = weights.get(down_bias)
-    new[down_bias] = shift if old is None else Add(shift.shape, old.dtype, (old, shift))
-    for name, expr in new.items():
-        if name not in weights:
-            program.frozen.add(name)
-        weights[name] = expr
-        program.journal.fold(name, a.origin, op.origin)
-    masked.reshape_mask(program, up.weight, lambda keep: _longer(keep, width, 0))
-    masked.reshape_mask(program, down.weight, lambda keep: _longer(keep, width, 1))
-    for name in (up.weight, down.weight):
-        _replace_linear(program, name.rpartition(".")[0], weights[name].shape)
-    attach.detach(program, a)
-    for node in inner:
-        spec = node.meta.get("spec")
-        if isinstance(spec, ValueSpec):
-            node.meta["spec"] = replace(spec, shape=(*spec.shape[:-1], ff + width))
-    program.touch()
+    def put(self, name: str, expr: Expr) -> None:
+        if name not in self.program.weights:
+            self.program.frozen.add(name)
+        self.program.weights[name] = expr
+        self.program.journal.fold(name, self.a.origin, self.op.origin)
 
+    def grow(self, site: Site, pieces: list[tuple[Site, Expr, Expr]]) -> None:
+        """More outputs for a projection, behind each of the pieces that its weight consists of."""
+        weights = self.program.weights
+        size = weights[site.weight].shape[site.out_axis]
+        name = _bias_of(site)
+        old = weights.get(name, Init((size,), weights[site.weight].dtype, "zeros"))
+        self.extend(site.weight, site.out_axis, [(p.rows[0] if p.rows else None, more, 0) for p, more, _ in pieces])
+        parts = []
+        for p, _, more in pieces:
+            parts += [old if not p.rows else select(old, 0, (p.rows[0],)), cast(more, old.dtype)]
+        self.put(name, _concat(parts, 0, old.dtype))
 
-def _longer(keep: Expr, width: int, axis: int) -> Expr:
-    """A mask of a weight that became longer: nothing of what was added is masked."""
-    shape = list(keep.shape)
-    more = Init((*shape[:axis], width, *shape[axis + 1 :]), "bool", "ones")
-    shape[axis] += width
-    return Concat(tuple(shape), "bool", (keep, more), axis)
+    def extend(self, name: str, axis: int, pieces: list[tuple[tuple[int, int] | None, Expr, int]]) -> None:
+        """A weight with further rows or columns on ``axis`` behind each piece: its rows (None: all), what is added and on which axis that
+        is counted in ``more`` (the other one is transposed into place)."""
+
+        def made(source: Expr, extra: Callable[[Expr], Expr]) -> Expr:
+            parts: list[Expr] = []
+            for rows, more, own in pieces:
+                laid = more if own == axis else Reshape((more.shape[1], more.shape[0]), more.dtype, more, (1, 0))
+                parts += [source if rows is None else select(source, axis, (rows,)), extra(laid)]
+            return _concat(parts, axis, source.dtype)
+
+        dtype = self.program.weights[name].dtype
+        self.put(name, made(self.program.weights[name], lambda e: cast(e, dtype)))
+        masked.reshape_mask(self.program, name, lambda keep: made(keep, lambda e: Init(e.shape, "bool", "ones")))
 
 
-def _replace_linear(program: Program, path: str, shape: tuple[int, ...]) -> None:
+def _bias_of(site: Site) -> str:
+    return site.bias or site.weight[: -len("weight")] + "bias"
+
+
+def _concat(parts: list[Expr], axis: int, dtype: str) -> Expr:
+    shape = list(parts[0].shape)
+    shape[axis] = sum(p.shape[axis] for p in parts)
+    return Concat(tuple(shape), dtype, tuple(parts), axis)
+
+
+def _resize_module(program: Program, site: Site) -> None:
+    """Give the leaf (or the holder of the parameters) of a projection tensors of the sizes that its weights have now."""
+    path = site.weight.rpartition(".")[0]
     parent, _, leaf = path.rpartition(".")
     old = program.module(path)
-    made = nn.Linear(shape[1], shape[0], bias=True, device="meta", dtype=old.weight.dtype)
-    made.train(old.training)
-    for name, child in old.named_children():
-        made.add_module(name, child)
-    for parameter in made.parameters():
-        parameter.requires_grad_(old.weight.requires_grad)
-    setattr(program.module(parent), leaf, made)
-    assert isinstance(made.weight, torch.Tensor)
+    shape, bias = program.weights[site.weight].shape, _bias_of(site)
+    if isinstance(old, nn.Linear):
+        made = nn.Linear(shape[1], shape[0], bias=True, device="meta", dtype=old.weight.dtype)
+        made.train(old.training)
+        for name, child in old.named_children():
+            made.add_module(name, child)
+        for parameter in made.parameters():
+            parameter.requires_grad_(old.weight.requires_grad)
+        setattr(program.module(parent), leaf, made)
+        return
+    for name in (site.weight, bias):
+        holder, _, tensor = name.rpartition(".")
+        before = getattr(program.module(holder), tensor)
+        empty = torch.empty(program.weights[name].shape, dtype=before.dtype, device="meta")
+        setattr(program.module(holder), tensor, nn.Parameter(empty, requires_grad=before.requires_grad))
+    for graph in attach.prefixes(site.weight):
+        gm = program.module(graph)
+        if isinstance(gm, fx.GraphModule):
+            for name in (site.weight, bias):
+                for node in gm.graph.find_nodes(op="get_attr", target=attach.relative(name, graph)):
+                    node.meta["spec"] = ValueSpec("tensor", node.meta["spec"].dtype, tuple(program.weights[name].shape))
