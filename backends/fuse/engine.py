@@ -117,7 +117,8 @@ def fuse_flat(program: Program, graph: fx.GraphModule, target: Target, only: Ite
     chosen = [r for r in rules() if target.backend in r.targets and (wanted is None or r.name in wanted)]
     gate = Gate(program, graph, dtype_of(graph))
     view = FuseView(graph, program, target)
-    view.tidy()
+    if not any(r.order == 0 for r in chosen):
+        view.tidy()  # dead code is a rule of its own, which counts what it drops
     entries = []
     for i, rule in enumerate(chosen):
         report(f"fusing: {rule.name}", i, len(chosen))

@@ -57,7 +57,7 @@ def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     """The flat module of a root with real tensors. It shares the root's parameters and has its inputs and outputs.
 
     Every node has ``meta["val"]``, a fake tensor (sizes are symbols where they are open) or a symbolic number; ``get_attr`` nodes name
-    parameters and buffers in full; ``meta["nn_module_stack"]`` is the tracer's. Raises what ``torch.export`` raises.
+    parameters and buffers in full; ``meta["nn_module_stack"]`` is the tracer's. What nobody reads is still there. Raises what ``torch.export`` raises.
     """
     example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype_of(root), past=5)
     with torch.no_grad():
@@ -72,7 +72,6 @@ def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
     _strip(graph)
-    graph.eliminate_dead_code()
     flat = fx.GraphModule(unlifted, graph)
     flat.eval()
     return flat

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 
 @torch.library.custom_op("surgery::bias_gelu", mutates_args=())
-def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """``gelu(x + bias)``; ``bias`` [width], ``approximate`` as in ``torch.nn.functional.gelu``: ``none`` or ``tanh``."""
-    return F.gelu(x + bias, approximate=approximate)
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """``gelu(x + bias)``; ``bias`` [width], ``approximate`` as in ``torch.nn.functional.gelu``: ``none`` (with a bias only) or ``tanh``."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
 
 
 @torch.library.custom_op("surgery::quick_gelu", mutates_args=())
