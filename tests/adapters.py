@@ -16,8 +16,12 @@ BERT = "encoder.layer.{}.attention.self.{}"
 def write(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
     """A folder with these tensors (keys without the prefix that all have) and this config."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}, indent=1), "utf-8")
-    save_file({PREFIX + k: t.contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    layers = sorted({k.partition(".lora_")[0] for k in tensors if ".lora_" in k})
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": layers, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said, indent=1), "utf-8")
+    save_file(
+        {PREFIX + k: t.clone().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     return folder
 
 

@@ -46,7 +46,8 @@ def change(
     clamp, even = getattr(method, "clamp", None), bool(getattr(method, "even", False))
     plain = getattr(method, "thin", False) and all(p[0] == "low" for p in parts)
     total = sum(t.shape[0] for t in tensors[::2]) if plain else 0
-    if plain and total < min(site.out, site.fan_in):
+    # clipping looks at signs, which a decomposition chooses freely: then it is that of the formed change, as in other tools
+    if plain and clamp is None and total < min(site.out, site.fan_in):
         scales = [w * p[1] for w, p in zip(weights, parts, strict=True)]
         a = torch.cat([t.float().flatten(1) * s for t, s in zip(tensors[::2], scales, strict=True)])
         b = torch.cat([t.float().flatten(1) for t in tensors[1::2]], dim=1)
