@@ -49,9 +49,12 @@ def test_one_layer_loses_heads_and_the_others_keep_theirs(here: Path) -> None:
     want = masked(model, inputs, 1, gone)
     with torch.no_grad():
         assert (result.module.eval()(**inputs).last_hidden_state - want).abs().max() <= 1e-5
-    session = onnxruntime.InferenceSession("cut.onnx")
-    given = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
-    assert np.abs(session.run(None, given)[0] - want.numpy()).max() <= 1e-4
+    feeds = {n: t.numpy() for n, t in inputs.items()}
+    for part in ("encoder", "decoder"):
+        session = onnxruntime.InferenceSession(f"cut.{part}.onnx")
+        (last,) = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+        feeds |= {"encoder_hidden_states": last, "encoder_attention_mask": feeds["attention_mask"]}
+    assert np.abs(last - want.numpy()).max() <= 1e-4
 
     again = surgery.compile("surg 1\n\n" + ALONE.replace("3, alone", "2, alone").replace("layers[1]", "layers[0..1]"), "cut")
     sizes = {s.role: (s.shape_before, s.shape_after) for s in again.plan.steps[0].sites}
