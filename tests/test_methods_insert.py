@@ -135,7 +135,10 @@ def test_a_parallel_branch_with_the_same_activation_widens_the_block(options: di
 @pytest.mark.parametrize(
     ("place", "options", "reason"),
     [
-        ("after", {"activation": "gelu"}, "beside"),
+        ("after", {"activation": "gelu"}, "32 multiply-adds in place of 16"),
+        ("before", {"activation": "gelu"}, "beside"),
+        ("after", {"activation": "gelu", "layernorm": "in"}, "residual"),
+        ("after", {"residual": False}, "residual"),
         ("beside", {"activation": "relu"}, "activation"),
         ("beside", {"activation": "gelu", "layernorm": "in"}, "plain"),
     ],
@@ -146,6 +149,25 @@ def test_what_cannot_fold_stays_and_says_why(place: str, options: dict[str, Any]
     changes = fold_all(program)
     assert len(program.attachments) == 1 and reason in changes[0].note and "stays" in changes[0].note
     assert program.weights == exprs and difference(outputs(program), before) == 0
+
+
+def test_a_sequential_branch_is_packed_into_the_map_in_front_of_it() -> None:
+    """The bench's output projection is stored transposed and runs on rows; its product and the branch's first one become one."""
+    program = inserted("after", [ATTN], activation="gelu", scale=1.5)
+    a = program.attachments[0]
+    expected, before = outputs(program), dict(program.weights)
+    values = Tensors(registry.function).all(program)
+    change = fold_all(program)[0]
+    assert change.note.endswith("its first product is packed into the one in front of it")
+    assert (change.added, change.removed) == (4 * 16 + 4 + 16 * 4 + 16, 2 * 16 * 4 + 4 + 16)
+    assert difference(outputs(program), expected) <= 1e-5
+    assert program.weights["o_weight"].shape == (16, 20) and program.weights["o_bias"].shape == (20,)
+    after = Tensors(registry.function).all(program)
+    down = values[f"{a.module}.down_weight"]
+    torch.testing.assert_close(after["o_weight"], torch.cat([values["o_weight"], values["o_weight"] @ down.t()], 1))
+    torch.testing.assert_close(after["o_bias"][16:], down @ values["o_bias"] + values[f"{a.module}.down_bias"])
+    assert set(before) - set(program.weights) == {f"{a.module}.down_weight", f"{a.module}.down_bias"}
+    assert "packed already" in fold_all(program)[0].note
 
 
 def test_an_adapter_on_the_block_is_folded_before_widening() -> None:

@@ -96,7 +96,12 @@ class Bottleneck(InsertMethod):
         t = {k: v.to(z.dtype) for k, v in t.items()}
         if self.layernorm == "in":
             z = F.layer_norm(z, z.shape[-1:], t["norm_weight"], t["norm_bias"])
-        h = _activate(F.linear(z, t["down_weight"], t["down_bias"]), self.activation)
+        return self.behind(site, t, F.linear(z, t["down_weight"], t["down_bias"]), out, training)
+
+    def behind(self, site: Stream, t: Tensors, inside: Tensor, out: Tensor, training: bool) -> Tensor:
+        """The edited value from what enters the activation, ``[..., width]``."""
+        t = {k: v.to(inside.dtype) for k, v in t.items() if not k.startswith("down_")}
+        h = _activate(inside, self.activation)
         if self.dropout and training:
             h = F.dropout(h, self.dropout)
         y = F.linear(h, t["up_weight"], t["up_bias"])

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from surgery.core.method import Method
+from surgery.model import cost
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach, tie_fold
 from surgery.passes.kinds.calls import ties_outside, weight_names
@@ -50,6 +51,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     for names, group in sorted(groups.items(), key=lambda g: g[1][0].method.kind != "delta"):
         kind = import_module(f"surgery.passes.kinds.{group[0].method.kind}")
         sizes = {a.module: _count(program, a) for a in group}
+        total = sum(sizes.values()) - cost.parameters(program) if group[0].method.kind == "insert" else 0
         tied = group[0].method.kind == "delta" and bool(ties_outside(program, names))
         reason = "" if hasattr(kind, "fold_attachments") else "its kind has no fold"
         if group[0].method.fold_class == "none":
@@ -60,10 +62,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             shape = a.site.shape
             note = f"{a.name} stays in the graph: {reason}" if reason else f"{a.name} folded"
             copied = 0
-            kept = 0 if reason else _left(program, a)  # what a generator made stays, as constants
-            if kept:
-                note = f"{a.name} folded: {kept:,} constants stay in the place of what made them"
-                copied = kept
+            if not reason and any(b.module == a.module for b in program.attachments):  # in another form
+                copied = cost.parameters(program) + total
+                note = f"{a.name} folded: {program.module(a.module).folded}"
             if tied and not reason and a is group[0]:
                 copied = torch.Size(program.weights[program.aliases.get(names[0], names[0])].shape).numel()
                 note += f"; {names[0]} is no longer tied, {copied:,} parameters more"
@@ -88,11 +89,6 @@ def _together(program: Program, sets: list[list[Attachment]], op: Resolved, chan
             changes.append(
                 SiteChange(a.site.role, a.site.path, a.site.rows, a.site.shape, a.site.shape, removed=before.get(a.module, 0), note=note)
             )
-
-
-def _left(program: Program, a: Attachment) -> int:
-    """Parameters of what stands in the place of a folded attachment."""
-    return _count(program, a) if any(b.module == a.module for b in program.attachments) else 0
 
 
 def _count(program: Program, a: Attachment) -> int:

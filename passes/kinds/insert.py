@@ -285,16 +285,29 @@ def _machinery(method: Method) -> Any:
 
 
 def fold_attachments(program: Program, group: list[Attachment], op: Resolved) -> str:
-    """Widen the feed-forward block around each attachment, or store what a generator makes; the reason when one has to stay, else an
-    empty text."""
-    from surgery.passes.kinds.widen import widen
-
+    """Widen the feed-forward block around each attachment, pack it into the product in front of it, or store what a generator makes; the
+    reason when one has to stay, else an empty text."""
     for a in group:
         other = _machinery(a.method)
-        reason = widen(program, a, op) if other is None else other.fold(program, a, op)
+        reason = _fold_branch(program, a, op) if other is None else other.fold(program, a, op)
         if reason:
             return reason  # type: ignore[no-any-return]
     return ""
+
+
+def _fold_branch(program: Program, a: Attachment, op: Resolved) -> str:
+    from surgery.passes.kinds.insert_packed import pack
+    from surgery.passes.kinds.widen import widen
+
+    return pack(program, a, op) if getattr(program.module(a.module).site, "place", "") == "after" else widen(program, a, op)
+
+
+def through(cls: type[InsertMethod], down: Tensor, weight: Tensor, shift: Tensor | None = None, *, axis: int) -> Tensor:
+    """``D W`` (plus a shift ``[width]`` for every column) for a weight whose outputs are on ``axis``, in float32 (float64 for float64)."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    down, weight = down.to(wide), weight.to(wide)
+    made = down @ weight if axis == 0 else weight @ down.t()
+    return made if shift is None else made + shift.to(wide).unsqueeze(1)
 
 
 def memory(cls: type[MemoryMethod], *tensors: Tensor, **params: Any) -> tuple[Tensor, Tensor]:

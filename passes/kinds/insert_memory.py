@@ -92,6 +92,8 @@ class MemoryModule(nn.Module):
 
     edits = 0
     """Which argument is the value that passes through when the module is taken out."""
+    folded = "its keys and values are constants of the graph now"
+    """What a fold made of it, for the plan."""
 
     def __init__(self, method: MemoryMethod, site: Core, stored: bool) -> None:
         super().__init__()

@@ -75,6 +75,8 @@ class PromptModule(nn.Module):
 
     edits = 0
     """Which argument is the value that passes through when the module is taken out."""
+    folded = "its keys and values are stored, and the pass that made them is gone"
+    """What a fold made of it, for the plan."""
 
     def __init__(self, method: PromptMethod, width: int, stored: tuple[tuple[int, int, int], ...] = ()) -> None:
         super().__init__()

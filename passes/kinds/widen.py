@@ -140,13 +140,13 @@ class _Widening:
                     self.grow(piece[0], [piece])
         shift = self.scaled(self.own("up_bias"))
         self.extend(down.weight, down.in_axis, [(None, self.scaled(self.own("up_weight")), 1)])
-        bias = _bias_of(down)
+        bias = bias_of(down)
         old = weights.get(bias)
         like = weights[down.weight].dtype
         self.put(bias, cast(shift, like) if old is None else Add(shift.shape, old.dtype, (old, cast(shift, old.dtype))))
         for site in (up, gate, down):
             if site is not None:
-                _resize_module(program, site)
+                resize_module(program, site)
         attach.detach(program, self.a)
         resize(program.module(block.graph), block.path, self.width)
         attach.recompile_later(program.module(block.graph))
@@ -172,7 +172,7 @@ class _Widening:
         """More outputs for a projection, behind each of the pieces that its weight consists of."""
         weights = self.program.weights
         size = weights[site.weight].shape[site.out_axis]
-        name = _bias_of(site)
+        name = bias_of(site)
         old = weights.get(name, Init((size,), weights[site.weight].dtype, "zeros"))
         self.extend(site.weight, site.out_axis, [(p.rows[0] if p.rows else None, more, 0) for p, more, _ in pieces])
         parts = []
@@ -196,7 +196,8 @@ class _Widening:
         masked.reshape_mask(self.program, name, lambda keep: made(keep, lambda e: Init(e.shape, "bool", "ones")))
 
 
-def _bias_of(site: Site) -> str:
+def bias_of(site: Site) -> str:
+    """The name of a projection's bias, which may not be there yet."""
     return site.bias or site.weight[: -len("weight")] + "bias"
 
 
@@ -206,12 +207,12 @@ def _concat(parts: list[Expr], axis: int, dtype: str) -> Expr:
     return Concat(tuple(shape), dtype, tuple(parts), axis)
 
 
-def _resize_module(program: Program, site: Site) -> None:
+def resize_module(program: Program, site: Site) -> None:
     """Give the leaf (or the holder of the parameters) of a projection tensors of the sizes that its weights have now."""
     path = site.weight.rpartition(".")[0]
     parent, _, leaf = path.rpartition(".")
     old = program.module(path)
-    shape, bias = program.weights[site.weight].shape, _bias_of(site)
+    shape, bias = program.weights[site.weight].shape, bias_of(site)
     if isinstance(old, nn.Linear):
         made = nn.Linear(shape[1], shape[0], bias=True, device="meta", dtype=old.weight.dtype)
         made.train(old.training)
