@@ -38,7 +38,7 @@ STEPS = 4
 """Of one emission: compiling, packing, measuring, writing."""
 
 
-def wrapped(root: nn.Module, inputs: Tree, outputs: Tree) -> fx.GraphModule:
+def wrapped(root: fx.GraphModule, inputs: Tree, outputs: Tree) -> nn.Module:
     """A root graph that is called as the original is, by keyword, and gives plain containers (see :func:`surgery.backends.served.nest`).
 
     A graph of its own and not a function over keywords, because ``torch.export`` reads the names off the signature.
@@ -49,10 +49,13 @@ def wrapped(root: nn.Module, inputs: Tree, outputs: Tree) -> fx.GraphModule:
         if tree["type"] != "const":
             leaves += _leaves(graph, graph.placeholder(name), tree)
     found = graph.call_module("root", tuple(leaves))
-    single = not isinstance(next(n for n in root.graph.nodes if n.op == "output").args[0], (tuple, list))  # type: ignore[union-attr]
+    single = not isinstance(next(n for n in root.graph.nodes if n.op == "output").args[0], (tuple, list))
     parts = (found if single else graph.call_function(operator.getitem, (found, i)) for i in itertools.count())
     graph.output(served.nest(parts, outputs))
-    return fx.GraphModule({"root": root}, graph)
+    # only the written function is kept: exported as a graph, its dicts would become torch.fx's own immutable kind
+    made: nn.Module = type("Served", (nn.Module,), {"forward": type(fx.GraphModule({"root": root}, graph)).forward})()
+    made.root = root
+    return made
 
 
 def _leaves(graph: fx.Graph, value: fx.Node, tree: Tree) -> list[fx.Node]:

@@ -82,8 +82,8 @@ def arrays(inputs: Iterable[Input], batch: int, length: int, past: int = 0, seed
 
 def _values(i: Input, shape: tuple[int, ...], generator: np.random.Generator, past: int) -> Any:
     if i.dtype.startswith(("float", "bfloat")):
-        kind = np.float16 if i.dtype == "float16" else np.float64 if i.dtype == "float64" else np.float32
-        return generator.standard_normal(shape, dtype=np.float32).astype(kind)
+        wanted = i.dtype if i.dtype in ("float16", "float64") else "float32"  # numpy has no bfloat16 of its own
+        return generator.standard_normal(shape, dtype=np.float32).astype(wanted)
     kind = np.dtype(i.dtype)
     if kind == np.bool_ or "mask" in i.name:
         return np.ones(shape, kind)

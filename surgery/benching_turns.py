@@ -48,7 +48,7 @@ def take_turns(
     for run in arms.values():
         run()
     for done in range(rounds):
-        order = list(arms) if done % 2 == 0 else list(reversed(arms))
+        order = list(arms) if done % 2 == 0 else list(arms)[::-1]
         for name in order:
             run = arms[name]
             time.sleep(pause)

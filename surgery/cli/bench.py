@@ -14,19 +14,17 @@ def run(args: argparse.Namespace) -> int:
     report: Report = args.report
     from surgery.benching_numbers import names, number, numbers
 
-    batches, lengths = numbers(args.batch, "batch"), numbers(args.length, "length")
+    batches, lengths, outputs = numbers(args.batch, "batch"), numbers(args.length, "length"), numbers(args.outputs, "outputs")
     prompts = [] if args.prompts == "none" else numbers(args.prompts, "prompts")
-    asked = {
-        "batches": batches, "lengths": lengths, "prompts": prompts, "outputs": numbers(args.outputs, "outputs"),
-        "threads": number(args.threads, "threads") if args.threads else None, "rounds": number(args.rounds, "rounds"), "arms": names(args.arms),
-    }  # fmt: skip
+    threads = number(args.threads, "threads") if args.threads else None
+    rounds, arms = number(args.rounds, "rounds"), names(args.arms)
     with progress(report) as step:
         step("opening what is to be compared")
         from surgery.benching import bench
 
         found = bench(
-            args.artifacts, args.against, memory=not args.no_memory, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step,
-            **asked,
+            args.artifacts, args.against, batches=batches, lengths=lengths, threads=threads, rounds=rounds, arms=arms, prompts=prompts, outputs=outputs,
+            memory=not args.no_memory, allow_code=args.allow_code, use_cache=not args.no_cache, progress=step,
         )  # fmt: skip
     return present(report, found)
 
