@@ -20,6 +20,10 @@ from tests.zoo import ZOO
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 
+FEW: dict[str, dict[str, int]] = {
+    "bert": {"num_hidden_layers": 2}, "llama": {"num_hidden_layers": 1}, "bart": {"encoder_layers": 1, "decoder_layers": 1},
+}  # fmt: skip
+
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[1, 6:] = 0
@@ -68,7 +72,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("onnx")
     for family in ("bert", "llama", "bart"):
         torch.manual_seed(0)
-        model = ZOO[family].make_model()
+        model = ZOO[family].make_model(**FEW[family])
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4.0) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p))
@@ -103,7 +107,7 @@ def test_two_adapters_run_on_one_graph(adapters: tuple[nn.Module, nn.Module, sur
         want = [m(input_ids=IDS, attention_mask=MASK).last_hidden_state.numpy() for m in (first, second)]
     assert np.abs(want[0] - want[1]).max() > 0.1
     other = surgery.adapter_inputs("live.onnx", "second")
-    assert len(other) == 12 and {v.shape[0] for k, v in other.items() if k.endswith(".A")} == {3}
+    assert len(other) == 8 and {v.shape[0] for k, v in other.items() if k.endswith(".A")} == {3}
     assert np.abs(run("live.onnx", given)["last_hidden_state"] - want[0]).max() <= 1e-4
     assert np.abs(run("live.onnx", given | other)["last_hidden_state"] - want[1]).max() <= 1e-4
     own = surgery.adapter_inputs("live.onnx", "first")
@@ -135,14 +139,14 @@ def test_what_is_not_named_is_folded_and_what_is_has_its_place(adapters: tuple[n
     graph = onnx.load("live.onnx").graph
     held = {i.name for i in graph.initializer}
     live = {n: s for n, s in shapes(graph.input).items() if n in held}
-    assert len(live) == 12 and all(".news." in n for n in live) and not any(".more." in n for n in held)
+    assert len(live) == 8 and all(".news." in n for n in live) and not any(".more." in n for n in held)
     ranks = [s for shape in live.values() for s in shape if isinstance(s, str)]
-    assert len(set(ranks)) == 6 and all(r.startswith("rank") for r in ranks), "each pair of factors has one open rank"
+    assert len(set(ranks)) == 4 and all(r.startswith("rank") for r in ranks), "each pair of factors has one open rank"
     entry = metadata("live.onnx", "surgery.adapters")
     assert {e["name"] for e in entry} == {"news"} and {e["scale"] for e in entry} == {2.0}
     assert sorted(n for e in entry for n in e["tensors"]) == sorted(live)
     plan = surgery.plan(LORA.format(4, 8) + 'emit onnx(live = true) to "x.onnx"\n', "bert")
-    assert any("6 adapters live" in fact for fact in plan.steps[-1].facts)
+    assert any("4 adapters live" in fact for fact in plan.steps[-1].facts)
 
 
 def test_an_adapter_of_another_scale_does_not_fit(adapters: tuple[nn.Module, nn.Module, surgery.Result]) -> None:
@@ -219,12 +223,12 @@ def test_a_decoder_with_its_cache_and_without(work: Path) -> None:
     width = shapes(onnx.load("step.onnx").graph.input)["past_key_values.0.key"]
     assert width[0::2] == ["batch", "past"]
     ids, mask = IDS[:1], torch.ones_like(IDS[:1])
-    past = {f"past_key_values.{i}.{what}": np.zeros((1, width[1], 0, width[3]), np.float32) for i in range(3) for what in ("key", "value")}
+    past = {f"past_key_values.{i}.{what}": np.zeros((1, width[1], 0, width[3]), np.float32) for i in range(1) for what in ("key", "value")}
     logits = []
     for a, b in ((0, 6), (6, 9)):
         out = run("step.onnx", feeds(input_ids=ids[:, a:b], attention_mask=mask[:, :b]) | past)
         logits.append(out["logits"])
-        past = {f"past_key_values.{i}.{what}": out[f"present.{i}.{what}"] for i in range(3) for what in ("key", "value")}
+        past = {f"past_key_values.{i}.{what}": out[f"present.{i}.{what}"] for i in range(1) for what in ("key", "value")}
     alone = run("whole.onnx", feeds(input_ids=ids, attention_mask=mask))["logits"]
     assert np.abs(np.concatenate(logits, 1) - alone).max() <= 1e-4
     assert any(c["claim"] == "without cache = with an empty one" and c["ok"] for c in result.certificates)
@@ -340,4 +344,4 @@ def test_a_shared_weight_has_its_first_name(work: Path) -> None:
     surgery.compile('surg 1\n\nshare layers(groups = all) on layers keep own norm\n\nemit onnx(optimize = none) to "shared.onnx"\n', "bert")
     names = {i.name for i in onnx.load("shared.onnx").graph.initializer}
     assert "encoder.layer.0.intermediate.dense.weight" in names
-    assert not any("encoder.layer.1.intermediate" in n or "encoder.layer.2.intermediate" in n for n in names)
+    assert not any("encoder.layer.1.intermediate" in n for n in names)
