@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.backends import onnx_cut, onnx_faults, onnx_files, onnx_int8, onnx_live, onnx_opset
+from surgery.backends import onnx_cut, onnx_faults, onnx_files, onnx_int8, onnx_live, onnx_opset, served
 from surgery.backends.fuse import Target, fuse
 from surgery.backends.fuse.engine import FUSIONS
 from surgery.backends.fuse.ops import translations as fused_translations
@@ -124,10 +124,20 @@ class OnnxBackend:
         for graph in graphs:
             metadata(graph.model, "surgery.certificate", json.dumps([*request.certificates, *graph.certificates, *shared], sort_keys=True))
             metadata(graph.model, "surgery.spec", request.spec_digest)
+            metadata(
+                graph.model,
+                "surgery.served",
+                json.dumps(served.record(graph.program, [o.name for o in graph.model.graph.output]), sort_keys=True),
+            )
         report("emitting onnx: writing", 5, STEPS)
         notes = [line for g, path in zip(graphs, paths, strict=True) for line in _told(g, path, options)]
         written = onnx_files.write([(path, g.model) for g, path in zip(graphs, paths, strict=True)], request)
-        return Emitted(tuple(written), tuple([c for g in graphs for c in g.certificates] + shared), tuple(notes), tuple(f for g in graphs for f in g.fusions))
+        return Emitted(
+            tuple(written),
+            tuple([c for g in graphs for c in g.certificates] + shared),
+            tuple(notes),
+            tuple(f for g in graphs for f in g.fusions),
+        )
 
 
 BACKEND = OnnxBackend()
