@@ -102,6 +102,21 @@ def fold_all(program: Program, origin: Origin, keep: frozenset[str] = frozenset(
     return [*apply(program, op), *left]
 
 
+def staying(program: Program, origin: Origin, keep: frozenset[str], said: set[str]) -> tuple[str, ...]:
+    """Lines on what stays when an output folds all that can fold, one for each reason; ``keep`` was asked for, ``said`` are modules of which
+    another line speaks."""
+    copy = program.copy()
+    told = {a.module: a for a in copy.attachments}
+    counts: dict[tuple[str, str], int] = {}
+    quiet = said | {a.module for a in told.values() if named_by(a, keep)}
+    roles = {(a.name, a.site.role) for a in told.values() if a.module in quiet}
+    for change in fold_all(copy, origin, keep):
+        name, _, reason = change.note.partition(" stays in the graph: ")
+        if reason and (name, change.role) not in roles:
+            counts[name, reason] = counts.get((name, reason), 0) + 1
+    return tuple(f"{n} x {name} stay{'s' if n == 1 else ''} in the graph: {reason}" for (name, reason), n in counts.items())
+
+
 def _change(a: Attachment, note: str) -> SiteChange:
     return SiteChange(a.site.role, a.site.path, a.site.rows, a.site.shape, a.site.shape, note=note)
 

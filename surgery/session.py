@@ -217,8 +217,8 @@ def _facts(op: Resolved, changes: list[SiteChange]) -> tuple[str, ...]:
     if op.verb not in ("adapt", "insert") or cls.kind == "state":
         return ()
     worst = max(op.methods, key=lambda m: list(IDENTITY).index(m.identity))
-    # widening takes the branch into the block that it stands beside; elsewhere there is none
-    folds = "none" if cls.fold_class == "widen" and op.place != "beside" else cls.fold_class
+    # widening takes the branch into the block that it stands beside; behind a product its own first one can be packed
+    folds = {"after": "gemm", "before": "none"}.get(op.place, "widen") if cls.fold_class == "widen" else cls.fold_class
     return (f"{IDENTITY[worst.identity].format(bound=worst.identity_bound)}; folds: {folds}",)
 
 
@@ -340,7 +340,7 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
-            stage=checked.stage, facts=(*_kept_live(session.program, checked.call.name, params), *facts),
+            stage=checked.stage, facts=(*_kept_live(session.program, backend, params, node.span), *facts),
         )
     )  # fmt: skip
 
@@ -367,11 +367,17 @@ def _folded(program: Program, span: Span, live: Any) -> Program:
     return copy
 
 
-def _kept_live(program: Program, backend: str, params: dict[str, Any]) -> tuple[str, ...]:
-    """What an output that folds leaves live, for the plan."""
-    kept = tie_fold.stay_live(program) if backend not in ("torch", "peft", "report") and not params.get("live") else []
+def _kept_live(program: Program, backend: Any, params: dict[str, Any], span: Span) -> tuple[str, ...]:
+    """What an output that folds leaves live, and why, for the plan."""
+    from surgery.folding import live_names, staying
+
+    live = params.get("live")
+    if not backend.folds or live is True or not program.attachments:
+        return ()
+    kept = tie_fold.stay_live(program) if not live else []
     count = f"{len(kept)} adapter{'s stay' if len(kept) > 1 else ' stays'}"
-    return (f"{count} live: layers share the weights that {'they change' if len(kept) > 1 else 'it changes'}",) if kept else ()
+    shared = (f"{count} live: layers share the weights that {'they change' if len(kept) > 1 else 'it changes'}",) if kept else ()
+    return (*shared, *staying(program, Origin(span=span, verb="emit", method="fold"), live_names(live), {a.module for a in kept}))
 
 
 Handler = Callable[[Session, Checked, int], None]

@@ -12,6 +12,7 @@ from surgery.core.method import MethodInfo, ParamInfo
 FOLDS = {
     "merge": "into the weights, exactly",
     "widen": "into wider weights",
+    "gemm": "its first product into the one in front of it",
     "const": "to a constant",
     "kvcache": "into the initial key/value cache",
     "slice": "by cutting the weights",

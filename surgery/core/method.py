@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 REQUIRED: Any = dataclasses.MISSING
 
-FOLD_CLASSES = ("merge", "widen", "const", "kvcache", "slice", "none")
+FOLD_CLASSES = ("merge", "widen", "gemm", "const", "kvcache", "slice", "none")
 KINDS = (
     "delta", "insert", "state", "fold", "mask", "slice", "rotate", "drop", "tie", "route", "replace", "merge", "stack",
     "schedule", "objective", "measure",
