@@ -53,7 +53,7 @@ class WrittenActivation:
 
     name: str = "written_activation"
     doc: str = "an activation that is written out in single operations is one operation"
-    order: int = 50
+    order: int = 35
     targets: frozenset[str] = frozenset({ONNX})
 
     def find(self, view: FuseView) -> Iterable[Match | Miss]:
@@ -93,7 +93,7 @@ class WrittenActivation:
                         if longer is not None:
                             return source, follower, longer
                     return source, end, form
-        if not products or is_call(node, aten.sigmoid.default, aten.tanh.default) and products < 2:
+        if not products or (is_call(node, aten.sigmoid.default, aten.tanh.default) and products < 2):
             return None  # a gate of its own, as in a product of a tanh with something else
         return "the function of one value is none of GELU, SiLU, quick GELU and Mish"
 

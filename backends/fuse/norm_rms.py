@@ -37,7 +37,7 @@ class RmsNorm:
 
     name: str = "rms_norm"
     doc: str = "a written-out root-mean-square norm is one operation"
-    order: int = 60
+    order: int = 36
     targets: frozenset[str] = frozenset({ONNX})
 
     def find(self, view: FuseView) -> Iterable[Match | Miss]:

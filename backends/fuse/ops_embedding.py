@@ -74,12 +74,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def alone(words, ids, positions, places, kinds, segments, weight, shift, eps: float):  # type: ignore[no-untyped-def]
         made = plain(rows(ids), rows(segments), words, positions, kinds, weight, shift, None, rows(places), epsilon=eps)
-        made[1].name = ""  # an optional output that nobody wants has no name
-        return made[0]
+        return made[0]  # the kernel wants the second output, the lengths of a mask that is not there, to have a name
 
     def with_sum(words, ids, positions, places, kinds, segments, weight, shift, eps: float):  # type: ignore[no-untyped-def]
         made = growing(rows(ids), rows(segments), words, positions, kinds, weight, shift, None, rows(places), epsilon=eps)
-        made[1].name = ""
+        made[1].name = ""  # an optional output that nobody wants has no name
         return made[0], made[2]
 
     return {torch.ops.surgery.embed_layer_norm.default: alone, torch.ops.surgery.embed_layer_norm_sum.default: with_sum}

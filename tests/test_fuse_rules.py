@@ -1,0 +1,375 @@
+"""Fusion rules of norms, activations, embeddings and cleanup: where each fires, why it does not, and that nothing changes but the operations."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from surgery.backends.fuse import Target, engine, fuse, ops_activation, ops_embedding, ops_norm  # noqa: F401  (registers the operations)
+from surgery.backends.fuse.engine import FusionEntry
+from surgery.backends.fuse.gate import difference, run
+from surgery.backends.fuse.ops import translations
+from surgery.backends.fuse.view import FuseView
+from surgery.model.live import Tensors, live_root
+from surgery.model.program import Program
+from surgery.model.sample import sample_inputs
+from surgery.opening import capture
+from surgery.passes import registry
+from tests import workbench
+from tests.captured_programs import zoo_program
+
+aten, ops = torch.ops.aten, torch.ops.surgery
+
+CLEANUP = ("dead_code", "drop_identities", "simplify_masks", "fold_constants", "common_subexpressions")
+MINE = (
+    *CLEANUP, "low_rank_order", "low_rank_shared", "written_activation", "rms_norm", "embedding_norm", "skip_layer_norm", "skip_rms_norm",
+    "bias_gelu", "quick_gelu", "gated_activation",
+)  # fmt: skip
+
+
+def rooted(program: Program, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    return live_root(program, Tensors(registry.function), dtype=dtype).eval()
+
+
+def fused(program: Program, target: Target = Target(), only: tuple[str, ...] = MINE) -> tuple[dict[str, FusionEntry], fx.GraphModule]:
+    """Reports and graph; on padded inputs of another size the graph gives what the program's own gives."""
+    root = rooted(program)
+    result = fuse(program, root, target, only)
+    inputs = sample_inputs(program, batch=3, length=17, seed=23, padding=True, past=3)
+    gap = max(difference(a, b, None) for a, b in zip(run(root, inputs), run(result.graph, inputs), strict=True))
+    assert gap < 1e-5
+    assert all(entry.error <= entry.tolerance for entry in result.report)
+    return {e.rule: e for e in result.report}, result.graph
+
+
+# ------------------------------------------------------------------ families
+
+FAMILIES: dict[str, dict[str, int]] = {
+    # norms behind their blocks: SkipLayerNorm with biases; embeddings are one operation
+    "bert": {"simplify_masks": 6, "embedding_norm": 1, "skip_layer_norm": 6, "bias_gelu": 3, "rms_norm": 0, "quick_gelu": 0},
+    # norms in front: the sum is kept; a GELU that is written out; biases inside the products
+    "gpt2": {"embedding_norm": 1, "skip_layer_norm": 6, "written_activation": 3, "bias_gelu": 0, "simplify_masks": 2},
+    # a mask that hides nothing leaves
+    "vit": {"skip_layer_norm": 7, "bias_gelu": 3, "simplify_masks": 3, "embedding_norm": 0},
+    "mixtral": {
+        "rms_norm": 7,
+        "skip_rms_norm": 6,
+        "quick_gelu": 3,
+        "gated_activation": 0,
+        "common_subexpressions": 7,
+        "skip_layer_norm": 0,
+    },
+}
+MISSES: dict[str, dict[str, dict[str, int]]] = {
+    "gpt2": {"bias_gelu": {"the product adds its bias itself": 3}},
+    "mixtral": {
+        "gated_activation": {"the runtime has no kernel for it on this device": 3},
+        "skip_rms_norm": {"the norm reads a sum of two values": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_fires_on_a_family(family: str) -> None:
+    report, graph = fused(zoo_program(family)[0])
+    assert {name: report[name].fired for name in FAMILIES[family]} == FAMILIES[family]
+    for name, expected in MISSES.get(family, {}).items():
+        assert Counter(m.condition for m in report[name].misses) == expected
+    left = Counter(str(n.target) for n in graph.graph.nodes)
+    assert not any(left[f"aten.{gone}"] for gone in ("dropout.default", "contiguous.default", "rsqrt.default"))
+    assert left["surgery.rms_norm.default"] == report["rms_norm"].fired - report["skip_rms_norm"].fired
+
+
+# ------------------------------------------------------------------ spellings
+
+
+class Spellings(nn.Module):
+    """Norms and activations in the ways in which models write them, and what looks like them and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+        self.thin, self.wide = nn.Linear(16, 2, bias=False), nn.Linear(2, 16)
+        self.register_buffer("table", torch.arange(4.0))
+
+    def rms(self, x: Tensor, eps: float = 1e-5) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = x.to(torch.float32)
+        found = [
+            self.gain * self.rms(x),
+            self.rms(x) * (1 + self.gain),
+            self.rms(wide).to(x.dtype),
+            F.rms_norm(x, (16,), self.gain, 1e-6),
+            0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))),
+            x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+            x * torch.sigmoid(1.702 * x),
+            x / (1 + torch.exp(-x)),  # SiLU without a sigmoid: left alone
+            x * torch.tanh(F.softplus(x)),
+            x * torch.sigmoid(3.0 * x),  # none of the known ones
+            torch.tanh(x),  # alone
+            x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5),  # over the wrong axis
+            x * torch.rsqrt((x * x).mean(-1, keepdim=True)),  # without eps
+            (x + 1.0) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),  # another value
+            F.layer_norm(x.unsqueeze(1) + x.unsqueeze(1), (16,), self.gain, self.gain),  # four axes
+            F.layer_norm(self.wide(self.thin(x)) + self.gain, (16,), self.gain),
+            self.table.cos() + (torch.arange(4, device=x.device) + 2).sqrt(),
+        ]
+        dropped = x * 3.0
+        assert dropped is not None  # nobody reads it
+        return tuple(found)
+
+
+@pytest.fixture(scope="module")
+def spelled() -> tuple[dict[str, FusionEntry], fx.GraphModule]:
+    torch.manual_seed(5)
+    return fused(capture(Spellings().eval(), {"x": torch.randn(2, 6, 16)}))
+
+
+def test_spellings_of_norms(spelled: tuple[dict[str, FusionEntry], fx.GraphModule]) -> None:
+    report, graph = spelled
+    assert Counter(p.what for p in report["rms_norm"].places) == {"one norm with its gain": 2, "one norm": 2}
+    assert Counter(m.condition for m in report["rms_norm"].misses) == {
+        "the mean is over the last axis, which is kept": 1,
+        "a positive number is added to the mean of squares": 1,
+        "what is divided is what was squared": 1,
+    }
+    assert sum(n.target is ops.rms_norm.default for n in graph.graph.nodes) == 4
+    assert Counter(m.condition for m in report["skip_layer_norm"].misses) == {
+        "the values have two or three axes": 1,
+        "the other summand has the same shape, or one batch of it": 1,
+    }
+
+
+def test_spellings_of_activations(spelled: tuple[dict[str, FusionEntry], fx.GraphModule]) -> None:
+    report, _ = spelled
+    assert Counter(p.what for p in report["written_activation"].places) == {"GELU by tanh": 1, "GELU": 1, "quick GELU": 1, "Mish": 1}
+
+
+def test_constants(spelled: tuple[dict[str, FusionEntry], fx.GraphModule]) -> None:
+    """The last output depends on nothing; the gain of 1 + w is left to the runtime, under the name of w."""
+    report, graph = spelled
+    assert [p.what for p in report["fold_constants"].places] == ["a constant of shape [4]"]
+    assert [m.detail for m in report["fold_constants"].misses] == ["gain"]
+    last = next(n for n in graph.graph.nodes if n.op == "output").args[0][-1]
+    assert torch.equal(graph.get_buffer(str(last.target)), torch.arange(4.0).cos() + torch.arange(2.0, 6.0).sqrt())
+
+
+# ------------------------------------------------------------------ kernels
+
+CASES: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("layer", ops.skip_layer_norm.default, ("x", "skip", "w", "b", "c", 1e-5)),
+    ("layer, batch of one", ops.skip_layer_norm.default, ("x", "one", "w", None, None, 1e-5)),
+    ("layer and sum", ops.skip_layer_norm_sum.default, ("x", "skip", "w", "b", "c", 1e-5)),
+    ("rms", ops.rms_norm.default, ("x", "w", 1e-6)),
+    ("rms without gain", ops.rms_norm.default, ("x", None, 1e-6)),
+    ("skip rms", ops.skip_rms_norm.default, ("x", "skip", "w", None, 1e-6)),
+    ("skip rms and sum", ops.skip_rms_norm_sum.default, ("x", "skip", "w", "c", 1e-6)),
+    ("bias gelu", ops.bias_gelu.default, ("x", "c", "none")),
+    ("bias gelu by tanh", ops.bias_gelu.default, ("x", "c", "tanh")),
+    ("gelu by tanh", ops.bias_gelu.default, ("x", None, "tanh")),
+    ("quick gelu", ops.quick_gelu.default, ("x", 1.702)),
+    ("embeddings", ops.embed_layer_norm.default, ("t", "i", "t", None, None, None, "w", "b", 1e-5)),
+    ("embeddings and sum", ops.embed_layer_norm_sum.default, ("t", "i", "t", "j", "t", "i", "w", "b", 1e-5)),
+)
+
+
+class Every(nn.Module):
+    def forward(self, **given: Tensor) -> tuple[Tensor, ...]:
+        out: list[Tensor] = []
+        for _, op, args in CASES:
+            made = op(*[given[a] if isinstance(a, str) and a in given else a for a in args])
+            out += made if isinstance(made, tuple) else [made]
+        return tuple(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bodies_are_what_the_runtime_computes(dtype: torch.dtype) -> None:
+    """Every operation in onnxruntime against its body in torch, in one graph that the checker accepts."""
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    from surgery.backends.onnx_run import session
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (2, 5, 16),
+        "skip": (2, 5, 16),
+        "one": (1, 5, 16),
+        "w": (16,),
+        "b": (16,),
+        "c": (16,),
+        "t": (9, 16),
+    }
+    draw = torch.Generator().manual_seed(2)
+    given: dict[str, Tensor] = {n: torch.randn(s, generator=draw).to(dtype) for n, s in shapes.items()}
+    given |= {n: torch.randint(0, 9, s, generator=draw) for n, s in {"i": (2, 5), "j": (1, 5)}.items()}
+    exported = torch.export.export(Every(), (), given)
+    made = torch.onnx.export(
+        exported, (), dynamo=True, opset_version=20, custom_translation_table=translations(), verbose=False, optimize=False
+    )
+    model = made.model_proto
+    onnx.checker.check_model(model)
+    got = session(model.SerializeToString()).run(None, {n: t.numpy() for n, t in given.items()})
+    want = Every()(**given)
+    assert len(got) == len(want) == 16
+    for ours, theirs in zip(want, got, strict=True):
+        assert ours.numpy().dtype == theirs.dtype
+        assert difference(ours, torch.from_numpy(theirs), None) < (1e-6 if dtype is torch.float32 else 2e-3)
+
+
+# ------------------------------------------------------------------ adapters that stay
+
+
+def adapted(family: str, roles: list[str]) -> Program:
+    program, _ = zoo_program(family)
+    workbench.run(program, workbench.operation(program, "adapt", "lora", roles, rank=4))
+    program._anatomy = None
+    workbench.perturb(program)
+    return program
+
+
+def live_names(program: Program) -> frozenset[str]:
+    return frozenset(t for a in program.attachments for t in a.tensors)
+
+
+def test_changes_of_experts_are_never_formed() -> None:
+    program = adapted("mixtral", ["layers[0].ffn.experts.up", "layers[1].ffn.experts.down"])
+    names = live_names(program)
+    report, graph = fused(program, Target(live=names), ("drop_identities", "low_rank_order"))
+    assert [p.what for p in report["low_rank_order"].places] == ["two products of rank 4"] * 2
+    assert not graph.graph.find_nodes(op="call_function", target=aten.baddbmm.default)
+    assert names <= {n.target for n in graph.graph.nodes if n.op == "get_attr"}  # both factors keep their names
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shared_first_factor_is_multiplied_once(tied: bool) -> None:
+    program = adapted("bert", ["layers[0].attn.q", "layers[0].attn.k", "layers[0].attn.v"])
+    first, *others = [t for a in program.attachments for t in a.tensors if t.endswith(".A")]
+    for other in others if tied else ():
+        program.aliases[other] = first
+        del program.weights[other]
+        owner, _, leaf = other.rpartition(".")
+        program.graph.get_submodule(owner)._parameters[leaf] = program.graph.get_parameter(first)
+    report, graph = fused(program, Target(live=live_names(program)), ("drop_identities", "low_rank_shared"))
+    found = report["low_rank_shared"]
+    assert (found.fired, len(found.misses)) == ((2, 0) if tied else (0, 2))
+    rank = sum(n.target is aten.linear.default and n.meta["val"].shape[-1] == 4 for n in graph.graph.nodes)
+    assert rank == (1 if tied else 3)
+
+
+# ------------------------------------------------------------------ random graphs
+
+STEPS: tuple[Any, ...] = (
+    lambda g, a, b: g.call_function(aten.add.Tensor, (a, 0)),
+    lambda g, a, b: g.call_function(aten.mul.Tensor, (a, 1.0)),
+    lambda g, a, b: g.call_function(aten.div.Tensor, (a, 1)),
+    lambda g, a, b: g.call_function(aten.add.Tensor, (a, 1)),
+    lambda g, a, b: g.call_function(aten.dropout.default, (a, 0.5, False)),
+    lambda g, a, b: g.call_function(aten.to.dtype, (a, torch.float32)),
+    lambda g, a, b: g.call_function(aten.contiguous.default, (a,)),
+    lambda g, a, b: g.call_function(aten.clone.default, (a,)),
+    lambda g, a, b: g.call_function(aten.neg.default, (a,)),
+    lambda g, a, b: g.call_function(aten.transpose.int, (g.call_function(aten.transpose.int, (a, 0, -1)), 2, 0)),
+    lambda g, a, b: g.call_function(aten.permute.default, (g.call_function(aten.permute.default, (a, [1, 2, 0])), [2, 0, 1])),
+    lambda g, a, b: g.call_function(aten.transpose.int, (g.call_function(aten.permute.default, (a, [0, 2, 1])), 1, 2)),
+    lambda g, a, b: g.call_function(aten.reshape.default, (g.call_function(aten.reshape.default, (a, [6, -1])), [2, 3, 4])),
+    lambda g, a, b: g.call_function(aten.view.default, (g.call_function(aten.clone.default, (a,)), [2, 3, 4])),
+    lambda g, a, b: g.call_function(aten.squeeze.dim, (g.call_function(aten.unsqueeze.default, (a, 1)), 1)),
+    lambda g, a, b: g.call_function(aten.slice.Tensor, (a, 1, 0, 2**63 - 1)),
+    lambda g, a, b: g.call_function(aten.cat.default, ([a], 1)),
+    lambda g, a, b: g.call_function(aten.add.Tensor, (a, b)),
+    lambda g, a, b: g.call_function(aten.mul.Tensor, (b, a)),
+    lambda g, a, b: g.call_function(aten.tanh.default, (a,)),
+    lambda g, a, b: g.call_function(aten.add_.Tensor, (g.call_function(aten.clone.default, (a,)), b)),
+    lambda g, a, b: g.call_function(aten.mul_.Tensor, (g.call_function(aten.add.Tensor, (a, 0)), 0.5)),
+    lambda g, a, b: g.call_function(aten.add.Tensor, (a, g.call_function(aten.cos.default, (g.get_attr("table"),)))),
+    lambda g, a, b: g.call_function(aten.add.Tensor, (a, g.call_function(aten.arange.default, (4,)))),
+    lambda g, a, b: g.call_function(aten.mul.Tensor, (a, g.call_function(aten.tanh.default, (g.get_attr("weight"),)))),
+)
+
+
+def random_graph(plan: list[tuple[int, int, int]], outputs: list[int]) -> fx.GraphModule:
+    """A graph on ``x`` and ``y`` [2, 3, 4] from steps that are picked by number, with fake values on its nodes."""
+    graph = fx.Graph()
+    values = [graph.placeholder("x"), graph.placeholder("y")]
+    for step, a, b in plan:
+        values.append(STEPS[step % len(STEPS)](graph, values[a % len(values)], values[b % len(values)]))
+    graph.output(tuple(values[i % len(values)] for i in outputs))
+    holder = nn.Module()
+    holder.register_buffer("table", torch.linspace(0, 1, 4))
+    holder.register_parameter("weight", nn.Parameter(torch.linspace(1, 2, 4)))
+    module = fx.GraphModule(holder, graph)
+    mode = FakeTensorMode()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = mode.from_tensor(torch.empty(2, 3, 4))
+        elif node.op == "get_attr":
+            node.meta["val"] = mode.from_tensor(getattr(module, str(node.target)).detach())
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return module
+
+
+class Exactly:
+    """Stands for the gate, but finds every difference too large: cleanup does not even round."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> None:
+        self.inputs = inputs
+        self.expected = [t.clone() for t in run(graph, [t.clone() for t in inputs])]
+
+    def error(self, graph: fx.GraphModule) -> tuple[float, str]:
+        found = run(graph, [t.clone() for t in self.inputs])
+        same = all(torch.equal(a, b) for a, b in zip(self.expected, found, strict=True))
+        return (0.0, "") if same else (1.0, "changed")
+
+
+def cleaned(module: fx.GraphModule) -> dict[str, FusionEntry]:
+    draw = torch.Generator().manual_seed(1)
+    gate = Exactly(module, [torch.randn(2, 3, 4, generator=draw) for _ in range(2)])
+    view = FuseView(module, SimpleNamespace(attachments=[]), Target())  # type: ignore[arg-type]
+    chosen = [r for r in engine.rules() if r.name in CLEANUP]
+    report = {r.name: engine._run(r, view, gate) for r in chosen}  # type: ignore[arg-type]
+    assert gate.error(module) == (0.0, "")
+    assert not any(m.condition == engine.GATE for e in report.values() for m in e.misses), "a match was wrong and only the gate saw it"
+    return report
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)), max_size=14), st.lists(st.integers(0, 99), min_size=1, max_size=3)
+)  # fmt: skip
+def test_cleanup_changes_no_bit(plan: list[tuple[int, int, int]], outputs: list[int]) -> None:
+    """Whatever the graph, writes in place included, outputs stay what they are to the bit; and a second cleanup finds nothing."""
+    module = random_graph(plan, outputs)
+    cleaned(module)
+    left = [str(n.target) for n in module.graph.nodes]
+    again = cleaned(module)
+    assert all(e.fired == 0 for e in again.values()) and [str(n.target) for n in module.graph.nodes] == left
+
+
+def test_cleanup_counts() -> None:
+    """x + tanh(x) with an identity, a turn and back, the same tanh again, a constant and dead code around it."""
+    plan = [(0, 0, 0), (19, 2, 0), (19, 0, 0), (9, 3, 0), (17, 4, 5), (22, 6, 0), (8, 1, 1)]
+    module = random_graph(plan, [7])
+    report = cleaned(module)
+    assert {name: e.fired for name, e in report.items()} == {
+        "dead_code": 1, "drop_identities": 2, "simplify_masks": 0, "fold_constants": 1, "common_subexpressions": 1,
+    }  # fmt: skip
+    assert [str(n.target) for n in module.graph.nodes if n.op == "call_function"] == [
+        "aten.tanh.default",
+        "aten.add.Tensor",
+        "aten.add.Tensor",
+    ]
