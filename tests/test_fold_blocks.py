@@ -15,7 +15,7 @@ from surgery.model.checkpoint_headers import read_header
 from surgery.model.realise import Realiser, realise
 from surgery.model.weights import Apply, Expr, Init, Load
 from surgery.passes import registry
-from surgery.passes.kinds import blocks
+from surgery.passes.kinds import blocks, delta
 from surgery.passes.kinds.geometry import Geometry
 from tests.driver_support import ROOT
 
@@ -51,14 +51,46 @@ def test_blocks_and_the_whole_have_the_same_bits(
     assert torch.allclose(whole.double(), exact, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=1e-5 if dtype != torch.bfloat16 else 1e-2)
 
 
+LAYOUTS = {
+    "turned": (Geometry("linear", 257, 129, 257, transposed=True), (129, 257)),
+    "slice": (Geometry("linear", 64, 48, 192, rows=((64, 128),)), (64, 48)),
+    "conv": (Geometry("conv", 70, 6, 70, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)), (70, 6, 3, 3)),
+    "experts": (Geometry("experts", 50, 31, 50, experts=3), (3, 50, 31)),
+    "turned experts": (Geometry("experts", 50, 31, 50, experts=3, transposed=True), (3, 31, 50)),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_layouts_and_norms_of_rows_have_the_same_bits(layout: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, shape = LAYOUTS[layout]
+    cls = registry.get("adapt", method)
+    g = torch.Generator().manual_seed(1)
+    made = [torch.randn(s.shape, generator=g) * 0.1 + (s.name == "magnitude") for s in cls(rank=4).tensors(site)]  # type: ignore[attr-defined]
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(shape, generator=g).to(dtype)
+
+        def folded(weight: torch.Tensor = weight) -> torch.Tensor:
+            return registry.function(f"adapt/{method}:fold")(weight, *made, rank=4, alpha=8.0, site=site.pairs())
+
+        with monkeypatch.context() as whole:
+            whole.setattr(delta, "fold_by_rows", lambda *given: None)
+            expected = folded().to(dtype)
+        for size in (16, 2000, 1 << 16):
+            monkeypatch.setattr(blocks, "BLOCK", size)
+            assert torch.equal(folded(), expected) and not torch.equal(expected, weight)
+
+
 def test_what_is_not_row_by_row_is_folded_at_once() -> None:
-    """A method that looks at all of the weight, and a transposed layout, which has no rows in one piece."""
+    """Groups of a convolution read different inputs, rows of an embedding are as long as the vocabulary, a core mixes rows."""
     t = {"A": torch.zeros(8, 4), "B": torch.zeros(6, 8)}
-    plain, turned = Geometry("linear", 6, 4, 6), Geometry("linear", 6, 4, 6, transposed=True)
-    lora, dora = registry.get("adapt", "lora")(), registry.get("adapt", "dora")()
+    plain, lora, splopa = Geometry("linear", 6, 4, 6), registry.get("adapt", "lora")(), registry.get("adapt", "splopa")()
+    grouped = Geometry("conv", 6, 4, 6, kernel=(1,), stride=(1,), padding=(0,), dilation=(1,), groups=2)
+    words = Geometry("embedding", 6, 4, 6, transposed=True)
     assert blocks.fold_by_rows(lora, plain, t, torch.ones(6, 4), torch.float32) is not None  # type: ignore[arg-type]
-    assert blocks.fold_by_rows(lora, turned, t, torch.ones(4, 6), torch.float32) is None  # type: ignore[arg-type]
-    assert blocks.fold_by_rows(dora, plain, t, torch.ones(6, 4), torch.float32) is None  # type: ignore[arg-type]
+    assert blocks.fold_by_rows(lora, grouped, t, torch.ones(6, 2, 1), torch.float32) is None  # type: ignore[arg-type]
+    assert blocks.fold_by_rows(lora, words, t, torch.ones(4, 6), torch.float32) is None  # type: ignore[arg-type]
+    assert blocks.fold_by_rows(splopa, plain, t, torch.ones(6, 4), torch.float32) is None  # type: ignore[arg-type]
 
 
 def test_a_result_is_the_callers_own(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ class Dora(LowRankMethod):
     def delta(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
         return self.fold(site, t, weight) - weight
 
+    def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors:
+        return {**t, "B": t["B"][start:stop], "magnitude": t["magnitude"][start:stop]}  # a length is that of one row
+
     def recut(self, site: Geometry, kept: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Expr]], Expr]]:
         """Where inputs go the lengths shrink with them: the magnitude shrinks alike, so that what stays of the weight is as it was."""
         inner = kept["in"]

@@ -7,6 +7,7 @@ few pages again. Blocks have a fixed number of rows, so the bits do not depend o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +32,31 @@ def spans(rows: int, width: int) -> list[tuple[int, int]]:
 
 def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor, wide: torch.dtype) -> Tensor | None:
     """The folded weight in the dtype of ``stored``, rounded once from ``wide``; None where the method or the layout needs all rows
-    at once. ``stored`` is the site's part of the weight, ``t`` the method's tensors in ``wide``."""
-    if site.op != "linear" or site.transposed or site.experts or stored.ndim != 2 or method.rows(site, t, 0, 1) is None:
+    at once. ``stored`` is the site's part of the weight, ``t`` the method's tensors in ``wide``.
+
+    Rows are those of the canonical weight: of a weight that is stored transposed they are its columns, of expert tensors each expert has
+    its own. Grouped convolutions, whose rows belong to different inputs, and embeddings, whose rows are as long as the vocabulary, are left.
+    """
+    if site.op not in ("linear", "conv", "experts") or site.groups != 1 or stored.ndim < 2:
+        return None
+    one = replace(site, op="linear", experts=0) if site.experts else site
+    if method.rows(one, _of_expert(t, 0) if site.experts else t, 0, 1) is None:
         return None
     out = torch.empty_like(stored, memory_format=torch.contiguous_format)
-    for start, stop in spans(*stored.shape):
+    source, target = site.to_canonical(stored), site.to_canonical(out)
+    for expert in range(site.experts) if site.experts else (None,):
+        own = t if expert is None else _of_expert(t, expert)
+        _fold_matrix(method, one, own, source if expert is None else source[expert], target if expert is None else target[expert], wide)
+    return out
+
+
+def _of_expert(t: Tensors, expert: int) -> Tensors:
+    return {name: tensor[expert] for name, tensor in t.items()}
+
+
+def _fold_matrix(method: DeltaMethod, site: Geometry, t: Tensors, source: Tensor, target: Tensor, wide: torch.dtype) -> None:
+    for start, stop in spans(*source.shape):
         own = method.rows(site, t, start, stop)
         assert own is not None
-        out[start:stop] = method.fold(site, own, stored[start:stop].to(wide))
-    return out
+        part = replace(site, out=stop - start, full_out=stop - start, rows=())
+        target[start:stop] = method.fold(part, own, source[start:stop].to(wide))
