@@ -92,7 +92,7 @@ def merge_adapters(session: Session, checked: Checked, position: int) -> None:
     op = Resolved(
         verb="merge", name=node.name or _label(loaded), place="", sites=tuple(sites), methods=methods[:1],
         origin=Origin(span=node.span, verb="merge", method=call.name, note=node.doc), seed=seed, study=session.study,
-        data=AdapterInputs(loaded, inputs.layers, inputs.factors), tell=told.append, warn=session.sink.add,
+        data=AdapterInputs(loaded, inputs.layers, inputs.factors), tell=told.append, warn=session.sink.add, claim=session.claims.append,
     )  # fmt: skip
     session.progress(f"merge {call.name} of {', '.join(i.adapter.name for i in loaded)}")
     session.enter("merge")

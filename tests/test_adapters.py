@@ -164,6 +164,9 @@ def test_peft_scales_a_merge_twice_where_the_first_adapter_is_rslora(world: Path
 
 
 def test_sums_are_exact_for_all_kinds_and_by_layer(world: Path) -> None:
+    made = ours("merge linear of news * 0.5, full * -0.5\nmerge cat of legal * 0.5\n")
+    claims = [c for c in made.certificates if c["claim"] == "merged = weighted sum"]
+    assert len(claims) == 2 and all(c["ok"] and c["max_abs_error"] <= 5e-6 for c in claims)
     want = outputs(exact({"news": 0.5, "full": -0.5}))
     assert apart(outputs(ours("merge linear of news * 0.5, full * -0.5\n").module), want) <= 5e-6
     want = outputs(exact({"news": 0.5, "dora": 0.5}))

@@ -27,11 +27,13 @@ from surgery.model.program import Program
 from surgery.model.weights import Add, Expr, Scale, cast
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.adapter_checks import check_finite, is_copy
+from surgery.passes.kinds.adapter_claim import sum_claim
 from surgery.passes.kinds.adapter_join import (
     AdapterInputs,
     Here,
     Joined,
     Loaded,
+    is_sum,
     join,
     kind_of,
     listed,
@@ -74,6 +76,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             notes=[f"{i.adapter.name} has parts at {_few(program, p)}" for i, p in zip(loaded, placements, strict=True)],
             help="select what the adapters change, or leave the selector out",
         )  # fmt: skip
+    before = program.copy() if op.study is not None else None
     attach.freeze_base(program)
     touched: dict[str, fx.GraphModule] = {}
     by_layer = [(site, m) for site, m in op.data.layers]
@@ -92,6 +95,11 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         attach.recompile_later(gm)
     changes += [_replace(program, op, method, name, parts) for name, parts in whole.items()]
     tell_shares(op, shares)
+    if before is not None and is_sum(method) and not shares:
+        biases = [h.site.bias for h in places if any(p.shift is not None for p in h.parts)]
+        claim = sum_claim(before, program.copy(), places, [*whole, *biases], str(method.name), op.origin.span)
+        if claim is not None:
+            op.claim(claim)
     return changes
 
 
@@ -246,7 +254,7 @@ def _replace(program: Program, op: Resolved, method: MergeMethod, name: str, par
     old = program.weights[first]
     if len(parts) == 1 and parts[0][0] == 1.0:
         new: Expr = cast(parts[0][2], old.dtype)
-    elif kind_of(method) == "sum" or getattr(method, "thin", False):
+    elif is_sum(method):
         rest = 1.0 - sum(w for w, _, _ in parts)
         terms = [Scale(old.shape, "float32", cast(old, "float32"), rest)] if rest else []
         new = cast(Add(old.shape, "float32", (*terms, *(scaled(cast(e, "float32"), w) for w, _, e in parts))), old.dtype)

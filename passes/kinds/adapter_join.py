@@ -69,6 +69,11 @@ def kind_of(method: MergeMethod) -> str:
     return str(getattr(method, "adapters", ""))
 
 
+def is_sum(method: MergeMethod) -> bool:
+    """Whether the merge is the weighted sum of changes, up to the rank of its factors."""
+    return (kind_of(method) == "sum" or bool(getattr(method, "thin", False))) and not getattr(method, "factorwise", False)
+
+
 def listed(names: Sequence[str]) -> str:
     names = list(dict.fromkeys(names))
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -185,7 +190,7 @@ def _params(method: MergeMethod) -> tuple[tuple[str, Any], ...]:
     return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in method.params().items() if k not in ("seed", "weights", "vocab"))
 
 
-def _arguments(here: Here) -> tuple[tuple[Expr, ...], tuple[Any, ...]]:
+def arguments(here: Here) -> tuple[tuple[Expr, ...], tuple[Any, ...]]:
     """The tensors of all parts and how each is computed from its own (see :mod:`surgery.passes.kinds.adapter_math`)."""
     args: list[Expr] = []
     parts: list[Any] = []
@@ -204,7 +209,7 @@ def _arguments(here: Here) -> tuple[tuple[Expr, ...], tuple[Any, ...]]:
 
 def _change(op: Resolved, method: MergeMethod, here: Here, prepared: tuple[Any, ...]) -> Joined:
     geometry = here.geometry
-    args, parts = _arguments(here)
+    args, parts = arguments(here)
     ranks = [a.shape[0] for p in here.parts for a in [p.tensors["A"]]]
     most = min(geometry.out, geometry.fan_in)
     lows = all(p[0] == "low" for p in parts)
@@ -249,7 +254,7 @@ def _alone(method: MergeMethod, here: Here, item: Loaded) -> Expr:
     mine = [p for p, name in zip(here.parts, here.names, strict=True) if name == item.adapter.name]
     if not mine:
         return Init(here.geometry.canonical, "float32", "zeros")
-    args, parts = _arguments(replace(here, parts=tuple(mine[:1])))
+    args, parts = arguments(replace(here, parts=tuple(mine[:1])))
     params = (("part", parts[0]), ("site", here.geometry.pairs()))
     return Apply(here.geometry.canonical, "float32", f"merge/{method.name}:alone", args, params)
 

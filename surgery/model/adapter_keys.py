@@ -31,7 +31,9 @@ def key_of(key: str) -> Key:
     """What a tensor's key says."""
     text = key.removeprefix(PREFIX)
     if "token_adapter" in text:
-        return Key("", text, "tokens that were trained one by one", "train the embedding with `modules_to_save`, or give it a LoRA of its own")
+        return Key(
+            "", text, "tokens that were trained one by one", "train the embedding with `modules_to_save`, or give it a LoRA of its own"
+        )
     if m := _FACTOR.fullmatch(text):
         return _low(m["path"], "shift" if m["leaf"] == "bias" else m["role"], m["role"] == "A" and m["leaf"] == "bias")
     if m := _EMBEDDING.fullmatch(text) or (_MAGNITUDE.fullmatch(text)):
