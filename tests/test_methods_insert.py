@@ -14,6 +14,9 @@ from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.passes import registry
 from surgery.passes.kinds.insert import Stream
+from surgery.passes.kinds.insert_generated import kronecker_sum
+from surgery.passes.verify import RULES
+from tests.captured_programs import zoo_program
 from tests.workbench import bench_program, difference, fold_all, inputs, live, operation, outputs, perturb, run
 
 FFN, ATTN = "layers[0].ffn", "layers[0].attn"
@@ -203,3 +206,89 @@ def test_dropout_acts_on_the_bottleneck_while_training_only() -> None:
     assert torch.equal(module(*inputs())[0], module(*inputs())[0])
     module.train()
     assert not torch.equal(module(*inputs())[0], module(*inputs())[0])
+
+
+# ------------------------------------------------------------------ generated weights
+
+
+def test_the_worked_sum_of_kronecker_products() -> None:
+    a = torch.tensor([[[1.0, 0], [0, 1]], [[0, -1], [1, 0]]])
+    left, right = torch.tensor([[[1.0], [2]], [[3], [0]]]), torch.tensor([[[1.0, 1]], [[0, 1]]])
+    made = kronecker_sum(a, left @ right)
+    assert made.tolist() == [[1, 1, 0, -3], [2, 2, 0, 0], [0, 3, 1, 1], [0, 0, 2, 2]]
+    assert (torch.tensor([1.0, 2, 3, 4]) @ made).tolist() == [5, 14, 11, 8]
+    assert torch.equal(made, sum(torch.kron(a[i], left[i] @ right[i]) for i in range(2)))  # type: ignore[arg-type]
+
+
+def test_published_counts_of_generated_bottlenecks() -> None:
+    compacter, phm = (registry.get("insert", name) for name in ("compacter", "phm"))
+    t5, norms = Stream("after", 768, 768), 62 * 768  # T5-base trains its norms, too
+    one = compacter(width=24).count(t5) - 4**3
+    assert one == 2_376
+    assert 48 * one + 64 + norms == 161_728 and 24 * one + 64 + norms == 104_704
+    assert phm(width=24, n=12).count(t5) == 7_320 and 48 * 7_320 + norms == 398_976
+
+
+@pytest.mark.parametrize("name", ["compacter", "phm"])
+@pytest.mark.parametrize(("place", "role"), [("after", FFN), ("beside", FFN), ("after", ATTN)])
+def test_generated_weights_become_dense_and_go_on(name: str, place: str, role: str) -> None:
+    program = bench_program()
+    run(program, operation(program, "insert", name, [role], place, width=4, n=2, activation="gelu"))
+    perturb(program)
+    expected = outputs(program)
+    assert fold_all(program)[0].note.startswith(f"{name} folded")
+    assert difference(outputs(program), expected) <= 1e-5
+    if place == "beside":  # a plain branch with the block's activation widens it
+        assert not program.attachments and program.weights["up.weight"].shape == (36, 16)
+        return
+    (a,) = program.attachments
+    down = [] if role == ATTN else ["down_weight", "down_bias"]  # packed into the output projection
+    assert a.method.name == "bottleneck" and [t.rpartition(".")[2] for t in a.tensors] == [*down, "up_weight", "up_bias"]
+
+
+def test_one_set_of_matrices_makes_all_weights() -> None:
+    program = bench_program()
+    changes = run(program, operation(program, "insert", "compacter", [ATTN, FFN], "after", width=4, n=2))
+    first, second = (a.module for a in program.attachments)
+    assert program.aliases == {"head.weight": "tokens.weight", f"{second}.A": f"{first}.A"}
+    assert [c.added for c in changes] == [8 + 40 + 20, 40 + 20]
+    perturb(program)
+    fold = fold_all(program, "compacter")
+    assert sum(c.removed for c in fold) == 128 and f"{second}.A" not in program.aliases
+
+
+def test_sizes_that_are_not_divided_are_refused() -> None:
+    program = bench_program()
+    with pytest.raises(SurgeryError) as caught:
+        run(program, operation(program, "insert", "phm", [FFN], "after", width=9, n=4))
+    assert caught.value.diagnostics[0].code == "S0271" and "9 features" in caught.value.diagnostics[0].message
+
+
+# ------------------------------------------------------------------ wider blocks of captured models
+
+
+@pytest.mark.parametrize(("family", "activation"), [("llama", "silu"), ("gpt2", "gelu_tanh"), ("phi3", "silu")])
+def test_gated_transposed_and_fused_blocks_become_wider(family: str, activation: str) -> None:
+    program, flat = zoo_program(family)
+    blocks = [f"layers[{i}].ffn" for i in (0, 2)]
+    run(program, operation(program, "insert", "bottleneck", blocks, "beside", width=5, activation=activation, scale=2.0))
+    run(program, operation(program, "adapt", "lora", ["layers[0].ffn.down"], rank=2))
+    perturb(program)
+    expected = outputs(program, *flat)
+    shapes = {s.role: s.shape for s in program.anatomy.sites}
+    assert {c.note for c in fold_all(program)} == {"bottleneck folded", "lora folded"} and not program.attachments
+    assert difference(outputs(program, *flat), expected) <= 1e-5
+    assert not [fault for rule in RULES for fault in rule(program)]
+    program.touch()
+    found = {s.role: s.shape for s in program.anatomy.sites}
+    width, hidden = shapes["layers[0].ffn.up"]
+    assert found == {
+        r: (width + 5, hidden) if r in {f"{b}.{part}" for b in blocks for part in ("up", "gate")}
+        else (hidden, width + 5) if r in {f"{b}.down" for b in blocks} else shape for r, shape in shapes.items()
+    }  # fmt: skip
+
+
+def test_an_activation_is_known_by_what_it_computes() -> None:
+    program, _ = zoo_program("gpt2")
+    run(program, operation(program, "insert", "bottleneck", ["layers[0].ffn"], "beside", width=4, activation="gelu"))
+    assert "its activation gelu is not the block's" in fold_all(program)[0].note

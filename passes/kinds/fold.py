@@ -62,9 +62,10 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
             shape = a.site.shape
             note = f"{a.name} stays in the graph: {reason}" if reason else f"{a.name} folded"
             copied = 0
-            if not reason and any(b.module == a.module for b in program.attachments):  # in another form
-                copied = cost.parameters(program) + total
-                note = f"{a.name} folded: {program.module(a.module).folded}"
+            if not reason and a.method.kind == "insert":
+                copied = cost.parameters(program) + total  # what the model's own weights grew by, and what stays in another form
+                if any(b.module == a.module for b in program.attachments):
+                    note = f"{a.name} folded: {program.module(a.module).folded}"
             if tied and not reason and a is group[0]:
                 copied = torch.Size(program.weights[program.aliases.get(names[0], names[0])].shape).numel()
                 note += f"; {names[0]} is no longer tied, {copied:,} parameters more"

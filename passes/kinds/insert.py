@@ -6,7 +6,7 @@ A method of this kind states its tensors and how the branch is computed; this mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from surgery.core.site import NodeRef, Site
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
+from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, insert_memory, insert_prompt
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.axes import feature_axis
@@ -79,6 +80,8 @@ class InsertModule(nn.Module):
 
     edits: int
     """Which argument is the value that passes through when the module is taken out."""
+    folded = "what made its weights is gone"
+    """What a fold made of it, for the plan."""
 
     def __init__(self, method: InsertMethod, site: Stream) -> None:
         super().__init__()
@@ -299,7 +302,40 @@ def _fold_branch(program: Program, a: Attachment, op: Resolved) -> str:
     from surgery.passes.kinds.insert_packed import pack
     from surgery.passes.kinds.widen import widen
 
-    return pack(program, a, op) if getattr(program.module(a.module).site, "place", "") == "after" else widen(program, a, op)
+    made = _generate(program, a, op)
+    at = made or a
+    reason = pack(program, at, op) if getattr(program.module(at.module).site, "place", "") == "after" else widen(program, at, op)
+    return reason if made is None else ""
+
+
+def _generate(program: Program, a: Attachment, op: Resolved) -> Attachment | None:
+    """The plain branch in the place of one whose weights are generated; None where nothing is."""
+    from surgery.passes import registry
+
+    params: Any = getattr(a.method, "plain_params", None)
+    if params is None:
+        return None
+    module = program.module(a.module)
+    site, method = module.site, registry.get("insert", "bottleneck")(**params())
+    assert isinstance(method, InsertMethod)
+    inputs: list[Expr] = [program.weights[program.aliases.get(n, n)] for n in a.tensors]
+    given = (*((k, v) for k, v in a.method.params().items() if k != "seed"), ("site", tuple(asdict(site).items())))
+    function = f"{a.method.verb}/{a.method.name}:plain"
+    made: dict[str, Expr] = {
+        spec.name: Apply(spec.shape, inputs[0].dtype, function, tuple(inputs), given, i) for i, spec in enumerate(method.tensors(site))
+    }
+    new = insert_memory.replace_module(program, a, InsertModule.bare(method, site), made, op)
+    at = next(i for i, b in enumerate(program.attachments) if b is new)
+    program.attachments[at] = replace(new, method=method)
+    return program.attachments[at]
+
+
+def plain(cls: type[Any], *tensors: Tensor, site: Any, **params: Any) -> tuple[Tensor, ...]:
+    """The tensors of the plain branch of a generated one, in float32 (float64 for float64)."""
+    stream, method = Stream(**dict(site)), cls(**params)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    t = {spec.name: v.to(wide) for spec, v in zip(method.tensors(stream), tensors, strict=True)}
+    return tuple(v.contiguous() for v in method.plain(stream, t))
 
 
 def through(cls: type[InsertMethod], down: Tensor, weight: Tensor, shift: Tensor | None = None, *, axis: int) -> Tensor:
