@@ -114,8 +114,8 @@ def _take_apart(view: FuseView, node: fx.Node) -> Call | Miss:
 
 def _unfit(view: FuseView, call: Call) -> Miss | None:
     place = view.where(call.node)
-    if view.target.device == "cpu" and view.dtype(call.q) is not torch.float32:
-        return Miss(place, "the processor has no kernel of this operation in this type", str(view.dtype(call.q)).removeprefix("torch."))
+    if view.dtype(call.q) not in (torch.float32, torch.float16):
+        return Miss(place, "the runtime has no kernel of this operation in this type", str(view.dtype(call.q)).removeprefix("torch."))
     if call.causal and (call.mask is not None or not view.same(view.shape(call.q)[2], view.shape(call.k)[2])):
         return Miss(place, "it is causal from the first key on, over fewer queries than keys")
     batch = view.shape(call.q)[0]

@@ -149,20 +149,23 @@ def translations() -> dict[Any, Callable[..., Any]]:
         {**attributes, "qkv_hidden_sizes": "ints"},
     )  # fmt: skip
 
+    def fill(x):  # type: ignore[no-untyped-def]
+        return fill_of(torch.float16 if int(x.dtype) == 10 else torch.float32)  # TensorProto.FLOAT16
+
     def attention(q, k, v, bias, key_mask, scores, heads: int, scale: float, causal: bool):  # type: ignore[no-untyped-def]
         return plain(
-            q, k, v, bias, key_mask, scores, num_heads=heads, scale=scale, mask_filter_value=FILL, unidirectional=int(causal)
+            q, k, v, bias, key_mask, scores, num_heads=heads, scale=scale, mask_filter_value=fill(q), unidirectional=int(causal)
         )  # fmt: skip
 
     def cached(q, k, v, bias, key_mask, scores, past_key, past_value, heads: int, scale: float, causal: bool):  # type: ignore[no-untyped-def]
         return growing(
-            q, k, v, bias, key_mask, scores, past_key, past_value, num_heads=heads, scale=scale, mask_filter_value=FILL,
+            q, k, v, bias, key_mask, scores, past_key, past_value, num_heads=heads, scale=scale, mask_filter_value=fill(q),
             unidirectional=int(causal),
         )  # fmt: skip
 
     def packed(x, weight, bias, key_mask, scores, heads: int, sizes: Sequence[int], scale: float, causal: bool):  # type: ignore[no-untyped-def]
         return whole(
-            x, weight, bias, key_mask, None, scores, num_heads=heads, qkv_hidden_sizes=list(sizes), scale=scale, mask_filter_value=FILL,
+            x, weight, bias, key_mask, None, scores, num_heads=heads, qkv_hidden_sizes=list(sizes), scale=scale, mask_filter_value=fill(x),
             unidirectional=int(causal),
         )  # fmt: skip
 
@@ -177,7 +180,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
             last = op.Slice(shape, op.Constant(value_ints=[3]), op.Constant(value_ints=[4]))
             first = op.Slice(shape, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]))
             scores = op.Reshape(tiled, op.Concat(first, op.Constant(value_ints=[1, -1]), last, axis=0))
-        out = plain(rows, k, v, None, None, scores, num_heads=groups, scale=scale, mask_filter_value=FILL, unidirectional=0)
+        out = plain(rows, k, v, None, None, scores, num_heads=groups, scale=scale, mask_filter_value=fill(q), unidirectional=0)
         wide = op.Reshape(out, op.Constant(value_ints=[0, each, -1, groups * width]))
         wide = op.Reshape(wide, op.Constant(value_ints=[0, each, -1, groups, width]))
         return op.Reshape(op.Transpose(wide, perm=[0, 2, 3, 1, 4]), op.Constant(value_ints=[0, 0, heads * width]))

@@ -131,8 +131,8 @@ def _widened(view: FuseView, turn: Turn) -> Turn:
 
 
 def _unfit(view: FuseView, turn: Turn, memo: dict[fx.Node, str]) -> tuple[str, str] | None:
-    if view.target.device == "cpu" and view.dtype(turn.x) is not torch.float32:
-        return "the processor has no kernel of this operation in this type", str(view.dtype(turn.x)).removeprefix("torch.")
+    if view.dtype(turn.x) not in (torch.float32, torch.float16):
+        return "the runtime has no kernel of this operation in this type", str(view.dtype(turn.x)).removeprefix("torch.")
     shape = view.shape(turn.x)
     if not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return "heads and their width are not known", ""
