@@ -39,6 +39,7 @@ PAGES = [
     "CHANGELOG.md",
     "docs/tutorial.md",
     "docs/structure.md",
+    "docs/inference.md",
     "docs/language.md",
     "docs/index.md",
 ]
