@@ -62,14 +62,14 @@ class BiasGelu:
             return "the product adds its bias itself", product.name  # type: ignore[union-attr]
         product = node.args[0]
         if not is_call(product, aten.linear.default):
-            return "the value is a product", getattr(product, "name", str(product))
+            return "the value is no product", getattr(product, "name", str(product))
         if len(product.users) > 1:  # type: ignore[union-attr]
-            return "nothing else reads the product", product.name  # type: ignore[union-attr]
+            return "something else reads the product, too", product.name  # type: ignore[union-attr]
         bias = operand(product, "bias")  # type: ignore[arg-type]
         if bias is None:
-            return "the product has a bias", product.name  # type: ignore[union-attr]
+            return "the product has no bias", product.name  # type: ignore[union-attr]
         if not view.name(bias) or view.dtype(bias) != view.dtype(product):
-            return "the bias is stored, in the type of the product", bias.name
+            return "the bias is not stored, or of another type", bias.name
         if view.dtype(node) not in (torch.float32, torch.float16):
             return "the runtime has no kernel for this type", str(view.dtype(node)).removeprefix("torch.")
         return None

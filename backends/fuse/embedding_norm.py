@@ -60,17 +60,17 @@ class EmbeddingNorm:
             return None
         if len(looks) < len(parts):
             other = next(p for p in parts if p not in looks)
-            return "every summand is a look-up in a table", other.name
+            return "a summand is no look-up in a table", other.name
         if len(looks) not in (2, 3):
-            return "two or three tables are summed", str(len(looks))
+            return "more than three tables are summed", str(len(looks))
         if len(operand(node, "normalized_shape")) != 1 or any(not isinstance(operand(node, n), fx.Node) for n in ("weight", "bias")):
-            return "the norm is over the last axis and has gain and shift", node.name
+            return "the norm has no gain or shift, or is not over the last axis alone", node.name
         if view.dtype(total) is not torch.float32:
             return "the runtime has no kernel for this type", str(view.dtype(total)).removeprefix("torch.")
         if any(not view.name(p.args[0]) for p in looks):
-            return "the tables are stored", ", ".join(str(p.args[0]) for p in looks if not view.name(p.args[0]))
+            return "a table is computed in the graph and not stored", ", ".join(str(p.args[0]) for p in looks if not view.name(p.args[0]))
         if any(view.rank(p) != 3 for p in looks):
-            return "rows are looked up by batch and step", ", ".join(p.name for p in looks if view.rank(p) != 3)
+            return "rows are not looked up by batch and step", ", ".join(p.name for p in looks if view.rank(p) != 3)
         return self._roles(view, total, looks)
 
     @staticmethod
@@ -78,7 +78,7 @@ class EmbeddingNorm:
         whole = [p for p in looks if same(view, view.shape(p), view.shape(total))]
         single = [p for p in looks if p not in whole]
         if len(single) > 1 or any(view.shape(p)[0] != 1 or not same(view, view.shape(p)[1:], view.shape(total)[1:]) for p in single):
-            return "all rows but those of positions are given for the whole batch", ", ".join(p.name for p in single)
+            return "more than one table is looked up for a single batch", ", ".join(p.name for p in single)
         largest = max(whole, key=lambda p: int(view.shape(p.args[0])[0]))
         rest = [p for p in whole if p is not largest]
         positions = single[0] if single else max(rest, key=lambda p: int(view.shape(p.args[0])[0]))

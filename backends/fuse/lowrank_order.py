@@ -74,24 +74,24 @@ class LowRankOrder:
         if is_call(value, *_ADDED):
             base, left, right = value.args[:3]
             if operand(value, "beta") != 1:
-                return "the weight itself is not scaled", f"beta {operand(value, 'beta')}"
+                return "the weight itself is scaled", f"beta {operand(value, 'beta')}"
             scale = float(operand(value, "alpha"))
         else:
             if is_call(value, aten.add.Tensor) and all(isinstance(a, fx.Node) for a in value.args[:2]):
                 sides = [a for a in value.args if _product(view, a) is None]
                 if len(sides) != 1 or operand(value, "alpha") != 1:
-                    return "the change is the product of two factors", value.name
+                    return "the change is no product of two factors", value.name
                 base = sides[0]
                 value = next(a for a in value.args if a is not base)
             found = _product(view, value)
             if found is None:
-                return "the change is the product of two factors", value.name
+                return "the change is no product of two factors", value.name
             left, right, scale = found
         rank, rows, columns = view.shape(left)[-1], view.shape(left)[-2], view.shape(right)[-1]
         if rank * (rows + columns) >= rows * columns:
-            return "two thin products are less work", f"rank {rank} of a matrix of {rows} x {columns}"
+            return "the rank is not low: two products are no less work", f"rank {rank} of a matrix of {rows} x {columns}"
         if is_call(node, MATMUL, aten.mm.default) and view.rank(left) != 2:
-            return "the factors are matrices, or experts of a product of sorted rows", node.name
+            return "the factors are neither matrices nor those of experts", node.name
         return _Change(base, left, right, scale, turned)
 
     def _write(self, view: FuseView, node: fx.Node) -> None:

@@ -41,7 +41,7 @@ class LowRankShared:
             if other is not node:
                 yield Match(node, lambda n=node, o=other: self._merge(view, n, o), f"one product with {other.name}")  # type: ignore[misc]
             elif beside.setdefault(x, node) is not node:
-                yield Miss(view.where(node), "the adapters of one value have one first factor", f"{name} is a tensor of its own")
+                yield Miss(view.where(node), "another adapter of the value has a first factor of its own", f"{name} is a tensor of its own")
 
     @staticmethod
     def _tied(view: FuseView, name: str, adapters: frozenset[str]) -> bool:

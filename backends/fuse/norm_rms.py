@@ -46,7 +46,9 @@ class RmsNorm:
             if len(shape) == 1 and operand(node, "eps") is not None:
                 yield Match(node, lambda n=node: self._direct(view, n), "one norm")  # type: ignore[misc]
             else:
-                yield Miss(view.where(node), "the norm is over one axis and has an eps", f"axes {list(shape)}, eps {operand(node, 'eps')}")
+                yield Miss(
+                    view.where(node), "the norm is over several axes or has no eps", f"axes {list(shape)}, eps {operand(node, 'eps')}"
+                )
         for node in view.calls(aten.rsqrt.default):
             found = self._read(view, node)
             if isinstance(found, tuple):
@@ -80,19 +82,19 @@ class RmsNorm:
         if squared is None:
             return None
         if shifted is None:
-            return "a positive number is added to the mean of squares", mean.name
+            return "no number is added to the mean of squares", mean.name
         axes = [int(a) % view.rank(squared) for a in operand(mean, "dim") or ()]
         if axes != [view.rank(squared) - 1] or not operand(mean, "keepdim"):
-            return "the mean is over the last axis, which is kept", f"axes {axes}"
+            return "the mean is not over the last axis alone", f"axes {axes}"
         eps = float(shifted[1])
         scaled = only_user(root)
         sides = pair(scaled, aten.mul.Tensor)
         if scaled is None or sides is None:
-            return "the inverse root is multiplied with the value, and read by nothing else", root.name
+            return "the inverse root is more than a factor of one value", root.name
         value = sides[0] if sides[1] is root else sides[1]
         x = _uncast(squared)
         if _uncast(value) is not x:
-            return "what is divided is what was squared", f"{value.name} and {squared.name}"
+            return "what is divided is not what was squared", f"{value.name} and {squared.name}"
         return self._gain(view, _Norm(x, None, eps, scaled))
 
     def _gain(self, view: FuseView, norm: _Norm) -> _Norm | tuple[str, str]:
@@ -115,7 +117,7 @@ class RmsNorm:
             end = end.args[0]  # type: ignore[assignment]  # a cast to a third type behind the norm is not the norm's
         if view.dtype(end) != view.dtype(norm.x):
             types = [str(view.dtype(n)).removeprefix("torch.") for n in (norm.x, end)]
-            return "the result has the type of the input", " and ".join(types)
+            return "the result has another type than the input", " and ".join(types)
         return _Norm(norm.x, weight, norm.eps, end)
 
 

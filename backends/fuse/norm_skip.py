@@ -38,9 +38,9 @@ class SkipLayerNorm:
     def _read(self, view: FuseView, node: fx.Node) -> Sum | tuple[str, str]:
         shape = operand(node, "normalized_shape")
         if len(shape) != 1:
-            return "the norm is over the last axis", f"axes of sizes {list(shape)}"
+            return "the norm is not over the last axis alone", f"axes of sizes {list(shape)}"
         if not isinstance(operand(node, "weight"), fx.Node):
-            return "the norm has a gain", node.name
+            return "the norm has no gain", node.name
         return half(view, node) or sum_before(view, node)
 
     def _write(self, view: FuseView, node: fx.Node) -> None:

@@ -38,7 +38,7 @@ class SkipRmsNorm:
 
     def _read(self, view: FuseView, node: fx.Node) -> Sum | tuple[str, str]:
         if not isinstance(node.args[1], fx.Node):
-            return "the norm has a gain", node.name
+            return "the norm has no gain", node.name
         return half(view, node) or sum_before(view, node)
 
     def _write(self, view: FuseView, node: fx.Node) -> None:

@@ -31,18 +31,18 @@ def sum_before(view: FuseView, norm: fx.Node) -> Sum | tuple[str, str]:
     node: Any = norm.args[0]
     parts = pair(node, aten.add.Tensor)
     if parts is None:
-        return "the norm reads a sum of two values", node.name
+        return "the norm reads no sum of two values", node.name
     if view.rank(node) not in (2, 3):
-        return "the values have two or three axes", str([str(s) for s in view.shape(node)])
+        return "the values have neither two nor three axes", str([str(s) for s in view.shape(node)])
     if any(view.dtype(p) != view.dtype(node) for p in parts):
-        return "both summands have the type of the sum", ", ".join(str(view.dtype(p)).removeprefix("torch.") for p in parts)
+        return "a summand has another type than the sum", ", ".join(str(view.dtype(p)).removeprefix("torch.") for p in parts)
     x, skip = parts
     if not same(view, view.shape(x), view.shape(node)):
         x, skip = skip, x
     if not same(view, view.shape(x), view.shape(node)):
-        return "a summand has the shape of the sum", node.name
+        return "no summand has the shape of the sum", node.name
     if not _spread(view, skip, node):
-        return "the other summand has the same shape, or one batch of it", str([str(s) for s in view.shape(skip)])
+        return "the other summand is spread over more than the batch", str([str(s) for s in view.shape(skip)])
     bias = _bias(view, x)
     if bias is None and same(view, view.shape(skip), view.shape(node)) and _bias(view, skip) is not None:
         x, skip = skip, x

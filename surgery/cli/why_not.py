@@ -98,7 +98,7 @@ def _one(name: str, file: str, entry: dict[str, Any] | None) -> str:
         lines.append(f"  fired: {what} ({len(group)})")
         lines += _places([str(p.get("place", "")) for p in group])
     for condition, group in _grouped(misses, "condition").items():
-        lines.append(f"  not fired, for this does not hold: {condition} ({len(group)})")
+        lines.append(f"  not fired: {condition} ({len(group)})")
         lines += _places([f"{m.get('node_name', '')}{': ' + str(m['detail']) if m.get('detail') else ''}" for m in group])
     if fired:
         lines.append(
