@@ -98,7 +98,10 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="make the files of the part and stop")
     args = parser.parse_args()
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     wanted = tuple(a.strip() for a in args.arms.split(",") if a.strip()) or ORDER
     unknown = [a for a in wanted if a not in ORDER]
