@@ -313,4 +313,8 @@ def test_an_adapter_of_surgery_knows_its_base(world: Path) -> None:
     assert [d.code for d in api.plan('surg 1\nmodel "other/bert"\n' + head).diagnostics] == ["S0788"]
     tensors = load_file("known/adapter_model.safetensors")
     save_file({k.replace("query", "quary"): t for k, t in tensors.items()}, "known/adapter_model.safetensors")
-    assert [d.code for d in api.plan('surg 1\nmodel "bert"\n' + head).diagnostics] == ["S0784"]
+    (found,) = api.plan('surg 1\nmodel "bert"\n' + head).diagnostics
+    assert found.code == "S0784" and any("did you mean `encoder.layer.0.attention.self.query`?" in h for h in found.help)
+    save_file({k.replace("encoder", "bert.encoder"): t for k, t in tensors.items()}, "known/adapter_model.safetensors")
+    (found,) = api.plan('surg 1\nmodel "bert"\n' + head).diagnostics
+    assert found.code == "S0784" and any("holds this one as `bert`" in h for h in found.help)

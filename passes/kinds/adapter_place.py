@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from surgery.core.diagnostics import Sink, SurgeryError, error, fail
-from surgery.core.near import near, quoted
+from surgery.core.near import near
 from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model import past
@@ -111,7 +111,7 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
     found = next((frame for problems, frame in faults if not problems), None)
     if found is None:
         problems, _ = min(faults, key=lambda f: len(f[0]))
-        raise _refuse(adapter, problems, span)
+        raise _refuse(adapter, problems, span, list(sites))
     out = Placement(adapter)
     for low in adapter.parts.values():
         here = found.find(f"{low.path}.weight")
@@ -258,7 +258,7 @@ def _geometry(program: Program, site: Site, shape: Sequence[int]) -> Geometry:
     return geometry_of(site, tuple(shape), call_config(program, graph, node))
 
 
-def _refuse(adapter: Adapter, problems: Sequence[_Fault], span: Span) -> SurgeryError:
+def _refuse(adapter: Adapter, problems: Sequence[_Fault], span: Span, paths: Sequence[str]) -> SurgeryError:
     sink = Sink()
     for code in ("S0784", "S0785"):
         mine = [p for p in problems if p.code == code]
@@ -274,18 +274,26 @@ def _refuse(adapter: Adapter, problems: Sequence[_Fault], span: Span) -> Surgery
                 if first.span is None
                 else "merge it above that statement, or train it on what stands there now"
             )
-            sink.add(error(code, f"{adapter.name} has parts for what is not there: {first.text}{tail}", span, "merged here", also=also, notes=[base] if base else [], help=[help, *_likely(first, problems)]))  # fmt: skip
+            sink.add(error(code, f"{adapter.name} has parts for what is not there: {first.text}{tail}", span, "merged here", also=also, notes=[base] if base else [], help=[help, *_likely(first, paths)]))  # fmt: skip
         else:
             sink.add(error(code, f"{adapter.name} does not fit: {first.text}{tail}", span, "merged here", notes=[base] if base else [], help="open the model that it was trained on"))  # fmt: skip
     return SurgeryError(*sink.items)
 
 
-def _likely(first: _Fault, problems: Sequence[_Fault]) -> list[str]:
+def _likely(first: _Fault, paths: Sequence[str]) -> list[str]:
+    """What else may be wrong with a path that the model does not have; ``paths`` are those of its layers."""
     if first.span is not None:
         return []
     if re.search(r"experts\.\d+\.", first.path):
         return ["the model keeps its experts in one tensor: train on it as it is now, or convert the adapter with peft first"]
-    return []
+    head, _, rest = first.path.partition(".")
+    if rest in paths:
+        return [f"it was trained on a model that holds this one as `{head}`: open that model, with its head"]
+    longer = next((p for p in paths if p.endswith(f".{first.path}")), "")
+    if longer:
+        return [f"here it is `{longer}`: open the model inside of the one that is opened"]
+    near_ = near(first.path, paths)
+    return [f"did you mean `{near_[0]}`?"] if near_ else []
 
 
 def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
@@ -408,6 +416,3 @@ def _slice(program: Program, placed: Placed, site: Site) -> Placed:
     shift = None if placed.shift is None else select(placed.shift, 0, tuple(site.rows))
     shape = program.weights[program.aliases.get(site.weight, site.weight)].shape
     return replace(placed, site=site, geometry=_geometry(program, site, shape), tensors=tensors, shift=shift)
-
-
-__all__ = ["Placed", "Placement", "near", "place", "quoted", "within_selection"]

@@ -103,7 +103,7 @@ def clusters(a: Tensor, b: Tensor, size: int, method: Lego, number: int) -> np.n
             "S0786",
             "merge lego clusters with scikit-learn, which is not installed",
             exit_code=2,
-            help="install it: `pip install scikit-learn`",
+            help="install it: `pip install 'model-surgery[merge]'`",
         ) from exc
     import warnings
 
