@@ -215,12 +215,18 @@ def finish(model: Any, program: Program, root: torch.nn.Module) -> Any:
     return model
 
 
+def _quotient(a: str, b: str, by: str) -> str:
+    """``a*b // by`` where that is one of the two, else ""."""
+    return a if by == b else b if by == a else ""
+
+
 def _name_axes(model: Any, program: Program) -> None:
     """The exporter's symbols (``s41``, ``s41 + s27``) become our names everywhere in the graph."""
     wanted = axis_names(program)
 
     def named(text: str, names: dict[str, str]) -> str:
         text = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), text)
+        text = re.sub(r"\(\((\w+)\*(\w+)\)//(\w+)\)", lambda m: _quotient(*m.groups()) or m.group(), text)
         return " + ".join(sorted(text.split(" + "))) if re.fullmatch(r"\w+( \+ \w+)+", text) else text
 
     table: dict[str, str] = {}
