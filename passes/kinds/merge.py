@@ -20,7 +20,7 @@ from surgery.core.site import Site
 from surgery.model.program import Program
 from surgery.model.weights import Apply, Update, is_float
 from surgery.passes.kinds import attach
-from surgery.passes.kinds.merge_finite import finite
+from surgery.passes.kinds.merge_finite import finite, is_finite
 from surgery.passes.kinds.merge_fit import compatible, mixed
 from surgery.passes.kinds.merge_inputs import Inputs, Operands, Source, overlap
 from surgery.passes.kinds.merge_math import Delta, Sparsifier, add_up, buffers, chunks, delta_of, keep_all
@@ -39,6 +39,8 @@ class MergeMethod(Method):
     needs_sites: ClassVar[bool] = False
     models: ClassVar[tuple[int, int | None]] = (1, None)
     reads_base: ClassVar[bool] = True
+    spreads: ClassVar[bool] = False
+    """Whether a NaN or infinite element of any model makes one of the result, so that looking at the result is enough."""
     adapters: ClassVar[str] = ""
     """What the method does with adapters, if it merges those (see :mod:`surgery.passes.kinds.adapter`)."""
     checkpoints: ClassVar[bool] = True
@@ -114,14 +116,21 @@ def merged(
     """
     method = cls(**params)
     given = [t.contiguous() for t in tensors]
-    for value, who in zip(given, of, strict=False):
-        finite(value, tensor, who)
+    sources = list(zip(given, of, strict=False))
+    if not cls.spreads:
+        _all_finite(sources, tensor)
     if not cls.reads_base and dtype:
         given.insert(0, torch.empty(given[0].shape, dtype=getattr(torch, dtype)))
     made = method.merge(given[0], given[1:], list(weights), seed, tuple(prepared)).to(given[0].dtype)
-    if of:
+    if of and not is_finite(made):
+        _all_finite(sources, tensor)
         finite(made, tensor, "")
     return made
+
+
+def _all_finite(sources: Sequence[tuple[Tensor, str]], tensor: str) -> None:
+    for value, who in sources:
+        finite(value, tensor, who)
 
 
 # ------------------------------------------------------------------ the pass

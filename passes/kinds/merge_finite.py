@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.core.diagnostics import fail
 
-PIECE = 1 << 18
+PIECE = 1 << 17
+EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""Bits of an infinity by type: elements with all of them set are not finite, others are below."""
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    flat = value.reshape(-1)
+    edge = EXPONENT.get(value.dtype)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE]
+        if edge is not None:
+            if int(np.bitwise_and(piece.view(torch.int16).numpy(), 0x7FFF).max()) >= edge:
+                return False
+        # a sum is finite only if every element is; one that overflows is looked at again
+        elif not bool(torch.isfinite(piece.to(torch.float32).sum())) and not bool(torch.isfinite(piece).all()):
+            return False
+    return True
 
 
 def finite(value: Tensor, name: str, who: str) -> None:
     """Raises S0798 for elements that are NaN or infinite; ``who`` is the checkpoint that has them, empty for the result."""
-    flat = value.reshape(-1)
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE]
-        # a sum is finite only if every element is; one that overflows is looked at again
-        if not bool(torch.isfinite(piece.to(torch.float32).sum())) and not bool(torch.isfinite(piece).all()):
-            raise _fault(value, name, who)
+    if not is_finite(value):
+        raise _fault(value, name, who)
 
 
 def _fault(value: Tensor, name: str, who: str) -> Exception:

@@ -34,6 +34,7 @@ class Linear(AdapterSide, MergeMethod):
 
     models: ClassVar[tuple[int, int | None]] = (1, None)
     reads_base: ClassVar[bool] = False
+    spreads: ClassVar[bool] = True
     adapters: ClassVar[str] = "sum"
 
     normalize: bool | None = param(None, "divide by the sum of the factors; when nothing is said checkpoints are, and adapters are not")

@@ -30,6 +30,7 @@ class Slerp(MergeMethod):
 
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     reads_base: ClassVar[bool] = False
+    spreads: ClassVar[bool] = True
 
     t: float = param(0.5, "0 is the first model, 1 the second", min=0, max=1, per_layer=True)
 
