@@ -177,6 +177,10 @@ def compile_spec(
             result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, notes=work.notes, _module=work.module)
             if target is not None and write_lock and not locked:
                 result.lock = _write_lock(target, lock)
+        if {p.suffix for p in result.artifacts} >= {".onnx", ".pt2"}:
+            from surgery.benching_verdict import verdict
+
+            result.notes.extend(verdict(result.artifacts))
         return result
 
 

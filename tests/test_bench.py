@@ -220,3 +220,36 @@ def test_longer_than_the_model_takes(models: Path) -> None:
     with pytest.raises(SurgeryError) as found:
         bench([str(models / "llama")], lengths=[16, 63], arms=[EAGER], prompts=[], memory=False)
     assert found.value.diagnostics[0].code == "S0896" and "62 tokens, not 63" in found.value.diagnostics[0].message
+
+
+# ------------------------------------------------------------------ what compile says
+
+
+def test_compile_says_which_output_is_faster_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line over the usual shapes that the model takes; shapes that would take long are left out; other failures are said."""
+    from surgery import benching_verdict
+    from surgery.backends import aoti
+    from surgery.benching import Benched, Cell
+    from surgery.benching_arms import ONNX, PT2, Arm
+    from surgery.benching_turns import Timing
+
+    record = {"longest": 100, "inputs": [{"shape": ["batch", "sequence"]}], "cost": [[1, 1e6], [50, 5e7], [100, 1e8]]}
+    arms = [Arm("b/m.onnx", ONNX, (), lambda feeds: lambda: {}), Arm("b/m.pt2", PT2, (), lambda feeds: lambda: {})]
+
+    def bench(paths: list[str], *, batches: list[int], lengths: list[int], **more: Any) -> Benched:
+        assert paths == ["b/m.onnx", "b/m.pt2"] and more["arms"] == []
+        shape = batches[0], lengths[0]
+        fast = arms[1 if shape == (8, 100) else 0]
+        cells = {a.name: Cell(Timing(1.0 if a is fast else 2.0, 1.0, 2.0, 5)) for a in arms}
+        return Benched(arms, [shape], 2, 5, paths, {shape: cells})
+
+    monkeypatch.setattr(aoti, "read_record", lambda path: record)
+    monkeypatch.setattr(benching_verdict, "bench", bench)
+    files = [Path("b/m.onnx"), Path("b/m.pt2"), Path("b/module")]
+    (said,) = benching_verdict.verdict(files)
+    assert said == "faster at (batch, length), measured with 2 threads: m.onnx at (1, 16), (1, 100), (8, 16); m.pt2 at (8, 100)"
+    assert benching_verdict.verdict(files[:1]) == [] == benching_verdict.verdict([])
+    monkeypatch.setattr(benching_verdict, "MOST_OPERATIONS", 2e7)
+    assert benching_verdict.verdict(files)[0].endswith("m.onnx at (1, 16)")
+    monkeypatch.setattr(benching_verdict, "MOST_OPERATIONS", 1.0)
+    assert "too large" in benching_verdict.verdict(files)[0]
