@@ -127,3 +127,101 @@ def test_a_checkpoint_that_is_not_there(models: Path, monkeypatch: pytest.Monkey
     text = 'surg 1\nmodel "base" as base\ncheckpoint gone = load("nowhere")\nmerge linear of base, gone\n'
     ran = surgery("plan", write("gone.surg", text))
     assert ran.code != 0 and ran.codes == ["S0701"]
+
+
+# ------------------------------------------------------------------ factors by layer, other types, other vocabularies
+
+
+def test_factors_may_differ_by_layer(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One list, table or ramp for each model; what is outside of the layers takes the first layer's."""
+    one, two = (tensors(models / n) for n in ("one", "two"))
+    got = emitted(models, "merge linear(weights = [ramp(1, 0), {0: 0, 1: 0.5, 2: 1}]) of one, two\n", monkeypatch, tmp_path)
+    for layer, (a, b) in enumerate(((1, 0), (0.5, 0.5), (0, 1))):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert close(got[name], a * one[name] + b * two[name]), layer
+    assert torch.equal(got["lm_head.weight"], one["lm_head.weight"])
+    text = (
+        "merge slerp(t = [0, 1]) of one, two on layers[1..2].ffn\nmerge linear(weights = [[3, 1], 1]) of one, two on layers[0..1].attn.q\n"
+    )
+    got = emitted(models, text, monkeypatch, tmp_path / "b")
+    assert torch.equal(got["model.layers.1.mlp.up_proj.weight"], one["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(got["model.layers.2.mlp.up_proj.weight"], two["model.layers.2.mlp.up_proj.weight"])
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert close(got[q], 0.75 * one[q] + 0.25 * two[q])
+    for wrong, code in (
+        ("merge linear(weights = [1]) of one, two\n", "S0775"),
+        ("merge linear(weights = [1, [1, -1, 1]]) of one, one * 2\n", "S0775"),
+        ("merge linear(weights = [1, [-1, 0, 0]]) of one, two\n", "S0775"),
+        ("merge linear(weights = [1, [1, 2]]) of one, two\n", "S0307"),
+        ("merge linear(weights = [1, cosine]) of one, two\n", "S0220"),
+    ):
+        try:
+            found = [d.code for d in api.plan(HEAD + wrong).diagnostics if d.is_error]
+        except api.SurgeryError as exc:
+            found = [d.code for d in exc.diagnostics]
+        assert found == [code], wrong
+
+
+def test_other_types_are_computed_in_float32_and_said(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(models)
+    base, one = ({k: v.bfloat16() for k, v in tensors(models / "base").items()}, tensors(models / "one"))
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(models / "base", tmp_path / "half")
+    save_file(base, tmp_path / "half/model.safetensors", {"format": "pt"})
+    text = f'surg 1\nmodel "{tmp_path}/half" as base\ncheckpoint one = load("one")\nmerge linear of base, one\n'
+    plan = api.plan(text)
+    assert any("types differ: one has 30 tensors of float32; computed in float32, stored as bfloat16" in f for f in plan.steps[0].facts)
+    api.compile(text + f'emit transformers to "{tmp_path}/out"\n')
+    got = tensors(tmp_path / "out")
+    # rounded once: the wider checkpoint is not rounded before it is added
+    assert all(torch.equal(got[n], (0.5 * base[n].float() + 0.5 * one[n]).bfloat16()) for n in got)
+
+
+def test_a_larger_vocabulary_is_merged_where_it_is_the_same(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, wide = tensors(models / "base"), tensors(models / "wide")
+    text = 'checkpoint wide = load("wide")\nmerge linear(vocab = common) of base, wide\n'
+    got = emitted(models, text, monkeypatch, tmp_path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert close(got[name], (base[name] + wide[name][:99]) / 2)
+    monkeypatch.chdir(models)
+    text = 'surg 1\nmodel "wide" as wide\ncheckpoint base = load("base")\nmerge linear(vocab = common) of wide, base\n'
+    plan = api.compile(text + f'emit transformers to "{tmp_path}/b"\n').plan
+    got = tensors(tmp_path / "b")
+    assert torch.equal(got["lm_head.weight"][99:], wide["lm_head.weight"][99:])
+    assert close(got["lm_head.weight"][:99], (base["lm_head.weight"] + wide["lm_head.weight"][:99]) / 2)
+    assert "lm_head.weight: the first 99 of 101 rows are merged, the others stay the model's" in plan.steps[0].facts
+
+
+@pytest.mark.parametrize("method", ["linear", "ties(trim = tensor)", "ties", "model_stock", "weight_matching"])
+def test_nan_is_named_and_nothing_is_written(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(models / "two", tmp_path / "bad")
+    values = tensors(tmp_path / "bad")
+    values["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(values, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(models)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/kept.txt").write_text("before")
+    text = f'checkpoint bad = load("{tmp_path}/bad")\nmerge {method} of one, bad\nemit transformers to "{tmp_path}/out"\n'
+    with pytest.raises(api.SurgeryError) as caught:
+        api.compile(HEAD + text, force=True)
+    first = caught.value.diagnostics[0]
+    assert (first.code, first.message) == ("S0798", "`model.layers.1.mlp.up_proj.weight` of bad is not finite")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["kept.txt"] and not list(tmp_path.glob(".out*"))
+
+
+def test_a_sum_that_the_type_cannot_hold() -> None:
+    from surgery.passes import registry
+
+    big = torch.full((3, 4), 60000.0).half()
+    with pytest.raises(api.SurgeryError) as caught:
+        registry.function("merge/linear:merged")(
+            big, big, weights=(1.0, 1.0), seed=0, normalize=False, dtype="float16", tensor="w", of=("one", "two")
+        )
+    assert caught.value.diagnostics[0].message == "merging `w` gives values that float16 cannot hold"

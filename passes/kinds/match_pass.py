@@ -15,10 +15,12 @@ from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.realise import realise
 from surgery.model.running import outputs_of
+from surgery.model.study import Study
 from surgery.model.weights import Expr, is_float, select
 from surgery.passes.kinds.drop_signature import leaves
 from surgery.passes.kinds.match import Matching
 from surgery.passes.kinds.match_axes import Plain, Unit, find_units, places, ranges
+from surgery.passes.kinds.merge_finite import finite
 from surgery.passes.kinds.merge_inputs import Operands, Source
 from surgery.passes.operation import Resolved
 
@@ -51,9 +53,8 @@ def aligned(
         units = find_units(program, floating, axes).units
         read = {n: source.expr(n, {}) for n in floating}
         matching = Matching(
-            program.dims, program.aliases, floating, lambda n: realise(program.weights[n], functions=study.tensors.functions),
-            lambda n, read=read: realise(read[n], functions=study.tensors.functions), units, sweeps, seed,  # type: ignore[misc]
-            lambda done, total, name=source.name: study.progress(f"matching units of {name}", done, total),  # type: ignore[misc]
+            program.dims, program.aliases, floating, _reader(program.weights, study, "the model"), _reader(read, study, source.name), units,
+            sweeps, seed, lambda done, total, name=source.name: study.progress(f"matching units of {name}", done, total),  # type: ignore[misc]
         )  # fmt: skip
         before = matching.distance(moved=False)
         matching.run()
@@ -66,6 +67,17 @@ def aligned(
                 experts[at] = moved[name]
                 out[name] = replace(out[name], experts=tuple(experts))
     return out
+
+
+def _reader(exprs: Mapping[str, Expr], study: Study, who: str) -> Callable[[str], Tensor]:
+    """Reads tensors by name. What it gives raises S0798 for a tensor that is not finite: no assignment could be made of it."""
+
+    def read(name: str) -> Tensor:
+        value = realise(exprs[name], functions=study.tensors.functions)
+        finite(value, name, who)
+        return value
+
+    return read
 
 
 def _fits(program: Program, name: str, sources: Sequence[Source]) -> bool:

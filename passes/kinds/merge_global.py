@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.model.realise import realise
 from surgery.model.threads import one_thread
+from surgery.passes.kinds.merge_finite import finite
 from surgery.passes.kinds.merge_inputs import Operands, Source
 from surgery.passes.kinds.merge_math import Ranking, Sparsifier, Top, between, chunks, delta_of, edges, keep_all, keys_of, nothing
 from surgery.passes.operation import Resolved
@@ -28,6 +29,7 @@ def rank(
     """For each tensor ``(((key, ties) of each model), majority sign)``: see :class:`~surgery.passes.kinds.merge_math.Top`.
 
     Three streamed passes over all tensors: a sample, the thresholds, and the sign of the summed trimmed task vectors. Empty while planning.
+    Raises S0798 for weights that are not finite.
     """
     study = op.study
     if study is None:
@@ -42,6 +44,9 @@ def rank(
             study.progress(f"merge {op.name}: ranking task vectors", done, 3 * len(operands))
             done += 1
             base, *experts = (realise(e, functions=study.tensors.functions) for e in (o.base, *o.experts))
+            if done <= len(operands):
+                for value, who in zip((base, *experts), ("the model", *(s.name for s in sources)), strict=True):
+                    finite(value, name, who)
             yield name, base, experts
 
     with one_thread():

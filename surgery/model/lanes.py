@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -147,6 +148,8 @@ class Writer:
                 self._hasher.shutdown(wait=True)
             if self._current is not None:
                 self._current.file.close()
+        if self.threaded:
+            _give_back()
         if kind is None and self._fault is not None:
             raise self._fault
 
@@ -218,24 +221,27 @@ class Writer:
 
 def _start_writing(descriptor: int, offset: int, size: int) -> None:
     """Ask the system to begin storing a range now, beside the computing of what follows, so that the final flush finds little left to do."""
-    call = _sync_file_range()
+    call = _call("sync_file_range")
     if call is not None:
         call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _START_WRITING)
 
 
-_found: list[Any] = []
+@cache
+def _call(name: str) -> Any:
+    """A function of the C library; None where it has none of that name."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return None
 
 
-def _sync_file_range() -> Any:
-    if not _found:
-        call = None
-        if sys.platform.startswith("linux"):
-            try:
-                call = ctypes.CDLL(None, use_errno=True).sync_file_range
-            except (OSError, AttributeError):
-                call = None
-        _found.append(call)
-    return _found[0]
+def _give_back() -> None:
+    """Freed memory goes back to the system: the allocator keeps some for every thread that worked, and none of them lives on."""
+    call = _call("malloc_trim")
+    if call is not None:
+        call(0)
 
 
 def read_soon(path: str, start: int, stop: int) -> None:
