@@ -133,7 +133,13 @@ class Pt2Backend:
             record["certificates"] = [*request.certificates, *certificates]
             with AtomicOutput(request.target, folder=False, force=request.force, own=lambda p: owns(p, request.spec_digest)) as temporary:
                 aoti.package(files, temporary, record)
-        notes = [f"{request.target.name}: {line}" for line in fused.lines()] if fused else []
+        call = ", ".join(
+            f"{n}=..."
+            for n, item in zip(record["call"]["inputs"]["keys"], program.signature.in_spec["items"], strict=True)
+            if item["type"] != "const"
+        )
+        told = [f'torch._inductor.aoti_load_package("{request.target.name}")({call})', *(fused.summary() if fused else [])]
+        notes = [f"{request.target.name}: {line}" for line in told]
         return Emitted((request.target,), tuple(certificates), tuple(notes), tuple(record["fusions"]))
 
 
