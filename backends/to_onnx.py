@@ -229,8 +229,7 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         onnx_faults.refuse_loss(found, precision, span)
     if graph.part:
         graph.certificates[:] = [{"graph": graph.part, **c} for c in graph.certificates]
-    if options.target != "cpu":
-        graph.certificates[:] = [{**c, "for": options.target, "measured_on": "cpu"} for c in graph.certificates]
+    graph.certificates[:] = [{**c, **_measured(options)} for c in graph.certificates]
     if options.optimize and fused is None:
         graph.notes.append(f"not fused: operations of opset {onnx_opset.EXPORTED} and later would not survive the way to {options.opset}")
     if fused is not None:
@@ -238,6 +237,11 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         graph.notes += fused.summary()
         graph.fusions += fused.record()
     graph.model, graph.run = model, run
+
+
+def _measured(options: Options) -> dict[str, str]:
+    """What a certificate says of a graph for another processor than the one that measures it."""
+    return {} if options.target == "cpu" else {"for": options.target, "measured_on": "cpu"}
 
 
 def _to_int8(graph: Graph, model: Any, span: Span | None, live: Iterable[str]) -> tuple[Any, Any]:
@@ -271,7 +275,7 @@ def _together(original: Program, whole: Program, graphs: list[Graph], request: E
         share = LOSS["int8"][0] if options.precision == "int8" else TOLERANCE[precision]
         found += chained(whole, measured, graphs[0].run, graphs[1].run, share, onnx_cut.STATES, onnx_cut.MASK)
     onnx_faults.refuse_other(found, request.span)
-    return found
+    return [{**c, **_measured(options)} for c in found]
 
 
 def _empty_cache(original: Program, whole: Program, root: Any, graph: Graph, tolerance: float, options: Options) -> list[dict[str, Any]]:
