@@ -39,7 +39,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ends = op.Cast(offsets, to=7)
         zero, parts = op.Constant(value_ints=[0]), []
         start = zero
-        for e in range(int(weight.shape[0])):
+        experts = next(n for n in (weight.shape[0], offsets.shape[0]) if isinstance(n, int))  # a live adapter's axes may be open
+        for e in range(experts):
             at, after = op.Constant(value_ints=[e]), op.Constant(value_ints=[e + 1])
             end = op.Slice(ends, at, after, zero)
             own = op.Squeeze(op.Slice(weight, at, after, zero), zero)
