@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.model import masked
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.passes import registry
@@ -292,3 +293,35 @@ def test_an_activation_is_known_by_what_it_computes() -> None:
     program, _ = zoo_program("gpt2")
     run(program, operation(program, "insert", "bottleneck", ["layers[0].ffn"], "beside", width=4, activation="gelu"))
     assert "its activation gelu is not the block's" in fold_all(program)[0].note
+
+
+def test_masks_survive_packing_and_widening_to_the_element() -> None:
+    program, flat = zoo_program("llama")
+    parts = [f"layers[0].{part}" for part in ("attn.o", "ffn.up", "ffn.gate", "ffn.down")]
+    run(program, operation(program, "prune", "mask", parts, ratio=0.5))
+    run(program, operation(program, "insert", "bottleneck", ["layers[0].attn"], "after", width=4, activation="silu"))
+    run(program, operation(program, "insert", "bottleneck", ["layers[0].ffn"], "beside", width=4, activation="silu"))
+    run(program, operation(program, "adapt", "dora", ["layers[0].ffn.up"], rank=2))
+    perturb(program)
+    before, expected = program.copy(), outputs(program, *flat)
+    assert all("folded" in c.note for c in fold_all(program))
+    assert difference(outputs(program, *flat), expected) <= 1e-5
+    tensors = Tensors(registry.function)
+    certificate = masked.certificate(before, program, tensors.of)
+    assert certificate is not None and certificate["ok"] and certificate["zeros_before"] == certificate["zeros_after"] == 3584
+    for name in (f"model.layers.0.{n}.weight" for n in ("self_attn.o_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")):
+        old, new = tensors.of(before, name), tensors.of(program, name)
+        assert torch.equal(new[: old.shape[0], : old.shape[1]] == 0, old == 0) and (old == 0).sum() * 2 == old.numel()
+
+
+def test_what_layers_share_stays_one_tensor() -> None:
+    program, flat = zoo_program("llama")
+    run(program, operation(program, "share", "layers", ["layers[0]", "layers[1]"]))
+    for place, role in (("after", "attn"), ("beside", "ffn")):
+        run(program, operation(program, "insert", "bottleneck", [f"layers[{i}].{role}" for i in (0, 2)], place, width=4, activation="silu"))
+    perturb(program)
+    expected, ties = outputs(program, *flat), dict(program.aliases)
+    notes = {c.role: c.note for c in fold_all(program)}
+    assert "shared with other parts" in notes["layers[0].attn"] and "shared with other parts" in notes["layers[0].ffn"]
+    assert "packed" in notes["layers[2].attn"] and notes["layers[2].ffn"] == "bottleneck folded"
+    assert program.aliases == ties and difference(outputs(program, *flat), expected) <= 1e-5
