@@ -198,7 +198,7 @@ class _Products:
         for leaf, role in ((u.value, "v"), (u.key, "k")):
             if leaf is not None:
                 block = self._pairs(role, i, j, heads) if self.r > 1 else self._both(role, i, j, heads)
-                order[leaf] = assign(block)[1]
+                order[leaf] = assign(np.asarray(block))[1]
         for _ in range(3 if self.r > 1 else 0):
             if u.inner is not None:
                 heads = assign(self._heads(i, j, order))[1]
