@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "explain",
-    "explain a diagnostic's code or a method",
+    "explain a diagnostic's code, a method or a fusion rule",
     run,
     (
         Argument(
