@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.backends.fuse.heads import called, merge, merged, replace_attention, unrepeated
+from surgery.backends.fuse.heads import SHAPES, called, merge, merged, replace_attention, through_copies, unrepeated
 from surgery.backends.fuse.masks import Mask, classify
 from surgery.backends.fuse.ops_attention import fill_of
 from surgery.backends.fuse.packing import LINEAR, Product, product
@@ -70,6 +70,10 @@ class FuseAttention:
 
     def find(self, view: FuseView) -> Iterable[Match | Miss]:
         masks: dict[fx.Node, Mask] = {}
+        for node in view.calls(aten.softmax.int, aten._softmax.default):
+            readers = [r for u in through_copies(node) for r in (through_copies(u) if called(u, *SHAPES) else [u])]
+            if any(called(r, aten.matmul.default, aten.bmm.default) for r in readers):
+                yield Miss(view.where(node), "the attention is written out in products and a softmax of its own")
         for node in view.calls(SDPA):
             found = _take_apart(view, node)
             if isinstance(found, Call):

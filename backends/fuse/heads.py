@@ -109,20 +109,21 @@ def replace_attention(view: FuseView, old: fx.Node, out: fx.Node, heads: int) ->
 
 def _mergers(view: FuseView, old: fx.Node, shape: tuple[Any, ...]) -> list[fx.Node]:
     found = []
-    for user in _through_copies(old):
+    for user in through_copies(old):
         if not swaps(view, user):
             continue
-        for next_user in _through_copies(user):
+        for next_user in through_copies(user):
             if called(next_user, *SHAPES) and view.rank(next_user) == 3 and view.same(view.shape(next_user), shape):
                 found.append(next_user)
     return found
 
 
-def _through_copies(node: fx.Node) -> list[fx.Node]:
+def through_copies(node: fx.Node) -> list[fx.Node]:
+    """The readers of a value, behind operations that only copy it."""
     out = []
     for user in list(node.users):
         if called(user, *COPIES):
-            out += _through_copies(user)
+            out += through_copies(user)
         else:
             out.append(user)
     return out
