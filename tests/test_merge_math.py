@@ -180,3 +180,20 @@ def test_the_l1_norm_comes_back() -> None:
     ranking = Ranking()
     ranking.count(expert.reshape(-1))
     assert ranking.total == 1200
+
+
+def test_many_equal_entries_are_ranked_without_gathering_them() -> None:
+    """More entries than a sample, nearly all of one magnitude: exactly the first of them stay."""
+    n = 6 * merge_math.SAMPLE
+    values = torch.ones(n)
+    values[::7] = -3.0
+    keep = n // 2
+    clean = top(lambda at: values[at].clone(), (n, 1), keep)
+    found = torch.cat([clean(values[at].clone(), at) for at in chunks((n, 1))])
+    order = np.argsort(-values.abs().numpy(), kind="stable")[:keep]
+    expected = torch.zeros(n)
+    expected[torch.from_numpy(order)] = values[torch.from_numpy(order)]
+    assert torch.equal(found, expected)
+    spread = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    clean = top(lambda at: spread[at].clone(), (n, 1), keep)
+    assert int((torch.cat([clean(spread[at].clone(), at) for at in chunks((n, 1))]) != 0).sum()) == keep

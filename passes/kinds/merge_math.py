@@ -164,10 +164,14 @@ def top(delta: Delta, shape: Sequence[int], keep: int) -> Sparsifier:
     limits = (0, 0x7FFFFFFF)
     if count > SAMPLE:
         limits = edges(keys_of(delta(slice(0, count, -(-count // SAMPLE)))), keep / count)
-    above, parts = 0, []
+    above, parts, held, room = 0, [np.zeros(0, np.int32)], 0, max(4 * SAMPLE, count // 8)
     for at in chunks(shape):
         large, middle = between(delta(at), *limits)
         above += large
+        held += middle.size
+        if held > room:  # many equal entries: the two passes need no memory for them
+            above = keep
+            break
         parts.append(middle)
     inside = np.concatenate(parts)
     if above < keep <= above + inside.size:
