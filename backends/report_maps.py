@@ -103,7 +103,7 @@ def widths(program: Program, base: Program) -> str:
         kept = kept_units(program, site, ancestors)
         if kept is None:
             kept = np.ones(site.shape[0], bool)
-        parts = np.array_split(kept, min(BINS, len(kept)))
+        parts: list[np.ndarray] = list(np.array_split(kept, min(BINS, len(kept))))
         shares, bounds = [float(p.mean()) for p in parts], np.cumsum([0, *map(len, parts)])
         changed |= not kept.all() or before.get(site.role) != site.shape
         most = max(most, len(shares))

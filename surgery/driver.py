@@ -174,7 +174,9 @@ def compile_spec(
         )  # fmt: skip
         with together():
             work.run()
-            result = Result(plan=session.plan, artifacts=work.written, certificates=work.certificates, notes=work.notes, _module=work.module)
+            result = Result(
+                plan=session.plan, artifacts=work.written, certificates=work.certificates, notes=work.notes, _module=work.module
+            )
             if target is not None and write_lock and not locked:
                 result.lock = _write_lock(target, lock)
         if {p.suffix for p in result.artifacts} >= {".onnx", ".pt2"}:

@@ -45,4 +45,8 @@ class Breadcrumbs(TaskMethod):
         return Band(top(delta, shape, kept), inner)
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return elect(parts, weights, weighted=False, by_weight=False, zero=1.0, reuse=True) if self.ties else add_up(parts, weights, reuse=True)
+        return (
+            elect(parts, weights, weighted=False, by_weight=False, zero=1.0, reuse=True)
+            if self.ties
+            else add_up(parts, weights, reuse=True)
+        )

@@ -47,4 +47,8 @@ class Della(TaskMethod):
         return Scaled(make(), norm_ratio(delta, shape, make)) if self.rescale == "l1" else make()
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return elect(parts, weights, weighted=False, by_weight=False, zero=1.0, reuse=True) if self.ties else add_up(parts, weights, reuse=True)
+        return (
+            elect(parts, weights, weighted=False, by_weight=False, zero=1.0, reuse=True)
+            if self.ties
+            else add_up(parts, weights, reuse=True)
+        )
