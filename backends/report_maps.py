@@ -75,7 +75,7 @@ def heads(program: Program, base: Program) -> str:
         kept, width = kept_units(program, query, ancestors), query.head_dim
         groups = f", {region.kv_heads} key and value heads" if region.kv_heads not in (None, region.heads) else ""
         if kept is not None and len(kept) % width == 0:
-            left = kept.reshape(-1, width).any(axis=1)
+            left: np.ndarray = np.any(kept.reshape(-1, width), axis=1, keepdims=True)[:, 0]
             shares, text = [float(x) for x in left], f"{int(left.sum())} of {len(left)} heads{groups}"
         else:
             shares, text = [1.0] * region.heads, f"{region.heads} heads{groups}"
