@@ -13,6 +13,7 @@ from tests.captured_programs import zoo_program
 from tests.test_contract import ATTACHING, METHODS, sample
 from tests.workbench import difference, fold_all, operation, outputs, perturb, run
 
+CAUSAL = ["gpt2", "llama", "phi3", "mixtral"]
 FAMILIES = ["bert", "gpt2", "llama", "phi3", "mixtral", "t5", "albert", "vit", "resnet"]
 
 
@@ -20,18 +21,18 @@ def attach_everywhere(program: Program, key: tuple[str, str], place: str) -> int
     cls = METHODS[key]
     done = 0
     for site in program.anatomy.sites:
-        wanted = (
-            site.op in ("linear", "conv1d", "conv", "embedding", "experts")
-            if cls.kind == "delta"
-            else site.role.endswith((".attn", ".ffn"))
-        )
+        wanted = {
+            "attention": site.role.endswith(".attn"),
+            "tokens": site.role.endswith("embed.tokens"),
+            "stream": site.role.endswith((".attn", ".ffn")),
+        }.get(cls.stands, site.op in ("linear", "conv1d", "conv", "embedding", "experts"))
         if not wanted:
             continue
         try:
             run(program, operation(program, *key, [site.role], place, **sample(cls)))
             done += 1
         except SurgeryError as exc:
-            assert exc.diagnostics[0].code == "S0271", (site.role, exc)
+            assert exc.diagnostics[0].code in {"attention": ("S0490",), "tokens": ("S0491",)}.get(cls.stands, ("S0271",)), (site.role, exc)
     return done
 
 
@@ -47,6 +48,7 @@ def test_on_every_site_of_a_captured_model(family: str, key: tuple[str, str]) ->
         stands = {  # what these two stand at; every family has a place for the others
             "sppara": any(s.op == "conv" and all(k % 2 for k in s.shape[2:]) for s in sites),
             "splopa": any(s.op == "linear" for s in sites),
+            "prompt": family in CAUSAL,
         }
         nowhere = (family == "resnet" and cls.kind == "insert") or not stands.get(key[1], True)
         assert bool(done) != nowhere
@@ -85,7 +87,7 @@ def test_half_precision_base_with_adapters_in_float32(key: tuple[str, str]) -> N
     program, _ = zoo_program("bert")
     cls = METHODS[key]
     if not attach_everywhere(program, key, cls.places[0]):
-        assert key[1] == "sppara"  # the model has no convolution; the contract suite runs it in half precision
+        assert key[1] in ("sppara", "prompt")  # it has no convolution and is not causal; the contract suite runs them in half precision
         return
     module = build_module(program, Tensors(registry.function).all(program), dtype=torch.bfloat16).train()
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}

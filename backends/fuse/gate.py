@@ -72,6 +72,8 @@ class Gate:
     def error(self, graph: fx.GraphModule) -> tuple[float, str]:
         """The largest difference as a share of its output's scale, and on which inputs; NOT_RUN with the reason when it does not run."""
         worst, where = 0.0, ""
+        if not self.samples:
+            return NOT_RUN, "the graph before runs on none of the inputs"
         for sample in self.samples:
             try:
                 found = run(graph, sample.inputs)
