@@ -148,7 +148,7 @@ def test_one_output_that_fails_leaves_all_of_them(here: Path, monkeypatch: pytes
     assert surgery("compile", "a.surg", reference).code == 0
     before = tree("out"), tree("page.html"), tree("a.surg.lock")
 
-    def fails(*args: object) -> str:
+    def fails(*args: object, **more: object) -> str:
         raise fail("S0842", "it does not compute what it should")
 
     monkeypatch.setattr(to_report, "render", fails)
