@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import ops
@@ -315,6 +316,33 @@ def _convolution(node: fx.Node, name: str, sizes: Sizes) -> int:
     return 2 * batch * places * math.prod(weight)
 
 
+class _Counter(TorchDispatchMode):
+    """Adds up torch's own counts of operations. (``FlopCounterMode`` does as well, but imports torch's compiler, which takes a plan a second.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:
+                split = func.decompose(*args, **kwargs)
+            if split is not NotImplemented:
+                return split
+        if func is torch.ops.aten.addmm.default:  # its form for shapes imports the compiler, too
+            out = args[1].new_empty(args[1].shape[0], args[2].shape[1])
+        else:
+            out = func(*args, **kwargs)
+        self.total += int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+        return out
+
+
 def _module_flops(node: fx.Node, sizes: Sizes) -> int:
     """Operations of a module without a flat form, counted while it runs on meta tensors; by its matrices if it cannot."""
     module = node.meta.get("module")
@@ -336,12 +364,12 @@ def _module_flops(node: fx.Node, sizes: Sizes) -> int:
     if key in sizes.known:
         return sizes.known[key]
     training = module.training
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     try:
         with torch.no_grad(), counter:
             module.eval()(*args, **kwargs)
-        sizes.known[key] = int(counter.get_total_flops())
-        return sizes.known[key]
+        sizes.known[key] = counter.total
+        return counter.total
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         first = next((sizes.shape(a) for a in node.all_input_nodes if sizes.shape(a)), None)
         tokens = math.prod(first[:-1]) if first else 0
