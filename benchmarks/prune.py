@@ -1,7 +1,7 @@
 """Pruning: the cut beside torch-pruning's, and a sharded checkpoint beside a plain copy of it.
 
     python -m benchmarks.prune cut [--rounds 7] [--threads 2]
-    python -m benchmarks.prune shards [--rounds 3] [--layers 12]
+    python -m benchmarks.prune shards [--rounds 3] [--layers 12] [--without-compile]
 
 ``cut`` removes a quarter of the hidden units of every feed-forward block, on three models with random weights. Ours is the analysis of a captured program and the rewriting
 of graph and weights, with and without computing the new tensors. Theirs (``pip install torch-pruning``; left out without it) is measured twice: its pruner as
@@ -9,7 +9,8 @@ it is meant to be used (``MagnitudePruner`` with everything else ignored, which 
 by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Garbage is collected as seldom in all arms as the command line does.
 
 ``shards`` writes a Llama-shaped checkpoint in bf16 and prunes it without data, by magnitude. Each figure is of a process of its own: a plain copy
-of the files (read and written), choosing and writing (``prune`` and the emission alone), and the whole ``compile`` with its claims measured.
+of the files (read and written), choosing, cutting and writing without any certificate, and the whole ``compile``, which also runs the model before and after
+(removed = masked) and what was written (loaded = program).
 """
 
 from __future__ import annotations
@@ -241,6 +242,7 @@ def arm(name: str, source: Path, target: Path) -> dict[str, float]:
     import surgery
     from surgery import driver
 
+    gc.set_threshold(200_000, 20, 100)  # as the command line does
     spec = target.with_suffix(".surg")
     spec.write_text(SPEC + f'emit torch to "{target.name}"\n')
     driver.load_spec(spec)
@@ -250,6 +252,7 @@ def arm(name: str, source: Path, target: Path) -> dict[str, float]:
         surgery.compile(spec, str(source), out=target.parent)
     else:
         from surgery.backends import registry as backends
+        from surgery.backends.to_torch import TorchBackend
         from surgery.compiling import Compilation
         from surgery.core.lock import Lock
 
@@ -258,18 +261,19 @@ def arm(name: str, source: Path, target: Path) -> dict[str, float]:
         start = time.perf_counter()
         session, opened = driver._walk(driver.load_spec(spec), str(source), keep_base=True)
         assert backends.get("torch") is not None
+        TorchBackend._certify = staticmethod(lambda *unused: [])  # type: ignore[method-assign]  # certificates are the third arm's
         work = Compilation(session, opened, target.parent, False, Lock(spec.name, 1, {}), lambda *what: None, lambda: ([], ""))
         for emission in session.emissions:
             work.emit(emission)
     return {"seconds": time.perf_counter() - start, "peak": peak_mib(), "before": before}
 
 
-def compare_shards(rounds: int, layers: int) -> None:
+def compare_shards(rounds: int, layers: int, whole: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "model"
         total, largest = checkpoint(source, layers)
-        found: dict[str, list[dict[str, Any]]] = {"copy": [], "prune": [], "compile": []}
+        found: dict[str, list[dict[str, Any]]] = {"copy": [], "prune": [], **({"compile": []} if whole else {})}
         for _ in range(rounds):
             for which in found:
                 target = folder / f"out-{which}"
@@ -300,12 +304,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--without-compile", action="store_true", help="leave out the arm that measures claims")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "cut":
         compare_cuts(args.rounds)
     else:
-        compare_shards(args.rounds, args.layers)
+        compare_shards(args.rounds, args.layers, not args.without_compile)
 
 
 if __name__ == "__main__":
