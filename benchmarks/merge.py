@@ -167,7 +167,7 @@ def main() -> None:
                 if kit:
                     (folder / "theirs.yml").write_text(json.dumps({**THEIRS[method], "dtype": "bfloat16"}))
                     shutil.rmtree(folder / "theirs", ignore_errors=True)
-                    command = [kit, "theirs.yml", "theirs", "--no-copy-tokenizer", "--lazy-unpickle"]
+                    command = [kit, "theirs.yml", "theirs", "--no-copy-tokenizer", "--lazy-unpickle", "--no-write-model-card"]
                     results.setdefault(f"{method}: mergekit", []).append(timed(command, folder, args.threads))
         print(f"imports alone: {idle[0]:.1f} s, {idle[1]:.0f} MiB; {resource.getpagesize()} bytes a page")
         print("| what | s | peak MiB |\n|---|---|---|")
