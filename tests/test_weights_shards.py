@@ -192,18 +192,20 @@ print((kib("VmHWM") - before) * 1024)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_fold_of_many_shards_needs_a_few_tensors_of_memory(tmp_path: Path, workers: str) -> None:
-    """256 MiB in 16 tensors, folded with a low-rank product: the peak above the start is far below the model."""
+    """512 MiB in 32 tensors, folded with a low-rank product: the peak above the start is far below the model."""
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     tensor = torch.ones(2048, 2048)
     size = tensor.numel() * 4
-    values = {f"w{i}": tensor for i in range(16)}
+    values = {f"w{i}": tensor for i in range(32)}
     write_safetensors(tmp_path / "in", values, *shapes_of(values), max_shard_bytes=64 << 20)
     command = [sys.executable, "-c", STREAM, str(tmp_path / "in"), str(tmp_path / "out"), workers]
-    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    # A fixed threshold: otherwise glibc raises it as blocks are freed and keeps blocks of up to 32 MiB for each thread, which depends on timing.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env)
     peak = int(ran.stdout)
-    # Load, product and sum are alive together, with two workers twice; the writer's queue holds finished tensors. The rest is slack of the
-    # allocator, which keeps freed blocks of up to 32 MiB for each thread.
-    assert peak < (6 if workers == "0" else 14) * size, f"{peak / 2**20:.0f} MiB"
-    assert len(find_weights(tmp_path / "out").files) == 4
-    assert sum(t.nbytes for t in read_tensors(find_weights(tmp_path / "out")).values()) == 16 * size
+    # Load, product and sum are alive together, with two workers twice; the writer's queue holds finished tensors; pages of the shard being read
+    # (four tensors) count while they are mapped.
+    assert peak < 14 * size, f"{peak / 2**20:.0f} MiB"
+    assert len(find_weights(tmp_path / "out").files) == 8
+    assert sum(t.nbytes for t in read_tensors(find_weights(tmp_path / "out")).values()) == 32 * size

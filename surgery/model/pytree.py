@@ -34,15 +34,21 @@ def _refuse(what: str) -> SurgeryError:
     return fail("S0829", what, help="a surgery artifact only names output classes of transformers; emit the artifact again from its spec")
 
 
+def _allowed(name: str) -> tuple[str, str]:
+    """Module and class of ``module:Class``; raises S0829 for a module that is not one of transformers' own modeling files."""
+    module, _, cls_name = name.partition(":")
+    if not _OUTPUT_MODULE.fullmatch(module) or not cls_name.isidentifier():
+        raise _refuse(f"the output class {name!r} is not one of transformers' output classes")
+    return module, cls_name
+
+
 @cache
 def output_class(name: str) -> type[Any]:
     """The ``ModelOutput`` subclass behind ``module:Class``.
 
     Raises S0829 unless the module is one of transformers' own modeling files and defines a ModelOutput of that name.
     """
-    module, _, cls_name = name.partition(":")
-    if not _OUTPUT_MODULE.fullmatch(module) or not cls_name.isidentifier():
-        raise _refuse(f"the output class {name!r} is not one of transformers' output classes")
+    module, cls_name = _allowed(name)
     from transformers.utils import ModelOutput
 
     try:
@@ -102,8 +108,11 @@ def leaves_in(spec: Tree) -> int:
     return sum(leaves_in(item) for item in spec.get("items", ()))
 
 
-def check(spec: Any, depth: int = 0) -> Tree:
-    """``spec`` itself once it is known to be a well-formed tree with allowed classes; raises S0826 or S0829."""
+def check(spec: Any, depth: int = 0, *, classes: bool = True) -> Tree:
+    """``spec`` itself once it is known to be a well-formed tree with allowed classes; raises S0826 or S0829.
+
+    Without ``classes`` an output class is only known to have an allowed name; that it exists is seen when an output is built.
+    """
 
     def bad(why: str) -> SurgeryError:
         return fail("S0826", f"the stored signature is damaged: {why}", help="emit the artifact again from its spec")
@@ -134,9 +143,9 @@ def check(spec: Any, depth: int = 0) -> Tree:
             ):
                 raise bad(f"a {kind} does not have one key for each item")
         if kind == "output":
-            output_class(str(spec.get("class")))
+            (output_class if classes else _allowed)(str(spec.get("class")))
         for item in items:
-            check(item, depth + 1)
+            check(item, depth + 1, classes=classes)
     elif kind != "tensor":
         raise bad(f"unknown kind {kind[:40]!r}")
     return spec

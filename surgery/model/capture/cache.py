@@ -115,7 +115,8 @@ def _read(folder: Path, key: str) -> Captured | None:
         return Captured(
             graph=graphjson.load(body["graph"]),
             signature=Signature(
-                tuple(stored["parameters"]), pytree.check(stored["in_spec"]), pytree.check(stored["out_spec"]), dict(stored["constants"]),
+                tuple(stored["parameters"]), pytree.check(stored["in_spec"], classes=False),
+                pytree.check(stored["out_spec"], classes=False), dict(stored["constants"]),
                 {k: (str(name), int(axis), int(size)) for k, (name, axis, size) in stored["symbols"].items()},
             ),
             aliases=dict(body["aliases"]),

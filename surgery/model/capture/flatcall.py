@@ -239,6 +239,15 @@ def _quiet(skips: dict[float, None]) -> Iterator[None]:
                 lg.setLevel(level)
 
 
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the tracer's memory of earlier operations: with stubs each layer runs once, and filling it costs more than it gives."""
+    import torch._dynamo.config as settings
+
+    with settings.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     """Exports ``model`` (on meta, nothing requiring grad) in its current mode. Raises SurgeryError S0501-S0503."""
     found: list[pytree.Tree] = []
@@ -253,7 +262,7 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     every = [leaf for _, leaf in call.flat()]
     leaves = tuple(every[i] for i in likes.first)
     skips: dict[float, None] = {}
-    with _quiet(skips), Regions(model, stubs) as regions, Literals():
+    with _quiet(skips), _uncached() if stubs else contextlib.nullcontext(), Regions(model, stubs) as regions, Literals():
         try:
             exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
         except Fallback:

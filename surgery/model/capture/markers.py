@@ -39,6 +39,7 @@ class Like:
     stride: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
     device: torch.device
+    first: Tensor | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Like:
@@ -46,6 +47,11 @@ class Like:
 
     def make(self) -> Tensor:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+    def another(self) -> Tensor:
+        """One more of these: the tracer needs much less time for a view of the first than for a tensor with sizes of its own."""
+        self.first = self.make() if self.first is None else self.first
+        return self.first.detach()
 
 
 # What the stub of each region returns; filled by the tracer while an export runs.
@@ -61,7 +67,12 @@ def _copy(xs: list[Tensor], region: int) -> list[Tensor]:
 
 
 def _stub_fake(xs: list[Tensor], region: int) -> list[Tensor]:
-    return [like.make() for like in stub_outputs[region]]
+    return [like.another() for like in stub_outputs[region]]
+
+
+def _likes_fake(x: Tensor, count: int) -> list[Tensor]:
+    first = Like.of(x)
+    return [first.another() for _ in range(count)]
 
 
 def _never(xs: list[Tensor], region: int) -> list[Tensor]:
@@ -73,6 +84,6 @@ for _name, _fake, _real in (("enter", _fresh, _copy), ("exit", _fresh, _copy), (
     torch.library.register_fake(f"surgery_capture::{_name}", _fake, lib=_LIBRARY)
 
 _LIBRARY.impl("likes", lambda x, count: [torch.empty_like(x) for _ in range(count)], "CompositeExplicitAutograd")
-torch.library.register_fake("surgery_capture::likes", lambda x, count: [torch.empty_like(x) for _ in range(count)], lib=_LIBRARY)
+torch.library.register_fake("surgery_capture::likes", _likes_fake, lib=_LIBRARY)
 _LIBRARY.impl("drop_path", lambda x, path: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("surgery_capture::drop_path", lambda x, path: torch.empty_like(x), lib=_LIBRARY)

@@ -213,7 +213,7 @@ def _aliases(call: _Call) -> list[int]:
 def _size(n: Any) -> Any:
     if isinstance(n, torch.SymInt):
         node = n.node
-        return str(node.shape_env.simplify(node.expr))
+        return node.shape_env.simplify(node.expr)
     return n
 
 
