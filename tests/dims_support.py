@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as tracing
 from torch.export import export
 from torch.utils import _pytree as pytree
 
@@ -66,7 +67,8 @@ def trace(model: nn.Module, inputs: dict[str, torch.Tensor], dynamic: dict[str, 
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if first.setdefault(id(tensor), name) != name:
             aliases[name] = first[id(tensor)]
-    with warnings.catch_warnings():
+    # small models are traced once each: the tracer's memory of earlier operations would cost more than it gives
+    with warnings.catch_warnings(), tracing.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore")
         ep = export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
         module = ep.module(check_guards=False)
@@ -123,34 +125,31 @@ def inline_wrappers(module: fx.GraphModule) -> None:
 # ---------------------------------------------------------------- the cut
 
 
-def cut(case: Case, group: Group) -> fx.GraphModule:
-    """The graph without a group's units: tensors selected, constants patched, views made reshapes."""
-    module = copy.deepcopy(case.module)
-    nodes = {n.name: n for n in module.graph.nodes}
+def cut(case: Case, group: Group) -> Callable[..., Any]:
+    """What runs the graph without a group's units: tensors selected, constants patched, views made reshapes."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(case.module.graph, copies))
     further: dict[str, list[str]] = {}
     for alias, name in case.aliases.items():
         further.setdefault(name, []).append(alias)
+    tensors: dict[str, torch.Tensor] = {}
     for member in group.members:
         for name in (member.parameter, *further.get(member.parameter, ())):
-            holder, tensor = resolve(module, name)
+            tensor = tensors.get(name, resolve(case.module, name)[1])
             if tensor is None:
                 continue
             index = torch.cat([torch.arange(a, b) for a, b in member.kept]) if member.kept else torch.zeros(0, dtype=torch.long)
-            kept = tensor.detach().index_select(member.axis, index).clone()
-            leaf = name.rpartition(".")[2]
-            if isinstance(tensor, nn.Parameter):
-                setattr(holder, leaf, nn.Parameter(kept, requires_grad=False))
-            else:
-                setattr(holder, leaf, kept)
+            tensors[name] = tensor.detach().index_select(member.axis, index)
     sizes = NewSizes(group.dims, group.keep)
     for change in group.constants:
-        patch(nodes[change.node.name], change, sizes)
-    for node in module.graph.nodes:
+        patch(copies[change.node], change, sizes)
+    for node in graph.nodes:
         if node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default
-    module.graph.lint()
-    module.recompile()
-    return module
+    graph.lint()
+    run = FlatRun(graph, lambda name: tensors[name] if name in tensors else resolve(case.module, name)[1])
+    return lambda *inputs: run(inputs)
 
 
 def resolve(module: nn.Module, name: str) -> tuple[Any, Any]:
