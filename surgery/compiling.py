@@ -18,7 +18,7 @@ from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.spec import Checked, Spec
 from surgery.folding import fold_all as fold_all
-from surgery.folding import live_modules, live_names
+from surgery.folding import live_modules, live_names, widened
 from surgery.folding import stir as stir
 from surgery.model import masked
 from surgery.model.claims import Claim
@@ -228,7 +228,7 @@ class Compilation:
         origin = Origin(span=node.span, verb="emit", method="fold")
         copy = program.copy()
         fold_all(copy, origin, keep)
-        stirred = stir(program)
+        stirred = widened(stir(program))
         settled = stirred.copy()
         fold_all(settled, origin, keep)
         entry = self.compare("folded = unfolded", stirred, settled, 1e-4)

@@ -10,7 +10,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.near import suggestion
 from surgery.core.source import Span
 from surgery.model.program import Attachment, Origin, Program
-from surgery.model.weights import Init
+from surgery.model.weights import DTYPE_BYTES, Cast, Init, is_float
 from surgery.passes import registry
 from surgery.passes.kinds import tie_fold
 from surgery.passes.kinds.calls import weight_names
@@ -132,4 +132,17 @@ def stir(program: Program) -> Program:
         if isinstance(expr, Init) and expr.kind == "zeros":
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
             copy.weights[name] = Init(expr.shape, expr.dtype, "normal", (0.0, 0.02), seed)
+    return copy
+
+
+def widened(program: Program) -> Program:
+    """A copy whose half-precision tensors are computed in float32.
+
+    Folding it shows whether the folded weights are the right numbers. In the program itself they are these numbers rounded once to the stored
+    type, and what rounding does to the outputs of a whole model says nothing about the fold.
+    """
+    copy = program.copy()
+    for name, expr in program.weights.items():
+        if is_float(expr.dtype) and DTYPE_BYTES[expr.dtype] < 4:
+            copy.weights[name] = Cast(expr.shape, "float32", expr)
     return copy
