@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.core.diagnostics import SurgeryError
 from surgery.model import pytree
 from surgery.model.capture import markers
 from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, watch_sizes
@@ -240,12 +241,21 @@ def _quiet(skips: dict[float, None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """Without the tracer's memory of earlier operations: with stubs each layer runs once, and filling it costs more than it gives."""
+def _lean(stubs: bool) -> Iterator[None]:
+    """With stubs each layer runs once: the tracer's memory of earlier operations costs more than it gives. Nor are the lines of model code noted
+    at every node; a full trace notes them, and whatever needs them for a message makes one."""
     import torch._dynamo.config as settings
 
-    with settings.patch(fake_tensor_cache_enabled=False):
+    if not stubs:
         yield
+        return
+    noted = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
+    try:
+        with settings.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        fx.config.do_not_emit_stack_traces = noted
 
 
 def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
@@ -262,7 +272,7 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     every = [leaf for _, leaf in call.flat()]
     leaves = tuple(every[i] for i in likes.first)
     skips: dict[float, None] = {}
-    with _quiet(skips), _uncached() if stubs else contextlib.nullcontext(), Regions(model, stubs) as regions, Literals():
+    with _quiet(skips), _lean(stubs), Regions(model, stubs) as regions, Literals():
         try:
             exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
         except Fallback:
@@ -270,5 +280,10 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         except Exception as error:
             raise capture_error(error, model, fixed) from error
         regions.check()
-    refuse_data_sizes(model, exported.graph)
+    try:
+        refuse_data_sizes(model, exported.graph)
+    except SurgeryError:
+        if stubs:
+            return trace(model, call, stubs=False)  # raises the same, with the line of model code
+        raise
     return Trace(exported, regions.regions, found[-1], flat.names, likes, tuple(rate for rate in skips if rate > 0))
