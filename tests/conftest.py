@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.caching import capture_cache
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -34,5 +36,5 @@ def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     """An empty working directory; captures are kept for the whole run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.getbasetemp() / "capture-cache"))
+    monkeypatch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
     return tmp_path

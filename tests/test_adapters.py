@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import surgery as api
 from surgery.core.diagnostics import SurgeryError
 from tests import adapters, fixtures
+from tests.caching import capture_cache
 from tests.zoo import ZOO
 
 peft = pytest.importorskip("peft")
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
-    patch.setenv("SURGERY_CACHE", str(tmp_path_factory.getbasetemp() / "capture-cache"))
+    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
     for family in ("bert", "gpt2", "resnet"):
         fixtures.save(ZOO[family].make_model(), folder / family)
     for name in ("news", "legal", "dora"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from surgery.core.diagnostics import SurgeryError, fail
+from tests.caching import capture_cache
 from tests.driver_support import LORA, checkpoint, debris, model, start, surgery, tree, write
 
 TORCH = LORA + 'emit torch to "out"\n'
@@ -26,7 +27,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         model("bert")
     finally:
         os.chdir(old)
-    env = {"SURGERY_CACHE": str(tmp_path_factory.getbasetemp() / "capture-cache")}
+    env = {"SURGERY_CACHE": str(capture_cache(tmp_path_factory))}
     for threads in (1, 2):
         run = start("compile", "a.surg", "config:bert.json", "--out", f"t{threads}", threads=threads, cwd=home, env=env)
         out, err = run.communicate(timeout=300)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.caching import capture_cache
 from tests.driver_support import LORA, ROOT, debris, model, start, surgery, tree, write
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("stopped")
-    cache = str(tmp_path_factory.getbasetemp() / "capture-cache")
+    cache = str(capture_cache(tmp_path_factory))
     old = Path.cwd()
     os.chdir(home)
     try:

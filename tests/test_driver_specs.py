@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.caching import capture_cache
 from tests.driver_support import ROOT, Ran, surgery
 
 SPECS = sorted(p.name for p in (ROOT / "specs").glob("*.surg"))
@@ -22,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ran, P
     home = tmp_path_factory.mktemp("specs")
     (home / "specs").symlink_to(ROOT / "specs")
     kept = {k: os.environ.get(k) for k in ("SURGERY_CACHE", "NO_COLOR")}
-    os.environ.update(SURGERY_CACHE=str(tmp_path_factory.getbasetemp() / "capture-cache"), NO_COLOR="1")
+    os.environ.update(SURGERY_CACHE=str(capture_cache(tmp_path_factory)), NO_COLOR="1")
     old = Path.cwd()
     os.chdir(home)
     done: dict[str, tuple[Ran, Path]] = {}

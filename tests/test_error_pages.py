@@ -27,6 +27,7 @@ import pytest
 from surgery.cli.main import main
 from surgery.cli.views import text as view
 from surgery.core.diagnostics import SurgeryError
+from tests.caching import capture_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs/errors").glob("S[0-9][0-9][0-9][0-9].md"))
@@ -104,7 +105,7 @@ def is_case(block: Block) -> bool:
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path_factory.getbasetemp() / "capture-cache"))
+    monkeypatch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
 
 
 def run_section(page: str, title: str, folder: Path) -> list[tuple[Block, str, Block | None]]:

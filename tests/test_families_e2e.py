@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery import driver
+from tests.caching import capture_cache
 from tests.families import CASES, ONNX, trained_like
 from tests.zoo import ZOO
 
@@ -83,7 +84,7 @@ class Run:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
         yield _Runs(tmp_path_factory)
 
 
