@@ -1,4 +1,4 @@
-"""Removing units: which go (against direct computations on the weights), how many, budgets, shared units, and what follows a cut."""
+"""Removing units: which go (against direct computations on the weights), how many, budgets and shared units."""
 
 from __future__ import annotations
 
@@ -11,69 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as T
 from safetensors.torch import save_file
-from torch import Tensor
 
 import surgery
-from surgery.core.diagnostics import Diagnostic, SurgeryError
+from surgery.core.diagnostics import SurgeryError
 from surgery.model import cost
-from surgery.model.live import Tensors
-from surgery.model.program import Origin, Program
+from surgery.model.program import Program
 from surgery.model.study import Study
 from surgery.model.weights import Held
-from surgery.passes import registry
-from surgery.passes.kinds import slice as kind
 from surgery.passes.kinds.slice_scores import marginal
-from surgery.passes.operation import Resolved, SiteChange
-from tests.captured_programs import live_model, zoo_program
+from tests.captured_programs import zoo_program
+from tests.cutting import Cutting, kept, roles, state
 from tests.zoo import ZOO
-
-
-class Cutting:
-    """One statement on a captured program; ``told`` and ``warned`` are what it said."""
-
-    def __init__(
-        self, family: str | Program, name: str, roles: list[str], *, study: bool = True, keep: tuple[str, ...] = (), **params: Any
-    ):
-        self.program = zoo_program(family)[0] if isinstance(family, str) else family
-        self.base = {"params": cost.parameters(self.program), "flops": cost.flops_per_token(self.program)}
-        by_role = {s.role: s for s in self.program.anatomy.sites}
-        sites = tuple(by_role[r] for r in roles)
-        each = params.pop("each", None)
-        methods = tuple(registry.get("prune", name)(**params, **(each[i] if each else {})) for i in range(max(1, len(sites))))
-        self.told: list[str] = []
-        self.warned: list[Diagnostic] = []
-        self.claims: list[Any] = []
-        self.op = Resolved(
-            "prune", name, "on", sites, methods, Origin(verb="prune", method=name), keep=tuple(by_role[r] for r in keep),
-            seed=methods[0].params()["seed"], study=Study(Tensors(registry.function)) if study else None,
-            claim=self.claims.append, warn=self.warned.append, tell=self.told.append, base=self.base,
-        )  # fmt: skip
-
-    def run(self) -> list[SiteChange]:
-        return kind.apply(self.program, self.op)
-
-    def value(self, name: str) -> Tensor:
-        return Tensors(registry.function).of(self.program, name)
-
-
-def roles(pattern: str, layers: int = 3) -> list[str]:
-    return [pattern.format(i) for i in range(layers)]
-
-
-def state(family: str) -> dict[str, np.ndarray[Any, Any]]:
-    return {n: p.detach().double().numpy() for n, p in live_model(family).named_parameters()}
-
-
-def kept(after: Tensor, before: np.ndarray[Any, Any], axis: int = 0) -> list[int]:
-    """Which slices of the old tensor stand in the new one, by value."""
-    old = np.moveaxis(before, axis, 0).reshape(before.shape[axis], -1)
-    new = np.moveaxis(after.double().numpy(), axis, 0).reshape(after.shape[axis], -1)
-    width = new.shape[1]
-    assert width == old.shape[1]
-    return [int(np.flatnonzero((old == row).all(1))[0]) for row in new]
-
 
 # ---------------------------------------------------------------- which units
 
@@ -302,113 +251,6 @@ def test_widths_that_kernels_do_not_like_are_warned_of() -> None:
     assert codes("bert", "heads", "layers[0].attn", ratio=0.2) == ["S0449"]
     assert codes("llama", "width", "", ratio=0.25) == []
     assert codes("bert", "width", "", ratio=0.25) == ["S0452"]
-
-
-# ---------------------------------------------------------------- what follows a cut
-
-
-def sliced(live: T.PreTrainedModel, rows: dict[str, dict[str, list[int]]], **config: Any) -> T.PreTrainedModel:
-    """A live model of a smaller configuration with hand-sliced weights: ``rows`` maps a part of a name to kept rows and columns."""
-    settings = live.config.to_dict() | config
-    small = type(live)(type(live.config)(**settings)).eval()
-    values = {}
-    for name, value in live.state_dict().items():
-        for part, cut in rows.items():
-            if part in name:
-                for axis, keep in cut.items():
-                    value = value.index_select(int(axis), torch.tensor(keep))
-        values[name] = value
-    small.load_state_dict(values)
-    return small
-
-
-def test_a_pruned_llama_generates_as_the_hand_sliced_one(here: Path) -> None:
-    live = ZOO["llama"].make_model()
-    live.save_pretrained("base")  # type: ignore[operator]
-    Path("groups.json").write_text(json.dumps({f"layers[{i}].attn": [1.0, 0.0] for i in range(3)}), "utf-8")
-    units = {f"layers[{i}].ffn": [float(u % 2) for u in range(64)] for i in range(3)}
-    Path("units.json").write_text(json.dumps(units), "utf-8")
-    text = (
-        'surg 1\n\nprune kv_groups(keep = 1, score = file, scores = "groups.json") on layers[*].attn\n'
-        'prune ffn(ratio = 50%, score = file, scores = "units.json") on layers[*].ffn\n\nemit torch to "small"\n'
-    )
-    surgery.compile(text, "base", out=".")
-    module = surgery.load("small")
-    odd, q, kv = list(range(1, 64, 2)), list(range(16)), list(range(8))
-    small = sliced(
-        live,  # type: ignore[arg-type]
-        {
-            "q_proj": {"0": q}, "k_proj": {"0": kv}, "v_proj": {"0": kv}, "o_proj": {"1": q},
-            "gate_proj": {"0": odd}, "up_proj": {"0": odd}, "down_proj": {"1": odd},
-        },
-        num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
-    )  # fmt: skip
-    tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert (module(tokens).logits - small(tokens).logits).abs().max() <= 1e-5
-        settings: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(tokens), pad_token_id=0)
-        assert torch.equal(module.generate(tokens, **settings), small.generate(tokens, **settings))
-        first = module(tokens[:, :4], use_cache=True)
-        assert first.past_key_values.layers[0].keys.shape == (2, 1, 4, 8)
-
-
-def test_a_pruned_gpt2_generates_as_the_masked_one(here: Path) -> None:
-    live = ZOO["gpt2"].make_model()
-    live.save_pretrained("base")  # type: ignore[operator]
-    Path("heads.json").write_text(json.dumps({f"layers[{i}].attn": [3.0, 0.0, 2.0, 1.0] for i in range(3)}), "utf-8")
-    text = 'surg 1\n\nprune heads(keep = 2, score = file, scores = "heads.json") on layers[*].attn\n\nemit torch to "small"\n'
-    surgery.compile(text, "base", out=".")
-    module = surgery.load("small")
-    with torch.no_grad():
-        for layer in live.transformer.h:  # type: ignore[union-attr]
-            for head in (1, 3):
-                layer.attn.c_proj.weight[head * 8 : head * 8 + 8] = 0
-        tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
-        assert (module(tokens).logits - live(tokens).logits).abs().max() <= 1e-5
-        settings: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(tokens), pad_token_id=0)
-        assert torch.equal(module.generate(tokens, **settings), live.generate(tokens, **settings))  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("first", ["prune", "adapt"])
-def test_adapters_before_and_after_a_cut_fold_and_export(first: str, here: Path) -> None:
-    """Prune then adapt, and adapt then prune: the same counts; folded equals unfolded; the file computes what the module computes."""
-    import onnxruntime
-
-    Path("bert.json").write_text(json.dumps({"architectures": ["BertModel"], **ZOO["bert"].plain_config}), "utf-8")
-    lines = ["prune heads(ratio = 50%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn"]
-    adapt = "adapt lora(rank = 2) on layers[*].attn.{q, v, o}, layers[*].ffn.{up, down}"
-    lines = [*lines, adapt] if first == "prune" else [adapt, *lines]
-    added = 3 * 2 * (3 * (32 + 16) + 2 * (32 + 48))
-    text = (
-        "surg 1\n\n" + "\n".join(lines) + f'\n\nexpect trainable == {added}\nexpect runs(batch = 2, length = 9)\n\nemit torch to "live"\n'
-    )
-    result = surgery.compile(text, "config:bert.json", out=".")
-    assert all(c["ok"] for c in result.certificates)
-    module = surgery.load("live")
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    surgery.save(module, "trained")
-    text = 'surg 1\n\nfold all on **\n\nexpect same_output(at = fold)\n\nemit torch to "folded"\nemit onnx to "folded.onnx"\n'
-    surgery.compile(text, "trained", out=".")
-    inputs = ZOO["bert"].inputs(2, 9)
-    with torch.no_grad():
-        expected = module(**inputs)
-        found = surgery.load("folded")(**inputs)
-    assert (found.last_hidden_state - expected.last_hidden_state).abs().max() <= 1e-5
-    session = onnxruntime.InferenceSession("folded.onnx", providers=["CPUExecutionProvider"])
-    given = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
-    out = session.run(None, given)[0]
-    assert np.abs(out - expected.last_hidden_state.numpy()).max() <= 1e-4
-
-
-def test_a_refused_cut_leaves_the_program_as_it_was() -> None:
-    cut = Cutting("llama", "heads", roles("layers[{}].attn"), ratio=0.25)
-    before = dict(cut.program.weights)
-    with pytest.raises(SurgeryError, match="S0444"):
-        cut.run()
-    assert dict(cut.program.weights) == before and not cut.claims
 
 
 # ---------------------------------------------------------------- scores from data
