@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.diagnostics import fail
+
+
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Without transformers' warnings: they advise the author of a model, and a plan prints what matters to it."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -40,18 +53,20 @@ def _parameters_on_meta() -> Iterator[None]:
 def as_config(config: Any) -> Any:
     """A transformers config from itself or from a plain dict with ``model_type``; always a copy."""
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(config, dict):
         return copy.deepcopy(config)
     rest = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
     family = config.get("model_type")
-    try:
-        return AutoConfig.for_model(str(family), **copy.deepcopy(rest))
-    except ValueError as error:
+    if family not in CONFIG_MAPPING:
         raise fail(
-            "S0504", f"transformers knows no model family {family!r}", notes=[str(error).splitlines()[0][:200]],
+            "S0504", f"transformers knows no model family {family!r}",
             help="check `model_type` in config.json; a model with code of its own is opened with python:",
-        ) from error  # fmt: skip
+        )  # fmt: skip
+    try:
+        with _no_chatter():
+            return AutoConfig.for_model(str(family), **copy.deepcopy(rest))
     except Exception as error:  # a value of a wrong type, or one that the family refuses: the class of the error is the library's own
         said = " ".join(str(error.__cause__ or error).split())[:200]
         raise fail(
@@ -119,7 +134,7 @@ def hf_model(config: Any, cls: type[Any]) -> tuple[nn.Module, dict[str, Tensor]]
     _steady(own)
     own.return_dict = True
     try:
-        with _parameters_on_meta():
+        with _no_chatter(), _parameters_on_meta():
             lower: nn.Module = cls._from_config(copy.deepcopy(own), dtype=torch.bfloat16)
             model: nn.Module = cls._from_config(own, dtype=torch.float32)
             model.tie_weights()  # type: ignore[operator]  # part of the initialisation that is off here
