@@ -274,7 +274,8 @@ def split(program: Program) -> tuple[Program, Program]:
     return _encoder(program), _decoder(program)
 
 
-def _place(program: Program) -> int:
+def boundary(program: Program) -> int:
+    """The place of the encoder's output among the flat outputs of a pair."""
     tree, at = program.signature.out_spec, 0
     for key, item in zip(tree["keys"], tree["items"], strict=True):
         if key == BOUNDARY:
@@ -294,7 +295,7 @@ def _leaves(tree: Tree) -> int:
 def _encoder(program: Program) -> Program:
     out = copy_of(program)
     end = out.graph.graph.output_node()
-    at = _place(program)
+    at = boundary(program)
     end.args = ((end.args[0][at],),)  # type: ignore[index]
     end.meta["spec"] = (end.meta["spec"][at],)
     settle(out)
@@ -312,7 +313,7 @@ def _decoder(program: Program) -> Program:
     out = copy_of(program)
     graph = out.graph.graph
     end = graph.output_node()
-    at = _place(program)
+    at = boundary(program)
     states = end.args[0][at]  # type: ignore[index]
     end.args = (tuple(v for i, v in enumerate(end.args[0]) if i != at),)  # type: ignore[arg-type]
     end.meta["spec"] = tuple(s for i, s in enumerate(end.meta["spec"]) if i != at)

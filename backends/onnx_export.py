@@ -24,6 +24,8 @@ STEPS = 6
 """Of one emission: tracing, translating, simplifying, checking, measuring, writing."""
 
 _CACHE = re.compile(r"(?P<cache>\w+?)_(?P<what>key|value)_(?P<layer>\d+)")
+_PAIR = re.compile(r"(?:past_key_values_)?(?P<side>decoder|encoder)_(?P<what>key|value)_(?P<layer>\d+)")
+"""Flat inputs of a decoder beside an encoder: its own earlier keys and values, and those of the encoder's output."""
 
 
 @contextmanager
@@ -43,8 +45,15 @@ def quiet() -> Iterator[None]:
 
 
 def input_names(program: Program) -> list[str]:
-    """The ONNX names of the flat inputs: those of ``forward``; a cache's tensors are ``past_key_values.LAYER.key`` and ``.value``."""
-    return [_CACHE.sub(r"\g<cache>.\g<layer>.\g<what>", n) if _CACHE.fullmatch(n) else n for n, _ in placeholders(program)]
+    """The ONNX names of the flat inputs: those of ``forward``; a cache's tensors are ``past_key_values.LAYER.key`` and ``.value``, those of a
+    decoder beside an encoder ``past_key_values.LAYER.decoder.key``, ``past_key_values.LAYER.encoder.key`` and so on."""
+    return [_input_name(n) for n, _ in placeholders(program)]
+
+
+def _input_name(name: str) -> str:
+    if _PAIR.fullmatch(name):
+        return _PAIR.sub(r"past_key_values.\g<layer>.\g<side>.\g<what>", name)
+    return _CACHE.sub(r"\g<cache>.\g<layer>.\g<what>", name) if _CACHE.fullmatch(name) else name
 
 
 def output_names(program: Program, count: int) -> list[str]:

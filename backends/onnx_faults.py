@@ -34,7 +34,15 @@ def no_cache(program: Program, span: Span | None) -> SurgeryError:
     family = program.info.family or program.info.architecture or "this model"
     return fail(
         "S0876", f"{family} has no cache of keys and values to give", span, "asked for here",
-        help="leave `cache` out: it is given where the model has one, which decoders of one stack do",
+        help="leave `cache` out: it is given where the model has one, which decoders do",
+    )  # fmt: skip
+
+
+def no_decoder_cache(program: Program, why: str, span: Span | None) -> SurgeryError:
+    family = program.info.family or program.info.architecture or "this model"
+    return fail(
+        "S0876", f"the decoder of {family} cannot be written with a cache: {why}", span, "asked for here",
+        help="leave `cache` out: the decoder then reads all target tokens so far",
     )  # fmt: skip
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from surgery.backends import onnx_cut, onnx_faults, onnx_files, onnx_int8, onnx_live, onnx_opset, served
+from surgery.backends import onnx_cut, onnx_faults, onnx_files, onnx_int8, onnx_live, onnx_opset, onnx_steps, served
 from surgery.backends.fuse import Target, fuse
 from surgery.backends.fuse.engine import FUSIONS
 from surgery.backends.fuse.ops import translations as fused_translations
 from surgery.backends.onnx_certify import CASES as CASES
 from surgery.backends.onnx_certify import LOSS, TOLERANCE, Case, cases, certify, chained, dtype_of, feeds_of, loss, swaps
+from surgery.backends.onnx_decoder import cached_pair
 from surgery.backends.onnx_export import STEPS, export
 from surgery.backends.onnx_run import as_numpy as as_numpy
 from surgery.backends.onnx_run import checked_session
@@ -84,13 +85,11 @@ class OnnxBackend:
         """What the plan says of the statement. Raises S0876 for a cache that the model does not have."""
         options = Options.of(params)
         cached = onnx_cut.has_cache(program)
-        if options.cache and not cached:
-            raise onnx_faults.no_cache(program, span)
         facts = []
         if onnx_cut.is_pair(program):
-            facts.append(
-                f"two graphs: the encoder, and the decoder without a cache (it reads `{onnx_cut.STATES}` and all target tokens so far)"
-            )
+            facts += _pair_facts(program, options, span)
+        elif options.cache and not cached:
+            raise onnx_faults.no_cache(program, span)
         if cached and options.cache is False:
             facts.append("without the cache: whole sequences go in, no keys and values come out")
         if options.precision == "int8":
@@ -115,7 +114,7 @@ class OnnxBackend:
         options = Options.of(request.params)
         onnx_opset.check_new(options.opset, request.span)
         whole = _cached_as_asked(program, options, request.span)
-        graphs = _graphs(whole)
+        graphs = _graphs(whole, options, request.span)
         paths = onnx_files.parts_of(request.target, [g.part for g in graphs])
         onnx_files.check_free(paths, request)
         for graph in graphs:
@@ -155,7 +154,7 @@ def metadata(model: Any, key: str, value: str) -> None:
 def _cached_as_asked(program: Program, options: Options, span: Span | None) -> Program:
     """The program with or without its cache. Raises S0876."""
     cached = onnx_cut.has_cache(program)
-    if options.cache and not cached:
+    if options.cache and not cached and not onnx_cut.is_pair(program):
         raise onnx_faults.no_cache(program, span)
     if options.cache is not False or not cached:
         return program
@@ -167,15 +166,43 @@ def _cached_as_asked(program: Program, options: Options, span: Span | None) -> P
         ) from exc
 
 
-def _graphs(program: Program) -> list[Graph]:
-    """One graph, or two of an encoder and a decoder; a pair whose parts cannot be told apart stays one and says so."""
+def _graphs(program: Program, options: Options, span: Span | None) -> list[Graph]:
+    """One graph, or two of an encoder and a decoder; a pair whose parts cannot be told apart stays one and says so.
+
+    Raises S0876 for a cache that is asked for and that the decoder cannot have.
+    """
     if not onnx_cut.is_pair(program):
         return [Graph("", program)]
+    notes = []
+    if options.cache is not False:
+        try:
+            encoder, decoder = cached_pair(program)
+            return [Graph("encoder", encoder), Graph("decoder", decoder)]
+        except onnx_cut.NotCut as exc:
+            if options.cache:
+                raise onnx_faults.no_decoder_cache(program, str(exc), span) from exc
+            notes.append(f"no cache: {exc}")
     try:
         encoder, decoder = onnx_cut.split(program)
     except onnx_cut.NotCut as exc:
-        return [Graph("", program, notes=[f"encoder and decoder are one graph: {exc}"])]
-    return [Graph("encoder", encoder), Graph("decoder", decoder)]
+        return [Graph("", program, notes=[*notes, f"encoder and decoder are one graph: {exc}"])]
+    return [Graph("encoder", encoder), Graph("decoder", decoder, notes=notes)]
+
+
+def _pair_facts(program: Program, options: Options, span: Span | None) -> list[str]:
+    """What the plan says of an encoder and a decoder. Raises S0876."""
+    graphs = _graphs(program, options, span)
+    notes = [note for g in graphs for note in g.notes]
+    if len(graphs) == 1:
+        return notes
+    if onnx_cut.has_cache(graphs[1].program):
+        return [
+            "two graphs: the encoder, which also makes the decoder's keys and values of its output, and the decoder with a cache "
+            "(it reads the new target tokens)"
+        ]
+    return [
+        f"two graphs: the encoder, and the decoder without a cache (it reads `{onnx_cut.STATES}` and all target tokens so far)", *notes,
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------ one graph
@@ -273,7 +300,10 @@ def _together(original: Program, whole: Program, graphs: list[Graph], request: E
         root = live_root(whole, request.tensors, dtype=PRECISION[options.precision]).eval()
         measured = cases(whole, root, dtype_of(root))
         share = LOSS["int8"][0] if options.precision == "int8" else TOLERANCE[precision]
-        found += chained(whole, measured, graphs[0].run, graphs[1].run, share, onnx_cut.STATES, onnx_cut.MASK)
+        if onnx_cut.has_cache(graphs[1].program):
+            found += onnx_steps.certify(whole, graphs[1].program, measured, graphs[0].run, graphs[1].run, share)
+        else:
+            found += chained(whole, measured, graphs[0].run, graphs[1].run, share, onnx_cut.STATES, onnx_cut.MASK)
     onnx_faults.refuse_other(found, request.span)
     return [{**c, **_measured(options)} for c in found]
 
@@ -299,10 +329,16 @@ def _told(graph: Graph, path: Path, options: Options) -> list[str]:
     """Notes for who runs the file."""
     held = {i.name for i in graph.model.graph.initializer}
     names = [i.name for i in graph.model.graph.input if i.name not in held]
+    pair = graph.part == "decoder" and any(n.startswith("past_key_values.") for n in names)
     past = [n for n in names if n.startswith("past_key_values.")]
     own = ", ".join(f'"{n}": ...' for n in names if n not in past)
     lines = [f'{path.name}: onnxruntime.InferenceSession("{path.name}").run(None, {{{own}{", **past" if past else ""}}})']
-    if past:
+    if pair:
+        lines.append(
+            f"{path.name}: past_key_values.LAYER.decoder.key and .value have no steps at first, then what present.LAYER.decoder.key and .value "
+            "gave; past_key_values.LAYER.encoder.key and .value are the encoder's present.LAYER.encoder.key and .value, the same in every step"
+        )
+    elif past:
         lines.append(
             f"{path.name}: past_key_values.LAYER.key and .value have no steps at first, then what present.LAYER.key and .value gave"
         )
@@ -311,7 +347,7 @@ def _told(graph: Graph, path: Path, options: Options) -> list[str]:
         lines.append(
             f'{path.name}: {len(live)} adapter tensors are inputs that may be given, as in {{**inputs, **surgery.adapter_inputs("{path.name}", "ARTIFACT")}}'
         )
-    if graph.part == "decoder":
+    if graph.part == "decoder" and not pair:
         lines.append(f"{path.name}: `{onnx_cut.STATES}` is what the encoder gave; there is no cache, all target tokens so far go in")
     if options.target == "cuda":
         lines.append(f"{path.name}: for CUDA; its numbers were measured on the CPU here")

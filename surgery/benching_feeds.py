@@ -26,7 +26,8 @@ class Input:
 
     @property
     def is_cache(self) -> bool:
-        return self.name.startswith("past_key_values.")
+        """Whether it is what an earlier step gave; keys and values of an encoder's output stay the same."""
+        return self.name.startswith("past_key_values.") and ".encoder." not in self.name
 
 
 def from_record(record: Mapping[str, Any]) -> list[Input]:

@@ -161,7 +161,7 @@ def test_an_adapter_of_another_scale_does_not_fit(adapters: tuple[nn.Module, nn.
 
 @pytest.fixture(scope="module")
 def pair(work: Path) -> surgery.Result:
-    spec = 'surg 1\n\nadapt lora(rank = 2) on decoder.layers[*].attn.q\nemit torch to "whole"\nemit onnx(optimize = none) to "pair.onnx"\n'
+    spec = 'surg 1\n\nadapt lora(rank = 2) on decoder.layers[*].attn.q\nemit torch to "whole"\nemit onnx(optimize = none, cache = false) to "pair.onnx"\n'
     return surgery.compile(spec, "bart")
 
 

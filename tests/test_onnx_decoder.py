@@ -1,0 +1,173 @@
+"""``emit onnx`` of an encoder and a decoder with its cache: what the two graphs give step by step beside ``generate`` of the live model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+import surgery
+from surgery.backends import onnx_cut
+from surgery.backends.onnx_decoder import cached_pair
+from surgery.backends.onnx_export import input_names, output_names
+from surgery.model.live import Tensors, live_root
+from surgery.model.sample import placeholders
+from surgery.passes import registry
+from tests.captured_programs import zoo_program
+from tests.programs import live, program_for
+from tests.workbench import operation, perturb, run
+from tests.zoo import ZOO
+
+pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[1, 5:] = 0
+STEPS = 7
+
+
+def bart(layers: int = 1) -> Any:
+    sizes = dict(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    return live(BartForConditionalGeneration, BartConfig(**sizes), scale=4.0)
+
+
+def t5() -> Any:
+    sizes = dict(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8,
+        relative_attention_max_distance=12, decoder_start_token_id=0,
+    )  # fmt: skip
+    return live(T5ForConditionalGeneration, T5Config(**sizes), seed=1, scale=6.0)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("pairs")
+    old = Path.cwd()
+    os.chdir(home)
+    yield home
+    os.chdir(old)
+
+
+def decode(name: str, start: int, steps: int, heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens and the logits behind them, with the encoder run once and one token a step; rows do not stop."""
+    encoder, decoder = (runtime.InferenceSession(f"{name}.{part}.onnx") for part in ("encoder", "decoder"))
+    out = dict(
+        zip(
+            [o.name for o in encoder.get_outputs()],
+            encoder.run(None, {"input_ids": IDS.numpy(), "attention_mask": MASK.numpy()}),
+            strict=True,
+        )
+    )
+    state = {n.replace("present", "past_key_values"): v for n, v in out.items() if n.startswith("present.")}
+    own = [i.name for i in decoder.get_inputs() if ".decoder." in i.name]
+    state |= {n: np.zeros((2, heads, 0, width), np.float32) for n in own}
+    state["encoder_attention_mask"] = MASK.numpy()
+    read = {i.name for i in decoder.get_inputs()}
+    assert "encoder_hidden_states" not in read, "the decoder gets keys and values, not what they are made of"
+    tokens, scores = np.full((2, 1), start), []
+    for _ in range(steps):
+        feeds = state | {"decoder_input_ids": tokens[:, -1:], "decoder_attention_mask": np.ones_like(tokens)}
+        got = dict(zip([o.name for o in decoder.get_outputs()], decoder.run(None, {n: feeds[n] for n in read}), strict=True))
+        state |= {n.replace("present", "past_key_values"): v for n, v in got.items() if n.startswith("present.")}
+        assert all(state[n].shape == (2, heads, tokens.shape[1], width) for n in own)
+        scores.append(got["logits"][:, -1])
+        tokens = np.concatenate([tokens, scores[-1].argmax(-1)[:, None]], 1)
+    return tokens, np.stack(scores)
+
+
+@pytest.mark.parametrize(("family", "options"), [("t5", ""), ("bart", "(cache = true, optimize = none)")])
+def test_steps_with_the_cache_give_the_tokens_and_logits_of_generate(work: Path, family: str, options: str) -> None:
+    """With padding in the encoder; the decoder of the T5 is fused, that of the BART is not."""
+    model = t5() if family == "t5" else bart()
+    model.save_pretrained(family)
+    result = surgery.compile(f'surg 1\n\nfreeze all on decoder.layers\nemit onnx{options} to "{family}.onnx"\n', family)
+    start = model.config.decoder_start_token_id
+    model.generation_config.update(eos_token_id=None, forced_eos_token_id=None, pad_token_id=0)
+    want = model.generate(
+        IDS, attention_mask=MASK, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, output_logits=True,
+        return_dict_in_generate=True, use_cache=False,
+    )  # fmt: skip
+    tokens, scores = decode(family, start, STEPS, 4, 8)
+    assert np.array_equal(tokens, want.sequences.numpy()) and len({*tokens[:, 1:].flat}) > 2
+    expected = torch.stack(want.logits).numpy()
+    assert np.abs(scores - expected).max() <= 1e-4 * max(1.0, float(np.abs(expected).max()))
+    claims = [c for c in result.certificates if c["claim"] == "whole model = encoder, then decoder token by token"]
+    assert {c["case"] for c in claims} == {"random", "padded", "single"} and all(c["ok"] for c in claims)
+    assert any("with a cache" in f for f in result.plan.steps[-1].facts)
+    assert any("present.LAYER.decoder.key" in n for n in result.notes)
+
+
+def in_pieces(program: Any, cuts: list[int], *flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """What a program gives at once, what its two parts give for a target in pieces, and the decoder: all in torch."""
+    tensors = Tensors(registry.function)
+    parts = cached_pair(program)
+    whole, encoder, decoder = (live_root(p, tensors).eval() for p in (program, *parts))
+    given = dict(zip(input_names(program), flat, strict=True))
+    with torch.no_grad():
+        want = whole(*flat)[0]
+        source = encoder(*(given[n] for n in input_names(parts[0])))
+    names = output_names(parts[0], len(source))
+    state = {n.replace("present", "past_key_values"): t for n, t in zip(names, source, strict=True)}
+    state["encoder_attention_mask"] = given["attention_mask"]
+    for name, (_, spec) in zip(input_names(parts[1]), placeholders(parts[1]), strict=True):
+        if ".decoder." in name:
+            state[name] = torch.zeros(2, int(spec.shape[1]), 0, int(spec.shape[3]))
+    rows, start = [], 0
+    for stop in cuts:
+        state["decoder_input_ids"] = given["decoder_input_ids"][:, start:stop]
+        state["decoder_attention_mask"] = given["decoder_attention_mask"][:, :stop]
+        with torch.no_grad():
+            out = decoder(*(state[n] for n in input_names(parts[1])))
+        found = dict(zip(output_names(parts[1], len(out)), out, strict=True))
+        state |= {n.replace("present", "past_key_values"): t for n, t in found.items() if n.startswith("present.")}
+        rows.append(out[0])
+        start = stop
+    return want, torch.cat(rows, 1), parts[1]
+
+
+def test_prefixes_cut_heads_and_a_dropped_attention_are_no_part_of_the_cache() -> None:
+    """Stored keys in front of those of both attentions stay in the decoder, behind its past; a layer without attention to the encoder has no
+    place among what the encoder gives; heads that are gone are gone from the past."""
+    program, flat = zoo_program("bart")
+    run(program, operation(program, "skip", "bypass", ["decoder.layers[1].cross"]))
+    run(program, operation(program, "prune", "heads", ["decoder.layers[0].attn"], keep=3))
+    run(
+        program,
+        operation(
+            program, "insert", "prefix", ["decoder.layers[0].attn", "decoder.layers[2].attn", "decoder.layers[0].cross"], length=3, width=5
+        ),
+    )
+    perturb(program, 0.5)
+    want, got, decoder = in_pieces(program, [2, 3, 7], *flat)
+    assert torch.allclose(got, want[:, :7], atol=1e-5)
+    heads = {n: int(spec.shape[1]) for n, (_, spec) in zip(input_names(decoder), placeholders(decoder), strict=True) if n.endswith("key")}
+    assert heads == {
+        "past_key_values.0.decoder.key": 3, "past_key_values.1.decoder.key": 4, "past_key_values.2.decoder.key": 4,
+        "past_key_values.0.encoder.key": 4, "past_key_values.1.encoder.key": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["m2m_100", "bert"])
+def test_what_a_cache_does_not_carry_is_said(family: str) -> None:
+    """M2M100 counts positions by a running sum over its tokens; an encoder alone has no decoder."""
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    if family == "m2m_100":
+        sizes = dict(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+        model: Any = live(M2M100ForConditionalGeneration, M2M100Config(**sizes, encoder_ffn_dim=48, decoder_ffn_dim=48))
+        words = "along the target"
+    else:
+        model, words = ZOO["bert"].make_model(num_hidden_layers=1), "not an encoder and a decoder"
+    with pytest.raises(onnx_cut.NotCut, match=words):
+        cached_pair(program_for(model))
