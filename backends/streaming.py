@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from surgery.model.lanes import read_soon
 from surgery.model.program import Program
 from surgery.model.realise import Realiser
 from surgery.model.running import is_small
+from surgery.model.streams import Stream, stream_of
 from surgery.model.weights import Expr, loads
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
@@ -48,6 +49,7 @@ class Lanes:
     workers: int
     costs: dict[str, int]
     soon: Callable[[str], None] | None
+    streams: dict[str, Stream] = field(default_factory=dict)
 
 
 def lanes(program: Program, names: Mapping[str, str] | None = None) -> Lanes:
@@ -61,7 +63,9 @@ def lanes(program: Program, names: Mapping[str, str] | None = None) -> Lanes:
             if load.nbytes >= PAGE:
                 read_soon(load.file, *load.span)
 
-    return Lanes(max(1, min(WORKERS, torch.get_num_threads())), {name: cost(expr) for name, expr in exprs.items()}, soon)
+    streams = {name: stream for name, expr in exprs.items() if (stream := stream_of(expr)) is not None}
+    costs = {name: cost(expr) for name, expr in exprs.items() if name not in streams}
+    return Lanes(max(1, min(WORKERS, torch.get_num_threads())), costs, soon, streams)
 
 
 def cost(expr: Expr) -> int:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +22,9 @@ import torch
 from surgery.model import cost
 from surgery.model.dims import Dims
 from surgery.model.program import Program
+from surgery.model.stored import torch_dtype
+from surgery.model.streams import stream_of
+from surgery.model.study import Study
 from surgery.model.threads import one_thread
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_targets import Target, Units, tensors
@@ -32,6 +37,9 @@ DATA = ("taylor", "taylor_signed", "taylor_mix", "fisher", "wanda", "activation"
 
 Vector: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Index: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+
+WORKERS = 4
+"""Most parameters that are read and summed at once."""
 
 CHUNK = 1 << 17
 """Elements that are summed at a time: a block in double precision stays in the cache, and little memory is needed beside the tensor."""
@@ -121,9 +129,13 @@ def _marginals(program: Program, op: Resolved, score: str, where: dict[str, list
     """For each parameter its element scores summed along each axis that is used: ``(name, {axis: sums})``."""
     assert op.study is not None
     if score in FREE:
-        for name, used in where.items():
-            value = op.study.tensors.fresh(program, name, {})  # not kept: most tensors are read again only when they are written
-            yield name, {axis: marginal(value, axis, squared=score == "l2") for axis in {u.axis: None for u in used}}
+        study, workers = op.study, max(1, min(WORKERS, torch.get_num_threads()))
+
+        def sums(name: str) -> dict[int, Vector]:
+            return {axis: _sums(study, program, name, axis, score == "l2") for axis in {u.axis: None for u in where[name]}}
+
+        with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="scores") as pool:
+            yield from zip(where, pool.map(sums, where), strict=True)
         return
     from surgery.model.scores import element_scores
 
@@ -132,33 +144,84 @@ def _marginals(program: Program, op: Resolved, score: str, where: dict[str, list
         yield name, {axis: marginal(value, axes.index(axis), squared=False, plain=True) for axis in wanted if axis in axes}
 
 
+def _sums(study: Study, program: Program, name: str, axis: int, squared: bool) -> Vector:
+    """:func:`marginal` of a stored parameter. Its bytes are read block by block where that can be, so that it is never in memory as a whole."""
+    expr = program.weights[program.aliases.get(name, name)]
+    stream = stream_of(expr)
+    plan = _Plan.of(expr.shape, axis)
+    if stream is None or not plan.even or not stream.unit:
+        # not kept: most tensors are read again only when they are written
+        return marginal(study.tensors.fresh(program, name, {}), axis, squared=squared)
+    dtype = torch_dtype(expr.dtype)
+    buffer = bytearray(plan.most * dtype.itemsize)
+
+    def blocks() -> Iterator[torch.Tensor]:
+        assert stream is not None
+        for size, fill in stream.pieces(len(buffer)):
+            view = memoryview(buffer)[:size]
+            fill(view)
+            yield torch.frombuffer(view, dtype=dtype)
+
+    return _summed(plan, blocks(), dtype, squared=squared)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """In which blocks a tensor of ``before x size x after`` elements is summed along ``size``: ``many`` of the first axis, ``rows`` of the second."""
+
+    before: int
+    size: int
+    after: int
+    many: int
+    rows: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], axis: int) -> _Plan:
+        size, after = shape[axis], math.prod(shape[axis + 1 :])
+        rows = max(1, CHUNK // max(1, after))
+        return _Plan(math.prod(shape[:axis]), size, after, max(1, CHUNK // max(1, size * after)), min(rows, max(1, size)))
+
+    @property
+    def most(self) -> int:
+        """Elements of the largest block."""
+        return min(self.many, self.before) * self.rows * self.after
+
+    @property
+    def even(self) -> bool:
+        """Whether every block but the last has this size."""
+        return self.most > 0 and (self.before == 1 or self.rows == self.size)
+
+    def steps(self) -> Iterator[tuple[int, int, int, int]]:
+        """``(first, how many)`` of the first axis and of the second, block by block, in the order of the elements."""
+        for i in range(0, self.before, self.many):
+            for start in range(0, self.size, self.rows):
+                yield i, min(self.many, self.before - i), start, min(self.rows, self.size - start)
+
+
 def marginal(tensor: torch.Tensor, axis: int, *, squared: bool, plain: bool = False) -> Vector:
     """Absolute values (or squares, or the values themselves if ``plain``) summed over every axis but one, in float64.
 
     NumPy sums on one thread in a fixed order, which is what makes the result the same everywhere.
     """
-    t = tensor.detach()
-    shape = tuple(t.shape)
-    before, size = int(np.prod(shape[:axis], dtype=np.int64)), shape[axis]
-    after = int(np.prod(shape[axis + 1 :], dtype=np.int64))
-    view = t.reshape(before, size, after)
-    total = np.zeros(size)
-    many = max(1, CHUNK // max(1, size * after))
-    rows = max(1, CHUNK // max(1, after))
-    wide = torch.float64 if t.dtype == torch.float64 else torch.float32
+    plan = _Plan.of(tuple(tensor.shape), axis)
+    view = tensor.detach().reshape(plan.before, plan.size, plan.after)
+    blocks = (view[i : i + many, start : start + rows].reshape(-1) for i, many, start, rows in plan.steps())
+    return _summed(plan, blocks, tensor.dtype, squared=squared, plain=plain)
+
+
+def _summed(plan: _Plan, blocks: Iterator[torch.Tensor], dtype: torch.dtype, *, squared: bool, plain: bool = False) -> Vector:
+    total = np.zeros(plan.size)
     # one buffer for all blocks: fresh memory for each would cost more than the sums
-    buffer = torch.empty(min(many, before) * min(rows, size) * after, dtype=wide)
+    buffer = torch.empty(plan.most, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     with one_thread():  # blocks are small: handing them to other threads costs more than it saves
-        for i in range(0, before, many):
-            for start in range(0, size, rows):
-                part = view[i : i + many, start : start + rows]
-                block = buffer[: part.numel()].view(part.shape).copy_(part).numpy()
-                if squared:
-                    block = np.square(block, dtype=np.float64)
-                elif not plain:
-                    np.abs(block, out=block)
-                along = block.sum(axis=2, dtype=np.float64) if after > 1 else block[:, :, 0].astype(np.float64)
-                total[start : start + rows] += along.sum(axis=0) if before > 1 else along[0]
+        for (_, many, start, rows), part in zip(plan.steps(), blocks, strict=True):
+            block = buffer[: part.numel()].copy_(part).view(many, rows, plan.after).numpy()
+            if squared:
+                block = np.square(block, dtype=np.float64)
+            elif not plain:
+                np.abs(block, out=block)
+            along = block.sum(axis=2, dtype=np.float64) if plan.after > 1 else block[:, :, 0].astype(np.float64)
+            total[start : start + rows] += along.sum(axis=0) if plan.before > 1 else along[0]
     return total
 
 

@@ -69,13 +69,16 @@ def write_artifact(
     workers: int = 0,
     costs: Mapping[str, int] | None = None,
     soon: Any = None,
+    streams: Mapping[str, Any] | None = None,
+    checked: dict[Path, int] | None = None,
 ) -> list[Path]:
     """Fill ``folder`` (existing, best a temporary one of :class:`surgery.model.atomic.AtomicOutput`) with an artifact.
 
     ``tensors`` gives the realised tensor of every name in ``program.weights`` (a realiser streams them). ``dtype`` (a short name)
     casts what has the model's own dtype; the default keeps what the expressions have. ``files`` are copied along (tokenizer,
-    generation config). ``workers``, ``costs`` and ``soon`` are those of :func:`surgery.model.shards.write_safetensors`. The bytes depend on
-    the other arguments alone. Raises S08xx for storage faults.
+    generation config). ``workers``, ``costs``, ``soon`` and ``streams`` are those of :func:`surgery.model.shards.write_safetensors`. The
+    bytes depend on the other arguments alone. With ``checked`` every byte of the files that hold tensors is read back and compared; it is filled
+    with their number. Raises S08xx for storage faults.
     """
     folder = Path(folder)
     record = record_of(program, dtype=dtype)
@@ -93,13 +96,17 @@ def write_artifact(
     main = [n for n in names if n not in constants]
     stored = write_safetensors(
         folder, makers, {n: shapes[n] for n in main}, {n: final(n) for n in main}, progress=progress, workers=workers, costs=costs, soon=soon,
-        hashing=True,
+        hashing=True, checking=checked is not None, streams=streams,
     )  # fmt: skip
-    written = list(stored.files)
+    written, compared = list(stored.files), dict(stored.checked)
     if files_of[CONSTANTS]:
         held = files_of[CONSTANTS]
         sizes, kinds = {n: shapes[n] for n in held}, {n: final(n) for n in held}
-        written += write_safetensors(folder / CONSTANTS, makers, sizes, kinds, progress=progress).files
+        more = write_safetensors(folder / CONSTANTS, makers, sizes, kinds, progress=progress, checking=checked is not None)
+        written += more.files
+        compared |= more.checked
+    if checked is not None:
+        checked.update(compared)
     extra = copy_files(folder, files)
     record["generation"] = _generation(folder)
     body = {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from surgery.core.diagnostics import fail
-from surgery.model.stored import MANY, initial_value, positions, read, read_part, torch_dtype
+from surgery.model.stored import MANY, initial_value, read, read_part, take, torch_dtype
 from surgery.model.threads import one_thread
 from surgery.model.weights import (
     Add,
@@ -321,7 +321,7 @@ def _rounded(value: torch.Tensor, expr: Expr) -> torch.Tensor:
 
 def _take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
     if len(ranges) > MANY:
-        return value.index_select(axis, positions(ranges))
+        return take(value, axis, ranges)
     pieces = [value.narrow(axis, start, stop - start) for start, stop in ranges]
     if len(pieces) == 1:
         return pieces[0].clone(memory_format=torch.contiguous_format)

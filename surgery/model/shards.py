@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import torch
 
 from surgery.model.atomic import storage_errors
 from surgery.model.checkpoint_headers import CODE_OF_DTYPE
-from surgery.model.lanes import Ledger, Writer, in_order
+from surgery.model.lanes import Buffers, Ledger, in_order
+from surgery.model.streams import BLOCK, Stream
 from surgery.model.weights import DTYPE_BYTES
+from surgery.model.writer import WAITING, Writer
 
 MAX_SHARD_BYTES = 5_000_000_000
 Progress = Callable[[str, int], None]
@@ -25,12 +29,13 @@ Progress = Callable[[str, int], None]
 @dataclass(frozen=True)
 class Written:
     """``files`` in order (an index last), ``shard_of`` the file name of each tensor, ``total`` bytes of all tensors, ``digests`` the sha256
-    of files with tensors where it was asked for."""
+    of files with tensors and ``checked`` the bytes of each that were read back, where it was asked for."""
 
     files: tuple[Path, ...]
     shard_of: dict[str, str]
     total: int
     digests: dict[Path, str] = field(default_factory=dict)
+    checked: dict[Path, int] = field(default_factory=dict)
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -58,6 +63,8 @@ def write_safetensors(
     costs: Mapping[str, int] | None = None,
     soon: Callable[[str], None] | None = None,
     hashing: bool = False,
+    checking: bool = False,
+    streams: Mapping[str, Stream] | None = None,
 ) -> Written:
     """Stream tensors to one safetensors file or to shards with an index.
 
@@ -66,7 +73,9 @@ def write_safetensors(
     ``model-00001-of-0000N.safetensors`` and ``model.safetensors.index.json`` when the total exceeds ``max_shard_bytes``.
     With ``workers`` so many threads make tensors while others are written (``tensors`` must allow that); ``costs`` are the bytes that making
     each one needs, which bound how many are made at once, and ``soon`` is told of a tensor before it is made. ``hashing`` gives the sha256 of the
-    files that hold tensors. The bytes depend on tensors, shapes, dtypes and metadata alone.
+    files that hold tensors, ``checking`` reads every byte back and compares it with what was made. ``streams`` give the bytes of tensors that are
+    never in memory as a whole; one that has another shape or dtype than promised is not used. The bytes depend on tensors, shapes, dtypes and
+    metadata alone.
 
     Raises SurgeryError S0801 (no space), S0802 (not writable), S0804 (other failure of the storage).
     """
@@ -82,14 +91,23 @@ def write_safetensors(
     else:
         paths = [target / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     ledger = Ledger()
-    names = [name for shard in shards for name in shard]
+    buffers = Buffers(WAITING + 3, BLOCK)
+    flowing = {n: s for n, s in (streams or {}).items() if n in shapes and (s.shape, s.dtype) == (tuple(shapes[n]), dtypes[n])}
+    names = [name for shard in shards for name in shard if name not in flowing]
+    ahead = deque(name for shard in shards for name in shard if name in flowing)
     made = in_order(names, lambda name: _make(tensors, name), workers, costs or {}, sizes, ledger, soon)
     try:
-        with Writer(workers > 0, hashing) as writer:
+        with Writer(workers > 0, hashing, checking) as writer:
             for path, inside in zip(paths, shards, strict=True):
                 writer.begin(path, header_bytes(inside, shapes, dtypes, metadata))
                 for name in inside:
-                    _hand_over(writer, name, next(made), shapes, dtypes, sizes, ledger)
+                    if name in flowing:
+                        ahead.popleft()
+                        if soon is not None and ahead:
+                            soon(ahead[0])
+                        _flow(writer, flowing[name], buffers)
+                    else:
+                        _hand_over(writer, name, next(made), shapes, dtypes, sizes, ledger)
                     if progress is not None:
                         progress(name, sizes[name])
     finally:
@@ -102,7 +120,7 @@ def write_safetensors(
         with storage_errors(index_path):
             index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         paths.append(index_path)
-    return Written(tuple(paths), shard_of, total, dict(writer.digests))
+    return Written(tuple(paths), shard_of, total, dict(writer.digests), dict(writer.checked))
 
 
 def _make(tensors: Mapping[str, Any], name: str) -> torch.Tensor:
@@ -124,6 +142,13 @@ def _hand_over(
     if tuple(value.shape) != tuple(shapes[name]) or str(value.dtype) != f"torch.{dtypes[name]}":
         raise ValueError(f"{name}: promised {dtypes[name]}{list(shapes[name])}, got {value.dtype}{list(value.shape)}")
     writer.write(value.detach().contiguous(), lambda: ledger.give(sizes[name]) if writer.threaded else None)
+
+
+def _flow(writer: Writer, stream: Stream, buffers: Buffers) -> None:
+    for size, fill in stream.pieces(buffers.size):
+        buffer = buffers.take(writer.raise_fault)
+        fill(buffer[:size])
+        writer.put(buffer[:size], partial(buffers.give, buffer))
 
 
 def header_bytes(names: list[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:

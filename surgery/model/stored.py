@@ -7,6 +7,7 @@ import os
 import warnings
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 
+import numpy as np
 import torch
 
 from surgery.core.diagnostics import fail
@@ -59,12 +60,13 @@ def _read_into(expr: Load, offset: int, view: memoryview) -> None:
                     break
                 done += count
     except OSError as exc:
-        raise _gone(expr, exc.strerror or str(exc)) from None
+        raise gone(expr, exc.strerror or str(exc)) from None
     if done < len(view):
-        raise _gone(expr, "the file is shorter than when it was opened")
+        raise gone(expr, "the file is shorter than when it was opened")
 
 
-def _gone(expr: Load, why: str) -> Exception:
+def gone(expr: Load, why: str) -> Exception:
+    """S0721: a stored tensor cannot be read any more."""
     return fail(
         "S0721", f"cannot read `{expr.key}` from {expr.file}: {why}", exit_code=2,
         help="leave the checkpoint alone while surgery runs, and start again",
@@ -83,6 +85,17 @@ def positions(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
     return torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - ends + lengths, lengths)
 
 
+def take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Index ranges of a tensor, gathered as plain bits: NumPy does this several times faster than torch where single elements go."""
+    index = positions(ranges)
+    if value.is_complex() or value.numel() == 0:
+        return value.index_select(axis, index)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    out = torch.empty((*value.shape[:axis], len(index), *value.shape[axis + 1 :]), dtype=value.dtype)
+    np.take(value.contiguous().view(bits).numpy(), index.numpy(), axis=axis, out=out.view(bits).numpy(), mode="clip")
+    return out
+
+
 def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
     """Index ranges of a stored tensor. Ranges of the first axis are read byte-exactly; those of others are copied out of a
     mapping of the tensor, so that only the pages they touch are read, and nothing stays mapped."""
@@ -91,7 +104,7 @@ def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> tor
     if out.numel() == 0:
         return out
     if len(ranges) > MANY and 4 * out.numel() >= math.prod(expr.shape):
-        return read(expr).index_select(axis, positions(ranges))  # most of it is needed, in small pieces
+        return take(read(expr), axis, ranges)  # most of it is needed, in small pieces
     if axis == 0:
         row = expr.nbytes // expr.shape[0]
         view, at = memoryview(out.reshape(-1).view(torch.uint8).numpy()), 0
@@ -103,10 +116,10 @@ def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> tor
     try:
         with open(expr.file, "rb") as file:
             if os.fstat(file.fileno()).st_size < expr.span[1]:
-                raise _gone(expr, "the file is shorter than when it was opened")
+                raise gone(expr, "the file is shorter than when it was opened")
             mapping = mmap(file.fileno(), expr.span[1] - begin, access=ACCESS_COPY, offset=begin)
     except OSError as exc:
-        raise _gone(expr, exc.strerror or str(exc)) from None
+        raise gone(expr, exc.strerror or str(exc)) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=expr.span[0] - begin)
