@@ -246,7 +246,10 @@ def _fingerprint(root: Expr, slot: str, leaf: Callable[[Expr], list[Any] | None]
         if special is not None:
             own.append(special)
         else:
-            own += [[f.name, _plain(getattr(expr, f.name))] for f in fields(expr) if f.compare and f.name not in _STRUCTURE]
+            for f in fields(expr):
+                if f.compare and f.name not in _STRUCTURE:
+                    value = getattr(expr, f.name)
+                    own.append([f.name, value if f.name == "ranges" else _plain(value)])  # pairs of numbers, and many of them
         own.append([child.__dict__[slot] for child in expr.inputs])
         text = json.dumps(own, separators=(",", ":"), sort_keys=True, default=str)
         expr.__dict__[slot] = hashlib.sha256(text.encode()).hexdigest()
