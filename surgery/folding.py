@@ -136,13 +136,13 @@ def stir(program: Program) -> Program:
 
 
 def widened(program: Program) -> Program:
-    """A copy whose half-precision tensors are computed in float32.
+    """The same program with half-precision tensors computed in float32. It has the graph of ``program``: copy it before changing its structure.
 
     Folding it shows whether the folded weights are the right numbers. In the program itself they are these numbers rounded once to the stored
     type, and what rounding does to the outputs of a whole model says nothing about the fold.
     """
-    copy = program.copy()
+    weights = type(program.weights)(program.weights)
     for name, expr in program.weights.items():
         if is_float(expr.dtype) and DTYPE_BYTES[expr.dtype] < 4:
-            copy.weights[name] = Cast(expr.shape, "float32", expr)
-    return copy
+            weights[name] = Cast(expr.shape, "float32", expr)
+    return replace(program, weights=weights)

@@ -9,11 +9,12 @@ from surgery.core.source import Span
 from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.program import Program
-from surgery.model.running import outputs_of
+from surgery.model.running import is_small, outputs_of
 from surgery.model.weights import Add, Apply, Expr, Reshape, Scale, Update, cast
 from surgery.passes.kinds.adapter_join import Here, arguments
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.kinds.delta_method import DeltaMethod
+from surgery.passes.kinds.delta_probe import outputs, probes
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.parts import part_of, untie
 
@@ -48,6 +49,19 @@ def sum_claim(before: Program, after: Program, places: Sequence[Here], whole: It
             untie(before, (name,))
         first = before.aliases.get(name, name)
         before.weights[first] = after.weights[after.aliases.get(name, name)]
+    found = (
+        None if is_small(after) else probes(after, [a for a in after.attachments if a.module not in {b.module for b in before.attachments}])
+    )
+    if found:
+        text = f"merged = weighted sum, of {len(found)} weights, first, middle and last of each kind"
+        return Claim(
+            text,
+            before,
+            lambda tensors, _: outputs(before, tensors, found),
+            lambda tensors, _: outputs(after, tensors, found),
+            TOLERANCE,
+            span,
+        )
     return Claim("merged = weighted sum", before, outputs_of(before), outputs_of(after), TOLERANCE, span)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor
     one = replace(site, op="linear", experts=0) if site.experts else site
     if method.rows(one, _of_expert(t, 0) if site.experts else t, 0, 1) is None:
         return None
-    out = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    out = room(stored.shape, stored.dtype)
     source, target = site.to_canonical(stored), site.to_canonical(out)
     for expert in range(site.experts) if site.experts else (None,):
         own = t if expert is None else _of_expert(t, expert)

@@ -18,6 +18,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.method import Method, param
 from surgery.core.site import Site
 from surgery.model.program import Program
+from surgery.model.room import room
 from surgery.model.weights import Apply, Update, is_float
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.merge_finite import finite, is_finite
@@ -95,7 +96,7 @@ class TaskMethod(MergeMethod):
             self.sparsify(d, tuple(base.shape), i, attach.seed_of(seed, str(i)), prepared) for i, d in enumerate(deltas)
         ]  # fmt: skip
         scale = float(getattr(self, "scale", 1.0))
-        out, flat = torch.empty_like(base), base.reshape(-1)
+        out, flat = room(base.shape, base.dtype), base.reshape(-1)
         into = out.view(-1)
         start = buffers(base.shape, 1)[0]
         for at in chunks(base.shape):

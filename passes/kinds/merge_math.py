@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.model.room import room
+
 CHUNK = 1 << 17
 """Elements of a chunk, about: 512 KiB in float32, so that the few that a formula needs stay in a core's cache."""
 
@@ -340,7 +342,7 @@ def mix(left: Tensor, right: Tensor, a: float, b: float, like: Tensor) -> Tensor
 
 def combination(tensors: Sequence[Tensor], factors: Sequence[float], like: Tensor) -> Tensor:
     """The sum of tensors times factors, added in order in float32 and rounded once to the type of ``like``."""
-    out = torch.empty_like(like)
+    out = room(like.shape, like.dtype)
     into, views = out.view(-1), [t.reshape(-1) for t in tensors]
     total, term = buffers(like.shape, 2)
     for at in chunks(like.shape):
