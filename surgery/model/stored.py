@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from surgery.core.diagnostics import fail
+from surgery.model.room import room
 from surgery.model.weights import Init, Load
 
 
@@ -43,7 +44,7 @@ def initial_value(expr: Init) -> torch.Tensor:
 
 def read(expr: Load) -> torch.Tensor:
     """All bytes of a stored tensor. S0721 when the file is gone or shorter than when it was opened."""
-    out = torch.empty(expr.shape, dtype=torch_dtype(expr.dtype))
+    out = room(expr.shape, torch_dtype(expr.dtype))
     if out.numel():
         view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         _read_into(expr, expr.span[0], view)
