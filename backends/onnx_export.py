@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from surgery.backends import onnx_live
+from surgery.backends.onnx_direct import Assembled, assembled
 from surgery.backends.onnx_ops import prepare, translations
 from surgery.backends.onnx_opset import EXPORTED
 from surgery.core.progress import report
@@ -107,19 +108,25 @@ def axis_names(program: Program) -> dict[str, str]:
 
 
 def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = ()) -> Any:
-    """The ``ExportedProgram`` of a realised root, with ``live`` tensors as further inputs. Raises what ``torch.export`` raises."""
+    """The ``ExportedProgram`` of a realised root, with ``live`` tensors as further inputs; a flat graph that knows its values is not traced again.
+    Raises what ``torch.export`` raises."""
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
     axes: Any = tuple(
         {i: torch.export.Dim.DYNAMIC for i, n in enumerate(s.shape) if not _fixed(n)} or None for _, s in placeholders(program)
     )
-    called: torch.nn.Module = root.eval()
-    if live:
-        held = onnx_live.values(root, live)
-        onnx_live.loosen(root, live)
-        called, example = onnx_live.WithLive(root, list(held)).eval(), [*example, *held.values()]
-        axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)
-    return torch.export.export(called, tuple(example), dynamic_shapes=axes, strict=False)
+    root.eval()
+    if not live:
+
+        def trace() -> Any:
+            return torch.export.export(root, tuple(example), dynamic_shapes=axes, strict=False)
+
+        return assembled(root, example, trace) or trace()
+    held = onnx_live.values(root, live)
+    onnx_live.loosen(root, live)
+    called = onnx_live.WithLive(root, list(held)).eval()
+    axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)
+    return torch.export.export(called, (*example, *held.values()), dynamic_shapes=axes, strict=False)
 
 
 def export(
@@ -134,13 +141,22 @@ def export(
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
     prepare(root)
     report("emitting onnx: tracing", 0, STEPS)
-    with quiet(), torch.no_grad():
-        exported = traced(program, root, live)
-        report("emitting onnx: translating", 1, STEPS)
-        made = torch.onnx.export(
+
+    def translated(exported: Any) -> Any:
+        return torch.onnx.export(
             exported, (), dynamo=True, opset_version=max(opset, EXPORTED), input_names=[*input_names(program), *live], output_names=names,
             external_data=False, optimize=False, verbose=False, custom_translation_table={**translations(), **(table or {})},
         )  # fmt: skip
+
+    with quiet(), torch.no_grad():
+        exported = traced(program, root, live)
+        report("emitting onnx: translating", 1, STEPS)
+        try:
+            made = translated(exported)
+        except Exception:
+            if not isinstance(exported, Assembled):
+                raise
+            made = translated(exported.again())  # an operation that the exporter has to take apart first
         report("emitting onnx: simplifying", 2, STEPS)
         _simplify(made.model, _tensor_names(root))
         return finish(made.model_proto, program, root)

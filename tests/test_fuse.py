@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.backends.fuse import Match, Miss, Target, engine, fuse, ops_attention
+from surgery.backends.fuse import Match, Miss, Target, engine, flatten, fuse, ops_attention
 from surgery.backends.fuse.engine import Fused, fuse_flat
 from surgery.backends.fuse.flatten import flatten_live
-from surgery.backends.fuse.gate import CASES, difference, run
+from surgery.backends.fuse.gate import CASES, Gate, difference, run
+from surgery.backends.fuse.inline import NotInlined, inlined
 from surgery.backends.fuse.masks import classify
 from surgery.backends.fuse.ops import translations
 from surgery.backends.fuse.view import FuseView
@@ -98,11 +99,12 @@ def test_families(made: dict[str, Any], family: str) -> None:
 
 
 @pytest.mark.parametrize("family", EXPORTED)
-def test_the_exported_graph_is_fused_and_equal(made: dict[str, Any], family: str) -> None:
+def test_the_exported_graph_is_fused_and_equal(made: dict[str, Any], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from surgery.backends.onnx_export import export, input_names
     from surgery.backends.to_onnx import session
 
     program, root, result = fused(made, family)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("a fused graph knows its values: it is not traced again"))
     model = export(program, result.graph, opset=20, table=translations())
     kinds = Counter(n.op_type for n in model.graph.node)
     attention = kinds["Attention"] + kinds["MultiHeadAttention"]
@@ -294,3 +296,38 @@ def test_layers_of_different_sizes() -> None:
     inputs = sample_inputs(cut.program, batch=2, length=33, seed=1, padding=True)
     for want, got in zip(run(root, inputs), run(result.graph, inputs), strict=True):
         assert difference(want, got, None) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_inlining_gives_the_operations_that_tracing_gives(family: str) -> None:
+    program, _ = zoo_program(family)
+    root = rooted(program)
+    quick, traced = flatten_live(program, root), flatten._traced(program, root)
+    flatten._strip(traced.graph)
+    names = [Counter(str(n.target) for n in g.graph.nodes if n.op == "call_function") for g in (quick, traced)]
+    assert names[0] == names[1] and sum(names[0].values()) > 30
+    gate = Gate(program, traced, torch.float32)
+    assert len(gate.samples) == (4 if family == "gpt2" else 2) and gate.error(quick) == (0.0, "")
+    for node in quick.graph.nodes:
+        assert node.op == "output" or node.meta["val"] is not None, node
+
+
+def test_what_cannot_be_inlined_is_traced() -> None:
+    program, _ = zoo_program("swin")
+    root = rooted(program)
+    with pytest.raises(NotInlined, match="only runs at some sizes"):
+        inlined(program, root)
+    assert any(n.op == "call_function" for n in flatten_live(program, root).graph.nodes)
+
+
+def test_large_outputs_are_compared_without_copies_and_the_same() -> None:
+    """The short way of the comparison gives what the one in float64 gives, to rounding, and sees what is not finite."""
+    want = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(1))
+    got = want + 1e-4 * torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(2))
+    exact = float((want.double() - got.double()).abs().max() / want.double().abs().max())
+    assert difference(want, got, None) == pytest.approx(exact, rel=1e-5)
+    assert difference(want.double(), got.double(), None) == pytest.approx(exact, rel=1e-9)
+    got[2, 3, 7] = float("nan")
+    assert difference(want, got, None) == float("inf")
+    want[2, 3, 7] = float("nan")
+    assert 0 < difference(want, got, None) < 1e-3

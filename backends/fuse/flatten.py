@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from surgery.backends.fuse.inline import NotInlined, inlined
+from surgery.backends.fuse.inline import dtype_of as dtype_of
 from surgery.model.program import Program
 from surgery.model.sample import placeholders, sample_inputs
 
@@ -15,11 +17,6 @@ aten = torch.ops.aten
 
 CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"})
 """Operations that check what the tracer assumed and compute nothing."""
-
-
-def dtype_of(root: nn.Module) -> torch.dtype:
-    """The type that a live graph computes in: that of its first floating parameter."""
-    return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
 
 
 def dynamic_axes(program: Program) -> tuple[dict[int, Any] | None, ...]:
@@ -57,8 +54,19 @@ def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     """The flat module of a root with real tensors. It shares the root's parameters and has its inputs and outputs.
 
     Every node has ``meta["val"]``, a fake tensor (sizes are symbols where they are open) or a symbolic number; ``get_attr`` nodes name
-    parameters and buffers in full; ``meta["nn_module_stack"]`` is the tracer's. What nobody reads is still there. Raises what ``torch.export`` raises.
+    parameters and buffers in full; ``meta["nn_module_stack"]`` says in which module it stands. What nobody reads is still there. Raises what ``torch.export`` raises.
     """
+    try:
+        flat = inlined(program, root)
+    except NotInlined:
+        flat = _traced(program, root)
+    _strip(flat.graph)
+    flat.recompile()
+    return flat
+
+
+def _traced(program: Program, root: fx.GraphModule) -> fx.GraphModule:
+    """The same by torch's tracer, which takes longer and takes every module apart."""
     example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype_of(root), past=5)
     with torch.no_grad():
         exported = torch.export.export(root.eval(), tuple(example), dynamic_shapes=dynamic_axes(program), strict=False)
@@ -71,7 +79,6 @@ def flatten_live(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
-    _strip(graph)
     flat = fx.GraphModule(unlifted, graph)
     flat.eval()
     return flat
