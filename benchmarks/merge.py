@@ -79,9 +79,9 @@ class Bench:
         return self.run(sys.executable, IMPORTS, "surgery", "compile", "ours.surg", "--quiet")
 
     def merge(self, method: str, captured: bool = False) -> Run:
-        first, two = ('model base = "base"\ncheckpoint one = load("one")', 'checkpoint two = load("two")')
+        first, two = ('model "base"\ncheckpoint one = load("one")', 'checkpoint two = load("two")')
         if method not in WITH_BASE:
-            first = 'model one = "one"'
+            first = 'model "one" as one'
         return self.surgery(f"{first}\n{two}\n{OURS[method]}", captured=captured)
 
     def fold(self, captured: bool = False) -> Run:
