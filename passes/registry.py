@@ -69,6 +69,11 @@ def function(reference: str) -> Callable[..., Any]:
     """
     path, _, name = reference.partition(":")
     verb, _, method = path.partition("/")
+    if verb == "kinds":  # of no method: `kinds/module:function`
+        found = getattr(importlib.import_module(f"surgery.passes.kinds.{method}"), name, None)
+        if not inspect.isfunction(found) or found.__module__ != f"surgery.passes.kinds.{method}":
+            raise KeyError(reference)
+        return found
     cls = get(verb, method)
     own = getattr(sys.modules[cls.__module__], name, None)
     if inspect.isfunction(own) and own.__module__ == cls.__module__:

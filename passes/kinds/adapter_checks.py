@@ -19,7 +19,7 @@ def check_finite(adapter: Adapter, study: Any, span: Span) -> None:
     """Raises S0787 for the first tensor of an adapter with elements that are NaN or infinite. Does nothing while planning."""
     if study is None:
         return
-    tensors: list[Load] = [t for low in adapter.parts.values() for t in (low.a, low.b, low.magnitude, low.shift) if t is not None]
+    tensors: list[Load] = adapter.stored()
     for load in [*tensors, *adapter.whole.values()]:
         value = realise(load)
         with one_thread():  # a block is less work than waking a thread

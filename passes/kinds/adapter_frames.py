@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -16,8 +17,10 @@ from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model import past
 from surgery.model.adapter import Adapter, Low
+from surgery.model.adapter_forms import Dense
 from surgery.model.past import Ancestor
 from surgery.model.program import Program
+from surgery.model.weights import Reshape, select
 from surgery.passes.kinds.calls import call_config, calls_of
 from surgery.passes.kinds.geometry import Geometry, geometry_of
 from surgery.passes.kinds.lowrank import factor_shapes
@@ -101,6 +104,13 @@ def faults_of(program: Program, adapter: Adapter, frame: Frame, sites: Mapping[s
             continue
         if not here[1].why and (text := _unlike(program, low, site, here[1].shape)):
             out.append(Fault("S0785", low.path, text))
+    for part in adapter.dense.values():
+        name = f"{part.path}.weight"
+        here = frame.find(name)
+        if here is None:
+            out += _missing(frame, name, part.path, replaced)
+        elif not here[1].why and (text := _unturned(program, part, sites.get(here[0].removesuffix(".weight")), here[1].shape)):
+            out.append(Fault("S0785", part.path, text))
     for key, load in adapter.whole.items():
         here = frame.find(key)
         if here is None:
@@ -139,6 +149,7 @@ def _unlike(program: Program, low: Low, site: Site, shape: tuple[int, ...]) -> s
     if low.embedding != (geometry.op == "embedding"):
         return f"`{low.path}` is {'an embedding' if low.embedding else 'a linear map'} in the adapter and {'no embedding' if low.embedding else 'an embedding'} here"
     want = factor_shapes(geometry, low.rank)
+    low = fitted(low, geometry)
     have = (tuple(low.a.shape), tuple(low.b.shape))
     if geometry.op == "conv" and (geometry.groups > 1 or any(d != 1 for d in geometry.dilation)):
         return f"`{low.path}` is a convolution in groups or with gaps, for which such files hold another change than one of its kernel"
@@ -147,6 +158,36 @@ def _unlike(program: Program, low: Low, site: Site, shape: tuple[int, ...]) -> s
     if low.magnitude is not None and int(np.prod(low.magnitude.shape)) != geometry.out:
         return f"the magnitude of `{low.path}` has {int(np.prod(low.magnitude.shape))} entries for {geometry.out} outputs"
     return ""
+
+
+def _unturned(program: Program, part: Dense, site: Site | None, shape: tuple[int, ...]) -> str:
+    """Why a weight cannot become that function of itself, or an empty text."""
+    geometry = geometry_then(program, site, shape) if site is not None else None
+    if (
+        geometry is None
+        or geometry.op not in ("linear", "conv")
+        or (geometry.op == "conv" and (part.function != "stretched" or geometry.groups > 1))
+    ):
+        return f"`{part.path}` is no layer here that such an adapter can {'stretch' if part.function == 'stretched' else 'turn'}"
+    have = geometry.inp if part.axis == "in" else geometry.out
+    block = dict(part.params).get("block", 1)
+    if (part.size and part.size != have) or have % block:
+        return f"`{part.path}` has {have} {'inputs' if part.axis == 'in' else 'outputs'} here, and the adapter is for {part.size or f'a multiple of {block}'}"
+    return ""
+
+
+def fitted(low: Low, geometry: Geometry) -> Low:
+    """Factors that were computed from another kind of adapter, in the layout that a layer's factors have: shared ones are cut to its inputs, those of
+    a convolution get their kernel."""
+    if not low.made:
+        return low
+    a, b = low.a, low.b
+    if low.shared and a.shape[1] > geometry.fan_in:
+        a = select(a, 1, ((0, geometry.fan_in),))
+    want = factor_shapes(geometry, low.rank)
+    if geometry.op == "conv" and all(math.prod(e.shape) == math.prod(w) for e, w in zip((a, b), want, strict=True)):
+        a, b = Reshape(want[0], a.dtype, a), Reshape(want[1], b.dtype, b)
+    return replace(low, a=a, b=b)
 
 
 def geometry_then(program: Program, site: Site, shape: Sequence[int]) -> Geometry:

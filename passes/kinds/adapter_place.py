@@ -10,12 +10,13 @@ from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model.adapter import Adapter, Low
+from surgery.model.adapter_forms import FUNCTIONS, Dense
 from surgery.model.cut_attached import Around
 from surgery.model.dims.masks import to_ranges
 from surgery.model.past import Ancestor
 from surgery.model.program import Program
-from surgery.model.weights import Apply, Concat, Expr, Scale, cast, select
-from surgery.passes.kinds.adapter_frames import by_path, faults_of, frames_of, geometry_then, named_otherwise, refusal
+from surgery.model.weights import Apply, Concat, Expr, Reshape, Scale, cast, select
+from surgery.passes.kinds.adapter_frames import Frame, by_path, faults_of, fitted, frames_of, geometry_then, named_otherwise, refusal
 from surgery.passes.kinds.adapter_variant import Variant, plain, variant
 from surgery.passes.kinds.delta_method import DeltaMethod
 from surgery.passes.kinds.follow import follow_delta
@@ -100,6 +101,9 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
         placed = _placed(program, adapter, low, sites[name.removesuffix(".weight")], was, span)
         out.parts[placed.site.path] = placed
         out.carried |= was.cut
+    for part in adapter.dense.values():
+        if not _dense(program, adapter, part, found, sites, out, span):
+            out.dropped.append(part.path)
     for key, load in adapter.whole.items():
         here = found.find(key)
         if here is None:
@@ -116,6 +120,35 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
     return out, named_otherwise(program, adapter, span)
 
 
+def _dense(program: Program, adapter: Adapter, part: Dense, frame: Frame, sites: Mapping[str, Site], out: Placement, span: Span) -> bool:
+    """A weight, and its bias, that become a function of themselves; False where a statement took them away."""
+    here = frame.find(f"{part.path}.weight")
+    if here is None:
+        return False
+    name, was = here
+    site = sites[name.removesuffix(".weight")]
+    if was.why:
+        raise _stuck(adapter, part.path, was.why, span)
+    axis = site.out_axis if part.axis == "out" else site.in_axis
+    kept = was.kept[axis] if was.cut else None
+    if kept is not None and part.function != "stretched":
+        raise _stuck(adapter, part.path, "its inputs are turned together, and some of them are gone", span)
+
+    def changed(first: str, tensors: Iterable[Expr], at: int, function: str, params: tuple[tuple[str, Any], ...]) -> Expr:
+        old = program.weights[program.aliases.get(first, first)]
+        given = [Reshape((part.size,), t.dtype, t) if function == "stretched" else t for t in tensors]
+        given = [t if kept is None else select(t, 0, to_ranges(kept)) for t in given]
+        return Apply(old.shape, "float32", f"{FUNCTIONS}:{function}", (old, *given), (("axis", at), *params))
+
+    out.whole[name] = changed(name, part.tensors, axis, part.function, part.params)
+    out.carried |= was.cut
+    if part.stretch is not None and site.bias:
+        bias = frame.find(f"{part.path}.bias")
+        if bias is not None:
+            out.whole[bias[0]] = changed(bias[0], (part.stretch,), 0, "stretched", ())
+    return True
+
+
 def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
     return fail(
         "S0789", f"{adapter.name} cannot be carried over to `{path}`: {why}", span, "merged here",
@@ -129,10 +162,10 @@ def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
 def _placed(program: Program, adapter: Adapter, low: Low, site: Site, was: Ancestor, span: Span) -> Placed:
     if was.why:
         raise _stuck(adapter, low.path, was.why, span)
-    chosen: Variant = variant(adapter, low, span)
     weight = program.weights[program.aliases.get(site.weight, site.weight)]
     now = geometry_then(program, site, weight.shape)
     then = geometry_then(program, site, was.shape)
+    chosen: Variant = variant(adapter, fitted(low, then), span)
     tensors = {n: cast(e, "float32") for n, e in chosen.tensors.items()}
     part = Placed(
         site,

@@ -1,8 +1,8 @@
 """Adapters as files: the folder that peft writes, read from its config and its tensor headers alone.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. What it says is put into one form here: low-rank parts by
-the path of their module in the base model, and tensors of the base that were trained whole. Which methods those parts are, and where
-they go in a program, is decided in ``passes``; nothing is read of the tensors' bytes.
+the path of their module in the base model, weights that are a function of themselves, and tensors of the base that were trained whole.
+Which methods those parts are, and where they go in a program, is decided in ``passes``; nothing is read of the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.near import quoted
 from surgery.core.source import Span
-from surgery.model.adapter_keys import LOW, Key, key_of
+from surgery.model.adapter_forms import KINDS, WHY_NOT, Dense, Kind
+from surgery.model.adapter_keys import LOW, Key, key_of, other_key
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import hub_cache
 from surgery.model.checkpoint_shards import refuse_pickle
 from surgery.model.contenthash import Hashing
-from surgery.model.weights import Load
+from surgery.model.weights import Expr, Load, loads
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -47,17 +48,20 @@ class Low:
     """One low-rank part: module ``path`` of the base, ``A`` and ``B`` as stored, ``scale`` in front of their product.
 
     ``A [r, in]``, ``B [out, r]``; of a convolution with the kernel behind, of an embedding ``A [r, rows]``, ``B [width, r]``.
-    ``magnitude [out]`` is there for weight-decomposed parts, ``shift [out]`` where ``B`` has a bias.
+    ``magnitude [out]`` is there for weight-decomposed parts, ``shift [out]`` where ``B`` has a bias. ``made`` says that the factors are computed from
+    what another kind of folder stores: flat for convolutions, too; ``shared`` that ``A`` is as long as the longest layer.
     """
 
     path: str
-    a: Load
-    b: Load
+    a: Expr
+    b: Expr
     rank: int
     scale: float
     embedding: bool = False
     magnitude: Load | None = None
     shift: Load | None = None
+    made: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,14 @@ class Adapter:
     dropout: float
     base: str
     record: Mapping[str, Any] = field(default_factory=dict)
+    dense: Mapping[str, Dense] = field(default_factory=dict)
+
+    def stored(self) -> list[Load]:
+        """The tensors of the parts as the file has them, each once."""
+        found = {
+            load.identity: load for low in self.parts.values() for e in (low.a, low.b, low.magnitude, low.shift) if e is not None for load in loads(e)
+        }  # fmt: skip
+        return list((found | {load.identity: load for part in self.dense.values() for load in part.tensors}).values())
 
     def digest(self) -> str:
         """sha256 over both files: what a lock keeps."""
@@ -95,17 +107,18 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     """
     folder = _folder(ref, base, span)
     config = _config(folder, ref, span)
-    _known(config, name, span)
+    kind = _known(config, name, span)
     tensors = _tensors(folder, ref, span)
-    reader = _Reader(name, config, span)
+    reader = _Reader(name, config, span, kind)
     for header in tensors.values():
         reader.take(header)
-    parts = reader.parts()
-    if not parts and not reader.whole:
+    parts, dense = reader.parts()
+    if not parts and not dense and not reader.whole:
         raise fail("S0783", f"{name} holds no tensor", span, "opened here", notes=(f"folder: {folder}",), help="save the adapter again")
     return Adapter(
-        name, folder, span, _flags(config), parts, reader.whole, frozenset(reader.copies), _number(config, "lora_dropout", 0.0, name, span),
-        str(config.get("base_model_name_or_path") or ""), _record(folder),
+        name, folder, span, {} if kind else _flags(config), parts, reader.whole, frozenset(reader.copies),
+        _number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
+        str(config.get("base_model_name_or_path") or ""), _record(folder), dense,
     )  # fmt: skip
 
 
@@ -183,13 +196,20 @@ def _record(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ the config
 
 
-def _known(config: Mapping[str, Any], name: str, span: Span) -> None:
-    """Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here."""
+def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | None:
+    """The kind of a folder that is no LoRA, None for one that is.
+
+    Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here.
+    """
     kind = str(config.get("peft_type") or "").rpartition(".")[2].upper()
+    if kind in KINDS:
+        _fields(config, KINDS[kind].fields, name, span)
+        return KINDS[kind]
     if kind != "LORA":
         raise fail(
             "S0782", f"{name} is an adapter of type {kind or 'unknown'}, which surgery does not read", span, "opened here",
-            help="known are LoRA, rsLoRA, DoRA and PiSSA with biases and whole modules beside them; "
+            notes=(WHY_NOT[kind],) if kind in WHY_NOT else (),
+            help=f"known are LoRA, rsLoRA, DoRA, PiSSA, {', '.join(k.name for k in KINDS.values())}, with biases and whole modules beside them; "
             "peft's `convert_to_lora` makes a LoRA of most other kinds",
         )  # fmt: skip
     start = str(config.get("init_lora_weights", True)).lower()
@@ -198,14 +218,19 @@ def _known(config: Mapping[str, Any], name: str, span: Span) -> None:
             "S0782", f"{name} was trained on a base that its start ({start}) rewrote, and the folder does not hold that base", span, "opened here",
             help="save it with `path_initial_model_for_weight_conversion`: peft then writes a LoRA for the original base",
         )  # fmt: skip
-    other = [k for k, v in config.items() if k not in QUIET and v not in (None, False, [], {}, "", 0)]
+    _fields(config, QUIET, name, span)
+    if config.get("lora_bias") and config.get("use_dora"):
+        raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
+    return None
+
+
+def _fields(config: Mapping[str, Any], known: frozenset[str], name: str, span: Span) -> None:
+    other = [k for k, v in config.items() if k not in known and v not in (None, False, [], {}, "", 0)]
     if other:
         raise fail(
             "S0782", f"{name} uses {quoted(sorted(other)[:4], 'and')}, which surgery does not know", span, "opened here",
             help="what it means for the tensors is not known here: save the adapter without it, or as a plain LoRA",
         )  # fmt: skip
-    if config.get("lora_bias") and config.get("use_dora"):
-        raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
 
 
 def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,8 +252,9 @@ def _number(config: Mapping[str, Any], key: str, default: float, name: str, span
 class _Reader:
     """Collects the tensors of a file by module, and pairs them."""
 
-    def __init__(self, name: str, config: Mapping[str, Any], span: Span) -> None:
-        self.name, self.config, self.span = name, config, span
+    def __init__(self, name: str, config: Mapping[str, Any], span: Span, kind: Kind | None = None) -> None:
+        self.name, self.config, self.span, self.kind = name, config, span, kind
+        self.shared: dict[str, TensorHeader] = {}
         self.found: dict[str, dict[str, TensorHeader]] = {}
         self.whole: dict[str, Load] = {}
         self.copies: set[str] = set()
@@ -237,10 +263,13 @@ class _Reader:
         return fail("S0783", message, self.span, "opened here", help=help)
 
     def take(self, header: TensorHeader) -> None:
-        key: Key = key_of(header.key)
+        key: Key = key_of(header.key) if self.kind is None else other_key(header.key, self.kind)
         if key.problem:
             raise fail("S0782", f"{self.name} has {key.problem}", self.span, "opened here", notes=(f"tensor: {header.key}",), help=key.help)
-        if key.role in LOW:
+        if key.role == "shared":
+            self.shared[key.path] = header
+            return
+        if key.role in (LOW if self.kind is None else self.kind.roles.values()):
             mine = self.found.setdefault(key.path, {})
             if key.role in mine:
                 raise self.fault(f"{self.name} has two tensors for `{key.role}` of `{key.path}`", "save one adapter a folder")
@@ -250,8 +279,24 @@ class _Reader:
         if key.role == "copy":
             self.copies.add(key.path)
 
-    def parts(self) -> dict[str, Low]:
-        return {path: self._part(path, roles) for path, roles in self.found.items()}
+    def parts(self) -> tuple[dict[str, Low], dict[str, Dense]]:
+        """Low-rank parts, and weights that are a function of themselves, by path."""
+        if self.kind is None:
+            return {path: self._part(path, roles) for path, roles in self.found.items()}, {}
+        low: dict[str, Low] = {}
+        dense: dict[str, Dense] = {}
+        for path, roles in self.found.items():
+            if all(0 in h.shape for h in roles.values()):
+                continue  # a rank that was pruned to nothing
+            made = self.kind.read(path, roles, self.config, self.shared, self._because)
+            if isinstance(made, Dense):
+                dense[path] = made
+            else:
+                low[path] = Low(path, made.a, made.b, made.rank, made.scale, made=True, shared=made.shared)
+        return low, dense
+
+    def _because(self, message: str, help: str = "save the adapter again, whole") -> SurgeryError:
+        return self.fault(f"{self.name} cannot be read: {message}", help)
 
     def _part(self, path: str, roles: Mapping[str, TensorHeader]) -> Low:
         embedding = "embedding_A" in roles or "embedding_B" in roles

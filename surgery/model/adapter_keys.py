@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from surgery.model.adapter_forms import Kind
+
 PREFIX = "base_model.model."
 
 LOW = ("A", "B", "embedding_A", "embedding_B", "magnitude", "shift")
@@ -40,6 +42,27 @@ def key_of(key: str) -> Key:
         return _low(m["path"], m.groupdict().get("role") or "magnitude")
     if "lora_" in text.rpartition(".base_layer.")[2]:
         return Key("", text, "a tensor of a variant of LoRA that surgery does not know", "save the adapter as a plain LoRA")
+    return _beside(text)
+
+
+def other_key(key: str, kind: Kind) -> Key:
+    """What a tensor's key says in a folder of another kind than LoRA."""
+    text = key.removeprefix(PREFIX)
+    short = re.sub(r"^base_model\.(model\.)?", "", key).removesuffix(".weight")
+    name = short.partition(".")[0]
+    if name in kind.shared:
+        return Key("shared", name)
+    for role in kind.roles:
+        if m := re.fullmatch(rf"(?P<path>.+?)\.{re.escape(role)}(?:\.[^.]+?)??(?:\.weight)?", text):
+            return _low(m["path"], kind.roles[role])
+    for word, why in (kind.refused or {}).items():
+        if f".{word}" in text:
+            return Key("", text, why, "train it without that, or give peft's `convert_to_lora` a try")
+    return _beside(text)
+
+
+def _beside(text: str) -> Key:
+    """Tensors of the base that stand beside the parts."""
     if m := _SAVED.fullmatch(text):
         return Key("whole", f"{m['path']}.{m['leaf']}")
     if ".base_layer." in text:
