@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from surgery.backends import onnx_live
+from surgery.backends.fuse.inline import NotInlined, inlined
 from surgery.backends.onnx_direct import Assembled, assembled
 from surgery.backends.onnx_ops import prepare, translations
 from surgery.backends.onnx_opset import EXPORTED
@@ -121,7 +122,11 @@ def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = ()) -> 
         def trace() -> Any:
             return torch.export.export(root, tuple(example), dynamic_shapes=axes, strict=False)
 
-        return assembled(root, example, trace) or trace()
+        try:
+            flat = root if all(n.op != "call_module" for n in root.graph.nodes) else inlined(program, root)
+        except NotInlined:
+            return trace()
+        return assembled(flat, example, trace) or trace()
     held = onnx_live.values(root, live)
     onnx_live.loosen(root, live)
     called = onnx_live.WithLive(root, list(held)).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,42 @@ from surgery.model.atomic import AtomicOutput, afterwards, joined
 
 INLINE_LIMIT = 1 << 30
 """Weights above this many bytes go to one external file (a protobuf cannot hold 2 GiB)."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The bytes of a model whose weights stand inside, made once: the checker, the session and the file read the same ones.
+
+    ``entries`` are the model's metadata at that time. Messages that stand one behind the other are one message, so what is added to the
+    metadata later is written behind the bytes.
+    """
+
+    data: bytes
+    entries: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Packed | None:
+        """None for a model whose weights have to stand in a file of their own."""
+        if weight_bytes(model) > INLINE_LIMIT:
+            return None
+        return cls(model.SerializeToString(deterministic=True), _entries(model))
+
+    def tail(self, model: Any) -> bytes | None:
+        """What stands behind the bytes, None where the metadata was not only added to."""
+        import onnx
+
+        now = _entries(model)
+        if now[: len(self.entries)] != self.entries:
+            return None
+        added = onnx.ModelProto()
+        for key, value in now[len(self.entries) :]:
+            item = added.metadata_props.add()
+            item.key, item.value = key, value
+        return added.SerializeToString(deterministic=True)
+
+
+def _entries(model: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((p.key, p.value) for p in model.metadata_props)
 
 
 def parts_of(target: Path, parts: Sequence[str]) -> list[Path]:
@@ -28,25 +65,32 @@ def check_free(paths: Sequence[Path], request: EmitRequest) -> None:
         check_target(path, "onnx", request.force, request.spec_digest, request.span)
 
 
-def write(models: Sequence[tuple[Path, Any]], request: EmitRequest) -> list[Path]:
-    """Writes models whole and all together or not at all; large weights of each go to one external file beside it.
+def write(models: Sequence[tuple[Path, Any, Packed | None]], request: EmitRequest) -> list[Path]:
+    """Writes models whole and all together or not at all; large weights of each go to one external file beside it. A model that was packed must
+    not have changed since then, but for its metadata.
 
     A data file is named by its content and written first, so that the model file that stands there at any moment finds its
     own data; data files of earlier models are removed last.
     """
     written: list[Path] = []
     with joined():
-        for target, model in models:
-            written += _write(target, model, request)
+        for target, model, packed in models:
+            written += _write(target, model, packed, request)
     return written
 
 
-def _write(target: Path, model: Any, request: EmitRequest) -> list[Path]:
-    def replace(path: Path, data: bytes) -> None:
+def _write(target: Path, model: Any, packed: Packed | None, request: EmitRequest) -> list[Path]:
+    def replace(path: Path, *parts: bytes) -> None:
         with AtomicOutput(path, folder=False, force=request.force, own=lambda p: p != target or owns(p, request.spec_digest)) as temporary:
-            temporary.write_bytes(data)
+            with temporary.open("wb") as stream:
+                for part in parts:
+                    stream.write(part)
 
-    if weight_bytes(model) <= INLINE_LIMIT:
+    tail = packed.tail(model) if packed else None
+    if packed and tail is not None:
+        replace(target, packed.data, tail)
+        name = ""
+    elif weight_bytes(model) <= INLINE_LIMIT:
         replace(target, model.SerializeToString(deterministic=True))
         name = ""
     else:
@@ -64,8 +108,8 @@ def _write(target: Path, model: Any, request: EmitRequest) -> list[Path]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the initializers that stand inside the message."""
-    return sum(len(i.raw_data) for i in model.graph.initializer)
+    """Bytes of the initializers that stand inside the message, with their names and shapes."""
+    return sum(i.ByteSize() for i in model.graph.initializer)
 
 
 def externalise(model: Any, stem: str) -> tuple[str, bytes]:

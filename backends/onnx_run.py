@@ -58,15 +58,16 @@ def as_numpy(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def checked_session(model: Any) -> Any:
+def checked_session(model: Any, packed: onnx_files.Packed | None = None) -> Any:
     """A session on a model that the ONNX checker accepts; one too large for a single message goes through a temporary folder.
+    ``packed`` are the model's bytes where they are made already.
 
     onnxruntime's CPU provider has few operations in bfloat16: a graph that needs others is run by :class:`Reference`.
     """
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
     try:
-        return _session(model)
+        return _session(model, packed=packed)
     except NoKernel:
         large = onnx_files.weight_bytes(model) > onnx_files.INLINE_LIMIT
         if large or not any(i.data_type == BFLOAT16 for i in model.graph.initializer):
@@ -79,13 +80,16 @@ def open_session(model: Any) -> Any:
     return _session(model, optimized=False, check=lambda model: None)
 
 
-def _session(model: Any, *, optimized: bool = True, check: Callable[[Any], None] | None = None) -> Any:
+def _session(
+    model: Any, *, optimized: bool = True, check: Callable[[Any], None] | None = None, packed: onnx_files.Packed | None = None
+) -> Any:  # fmt: skip
     import onnx
 
     check = check or onnx.checker.check_model
-    if onnx_files.weight_bytes(model) <= onnx_files.INLINE_LIMIT:
-        check(model)
-        return session(model.SerializeToString(), optimized=optimized)
+    packed = packed or onnx_files.Packed.of(model)
+    if packed is not None:
+        check(packed.data)
+        return session(packed.data, optimized=optimized)
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_files.inside(Path(folder), model)
         check(str(path))

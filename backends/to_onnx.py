@@ -70,6 +70,7 @@ class Graph:
     program: Program
     model: Any = None
     run: Any = None
+    packed: onnx_files.Packed | None = None
     certificates: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fusions: list[dict[str, Any]] = field(default_factory=list)
@@ -130,7 +131,7 @@ class OnnxBackend:
             )
         report("emitting onnx: writing", 5, STEPS)
         notes = [line for g, path in zip(graphs, paths, strict=True) for line in _told(g, path, options)]
-        written = onnx_files.write([(path, g.model) for g, path in zip(graphs, paths, strict=True)], request)
+        written = onnx_files.write([(path, g.model, g.packed) for g, path in zip(graphs, paths, strict=True)], request)
         return Emitted(
             tuple(written),
             tuple([c for g in graphs for c in g.certificates] + shared),
@@ -236,7 +237,8 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         if live:
             metadata(model, onnx_live.RECORD, json.dumps(onnx_live.record(program, modules, model), sort_keys=True))
         report("emitting onnx: checking the graph", 3, STEPS)
-        run = checked_session(model)
+        packed = onnx_files.Packed.of(model)
+        run = checked_session(model, packed)
     except SurgeryError:
         raise
     except Exception as exc:
@@ -250,6 +252,7 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
     onnx_faults.refuse_other(graph.certificates, span)
     if precision == "int8":
         model, run = _to_int8(graph, model, span, live)
+        packed = None
     if exact:
         found = loss(program, exact, run, precision)
         graph.certificates += found
@@ -263,7 +266,7 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         metadata(model, FUSIONS, json.dumps(fused.record(), sort_keys=True))
         graph.notes += fused.summary()
         graph.fusions += fused.record()
-    graph.model, graph.run = model, run
+    graph.model, graph.run, graph.packed = model, run, packed
 
 
 def _measured(options: Options) -> dict[str, str]:

@@ -345,3 +345,24 @@ def test_a_shared_weight_has_its_first_name(work: Path) -> None:
     names = {i.name for i in onnx.load("shared.onnx").graph.initializer}
     assert "encoder.layer.0.intermediate.dense.weight" in names
     assert not any("encoder.layer.1.intermediate" in n for n in names)
+
+
+def test_metadata_that_is_added_later_stands_behind_the_packed_bytes() -> None:
+    """The bytes that were checked and run are those of the file; what they do not hold is written behind them, and what was changed is not hidden."""
+    import onnx
+
+    from surgery.backends.onnx_files import Packed
+    from surgery.backends.to_onnx import metadata
+
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    weight = onnx.numpy_helper.from_array(np.arange(2, dtype=np.float32), "w")
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    model = onnx.helper.make_model(onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", [value], [out], [weight]))
+    metadata(model, "first", "1")
+    packed = Packed.of(model)
+    assert packed is not None
+    metadata(model, "second", "2")
+    tail = packed.tail(model)
+    assert tail and onnx.ModelProto.FromString(packed.data + tail) == model
+    metadata(model, "first", "changed")
+    assert packed.tail(model) is None

@@ -38,8 +38,8 @@ class Fired:
 
 @dataclass(frozen=True)
 class FusionEntry:
-    """What one rule did: where it fired, where it nearly did and why not, and the error that the gate measured after it (a share of the
-    output's scale, against the graph before all rules)."""
+    """What one rule did: where it fired, where it nearly did and why not, and the error that the gate measured of the graph with it (a share of
+    the output's scale, against the graph before all rules); rules that were measured together have the same one."""
 
     rule: str
     doc: str
@@ -103,8 +103,9 @@ def fuse(program: Program, root: fx.GraphModule, target: Target, only: Iterable[
     """The fused flat graph of a live root, and the report.
 
     ``root`` has the program's flat inputs and outputs and real tensors; it is not changed, and the result shares its tensors. ``only``
-    restricts the rules to these names. Every rule is measured against the graph before all rules; what breaks the gate is found by
-    halving, taken back, and reported as a near miss with the condition "numeric gate". Same inputs give the same graph.
+    restricts the rules to these names. What all rules made is measured against the graph before them; where it does not hold, every rule is
+    measured by itself, and what breaks the gate is found by halving, taken back, and reported as a near miss with the condition "numeric
+    gate". Same inputs give the same graph.
     """
     report("fusing: reading the graph")
     graph = flatten_live(program, root)
@@ -119,11 +120,45 @@ def fuse_flat(program: Program, graph: fx.GraphModule, target: Target, only: Ite
     view = FuseView(graph, program, target)
     if not any(r.order == 0 for r in chosen):
         view.tidy()  # dead code is a rule of its own, which counts what it drops
-    entries = []
-    for i, rule in enumerate(chosen):
-        report(f"fusing: {rule.name}", i, len(chosen))
-        entries.append(_run(rule, view, gate))
+    before = _copy(graph.graph)
+    entries = _together(chosen, view, gate)
+    if entries is None:
+        _restore(view, before)
+        entries = []
+        for i, rule in enumerate(chosen):
+            report(f"fusing: {rule.name}", i, len(chosen))
+            entries.append(_run(rule, view, gate))
     return Fused(graph, tuple(entries))
+
+
+def _together(chosen: Sequence[Rule], view: FuseView, gate: Gate) -> list[FusionEntry] | None:
+    """All rules, and then one measurement of what they made together; None when it does not hold or a rule tripped. Then every rule has to be
+    measured by itself, so that the places at fault are found and left out."""
+    tolerance = TOLERANCE.get(view.target.precision, TOLERANCE["fp32"])
+    found: list[tuple[Rule, list[Fired], list[Miss]]] = []
+    try:
+        for i, rule in enumerate(chosen):
+            report(f"fusing: {rule.name}", i, len(chosen))
+            fired: list[Fired] = []
+            for _ in range(ROUNDS):
+                matches, misses = _find(rule, view, {})
+                if not matches:
+                    break
+                _apply(rule, view, {}, {m.node.name for m in matches}, fired)
+            else:
+                _, misses = _find(rule, view, {})
+            found.append((rule, fired, misses))
+    except Exception:  # one place must not cost the whole export: the careful way finds it and says what happened
+        return None
+    if not any(fired for _, fired, _ in found):
+        return [FusionEntry(r.name, r.doc, 0, (), tuple(misses), 0.0, tolerance) for r, _, misses in found]
+    report("fusing: measuring", len(chosen), len(chosen))
+    error, _ = gate.error(view.graph)
+    if error > tolerance:
+        return None
+    return [
+        FusionEntry(r.name, r.doc, len(fired), tuple(fired), tuple(misses), error if fired else 0.0, tolerance) for r, fired, misses in found
+    ]  # fmt: skip
 
 
 @dataclass
