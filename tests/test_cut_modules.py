@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.model import cost
 from surgery.model.cut import cut
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.program import Origin, Program
+from surgery.model.walk import inside, tensors, tree
 from surgery.opening import capture
 from tests.cut_support import free, observed_specs, remove, same_classes, some_units
 
@@ -148,3 +151,31 @@ class Squeezed(nn.Module):
 
 def test_an_axis_that_would_be_squeezed_away_stays():
     assert "drops axes of size one" in refusal(Squeezed(), torch.randn(3, 4), "up.weight", [0])
+
+
+def test_the_tree_is_walked_as_torch_walks_it() -> None:
+    """Shared modules and tensors stand once, or at each of their places."""
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.BatchNorm1d(2)), "b": shared, "c": nn.Sequential(nn.Sequential(shared))})
+    assert tree(model) == list(model.named_modules()) and tree(model, every=True) == list(model.named_modules(remove_duplicate=False))
+    parameters, buffers = tensors(model)
+    assert list(parameters) == [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    assert list(buffers) == [n for n, _ in model.named_buffers(remove_duplicate=False)]
+    assert inside(model, "c.0.0") is shared and inside(model, "") is model
+
+
+def test_costs_after_a_cut_are_known_before_it() -> None:
+    """What the plan says of operations is counted on the analysis of the model before the cut; counted anew it is the same."""
+    program = capture(Image().eval(), (torch.randn(2, 3, 8, 8),))
+    counted = 0
+    for i, leaf in enumerate(free(program.dims)):
+        if leaf.size < 2:
+            continue
+        mine = program.copy()
+        group = mine.dims.remove({leaf: some_units(leaf, i)})
+        sizes = NewSizes(group.dims, group.keep)
+        foreseen = cost.count(mine, cut=sizes).per_token
+        cut(mine, group, Origin(), sizes)
+        assert foreseen == cost.count(mine).per_token < cost.count(program).per_token
+        counted += 1
+    assert counted >= 3

@@ -7,12 +7,14 @@ units of a statement go in one cut (:func:`surgery.model.cut.cut`), which compil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from surgery.core.method import Method, param
 from surgery.core.site import Site
+from surgery.model import cost
 from surgery.model.cut import CutResult, cut
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.oracle import masked_claim
 from surgery.model.program import Program
 from surgery.passes.kinds import slice_faults as faults
@@ -95,15 +97,18 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     group = group_of(program.dims, targets, ranked, counts)
     widths = report.widths(program, op, method, targets, counts)
     before = report.Costs.of(program)
-    sizes = report.sizes_before(program, targets)
+    owners = report.sizes_before(program, targets)
+    sizes = NewSizes(group.dims, group.keep)
+    foreseen = report.Costs.foreseen(program, sizes)
     earlier = program.copy() if op.study is not None else None
-    result = cut(program, group, op.origin)
+    result = cut(program, group, op.origin, sizes)
     if earlier is not None:
         op.claim(masked_claim(earlier, group, program.copy(), op.origin.span))
-    report.warn_widths(op, method, widths, before, report.Costs.of(program))
+    after = report.Costs.of(program) if foreseen is None else replace(before, bytes=cost.bytes_of(program), flops=foreseen)
+    report.warn_widths(op, method, widths, before, after)
     picked = [chosen(t, r, c) for t, r, c in zip(targets, ranked, counts, strict=True)] if scores is not None else None
-    report.tell(program, op, method, targets, counts, picked, before)
-    return _changes(program, op, targets, counts, result, sizes)
+    report.tell(op, method, targets, counts, picked, before, after)
+    return _changes(program, op, targets, counts, result, owners)
 
 
 def _parameters(op: Resolved, method: SliceMethod) -> None:

@@ -11,7 +11,9 @@ from surgery.core.plan import flops, group_roles, plural, size
 from surgery.core.site import Site
 from surgery.model import cost
 from surgery.model.cut import CutResult
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.program import Program
+from surgery.model.walk import tree
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts
 from surgery.passes.kinds.slice_scores import positions
@@ -35,9 +37,16 @@ class Costs:
         counted = cost.count(program)
         return Costs(cost.bytes_of(program), counted.per_token, counted.unit)
 
+    @staticmethod
+    def foreseen(program: Program, sizes: NewSizes) -> int | None:
+        """Operations as a cut will leave them, from the analysis that there is; None where something stands on top of the model."""
+        if program.attachments or any(hasattr(module, "edits") for _, module in tree(program.graph)):
+            return None
+        return cost.count(program, cut=sizes).per_token
+
 
 def tell(
-    program: Program, op: Resolved, method: Any, targets: Sequence[Target], counts: Counts, picked: list[list[int]] | None, before: Costs
+    op: Resolved, method: Any, targets: Sequence[Target], counts: Counts, picked: list[list[int]] | None, before: Costs, after: Costs
 ) -> None:
     """The lines of the plan: sizes, what is one decision, which units and who decides, costs before and after."""
     noun = method.noun
@@ -60,7 +69,6 @@ def tell(
             op.tell("compile shares them out over the sites by score; here each site loses an even share")
     elif sum(map(len, picked)) <= 24:
         op.tell("removed: " + "; ".join(_units(t, gone) for t, gone in zip(targets, picked, strict=True) if gone))
-    after = Costs.of(program)
     op.tell(
         f"bytes {size(before.bytes)} -> {size(after.bytes)} ({_change(before.bytes, after.bytes)}), "
         f"flops per {before.unit} {flops(before.flops)} -> {flops(after.flops)} ({_change(before.flops, after.flops)})"

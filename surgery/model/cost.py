@@ -19,13 +19,14 @@ from surgery.model.cost_ops import Sizes, flops_of, weight_of
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.flat import flatten
 from surgery.model.program import Program
+from surgery.model.walk import tensors, tree
 
 # ---------------------------------------------------------------- parameters and bytes
 
 
 def parameter_names(program: Program) -> tuple[str, ...]:
     """Every parameter by its first name, tied ones once, in model order."""
-    found = (program.aliases.get(n, n) for n, _ in program.graph.named_parameters(remove_duplicate=False))
+    found = (program.aliases.get(n, n) for n in tensors(program.graph)[0])
     return tuple(n for n in dict.fromkeys(found) if n in program.weights)
 
 
@@ -108,7 +109,7 @@ def count(program: Program, length: int = 128, cut: NewSizes | None = None) -> C
     flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
     """
     # while nothing stands on top of the model the analysis of classes has the same flat graph already
-    bare = not any(hasattr(module, "edits") for module in program.graph.modules())
+    bare = not any(hasattr(module, "edits") for _, module in tree(program.graph))
     graph = program.dims.graph if bare else flatten(program.graph, program.aliases)
     sizes = Sizes(program, graph, length, cut)
     pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))

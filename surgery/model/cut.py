@@ -24,6 +24,7 @@ from surgery.model.cut_sizes import NewSizes
 from surgery.model.dims import Group, Member
 from surgery.model.dims.masks import from_ranges
 from surgery.model.program import Origin, Program
+from surgery.model.walk import tree
 from surgery.model.weights import select
 
 
@@ -38,11 +39,12 @@ class CutResult:
     members: tuple[Member, ...]
 
 
-def cut(program: Program, group: Group, origin: Origin) -> CutResult:
+def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None = None) -> CutResult:
     """Take a group's units out of ``program``, in place.
 
     Weights become selections of their expressions; tied tensors stay tied. Leaf modules, constants of the graphs and specs of values
-    follow, and so do tensors of attached modules. The group must be of ``program.dims`` as it is now.
+    follow, and so do tensors of attached modules. The group must be of ``program.dims`` as it is now; ``sizes`` are those that it leaves, where the
+    caller has them.
 
     Raises S0430 for a group that carries a refusal and for a size that cannot be followed, S0431 where an attached module cannot follow and
     S0432 where a part that is used in several places would have to differ between them; ValueError when the group is of another analysis.
@@ -51,7 +53,7 @@ def cut(program: Program, group: Group, origin: Origin) -> CutResult:
         raise fail("S0430", f"these units cannot be removed: {group.refusal}", origin.span, "removed here")
     if group.dims is not program.dims:
         raise ValueError("the group belongs to another analysis than the program's present one")
-    sizes = NewSizes(group.dims, group.keep)
+    sizes = NewSizes(group.dims, group.keep) if sizes is None else sizes
     graphs = GraphCut(program, sizes, group.constants, origin.span)
     for path, changes in graphs.leaves.items():
         _check_leaf(program, path, changes, origin.span)
@@ -77,7 +79,7 @@ def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
 
 def _groups(program: Program, graphs: GraphCut) -> dict[str, int]:
     """Groups of every convolution leaf after the cut."""
-    found = {path: m.groups for path, m in program.graph.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    found = {path: m.groups for path, m in tree(program.graph) if isinstance(m, nn.modules.conv._ConvNd)}
     for path, changes in graphs.leaves.items():
         if path in found:
             found[path] = next((c.value for c in changes if c.path == ("args", 6)), found[path])
@@ -92,7 +94,7 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
         masked.cut_mask(program, m.parameter, m.axis, m.kept)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     names = set(before)
-    for path, module in program.graph.named_modules(remove_duplicate=False):
+    for path, module in tree(program.graph, every=True):
         for store in (module._parameters, module._buffers):
             for leaf, tensor in list(store.items()):
                 if tensor is None:
@@ -103,7 +105,7 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
                     empty = torch.empty(program.weights[first].shape, dtype=tensor.dtype, device=tensor.device)
                     new = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     made[id(tensor)] = (tensor, new)
-    for module in program.graph.modules():
+    for _, module in tree(program.graph):
         for store in (module._parameters, module._buffers):
             for leaf, tensor in list(store.items()):
                 if tensor is not None and id(tensor) in made and made[id(tensor)][0] is tensor:
@@ -117,11 +119,12 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
 
 def _refit(program: Program, group: Group, sizes: NewSizes) -> None:
     """Attributes of leaf modules that follow from their tensors or inputs."""
+    modules = dict(tree(program.graph, every=True))
     for node in group.dims.graph.nodes:
         path = node.meta.get("path")
         if path is None or node.op != "call_function":
             continue
-        module = program.module(path)
+        module = modules[path]
         channels = None
         spec = node.meta.get("spec")
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and len(getattr(spec, "shape", ())) > 1:
@@ -130,7 +133,7 @@ def _refit(program: Program, group: Group, sizes: NewSizes) -> None:
         refit(module, channels)
     for m in group.members:
         owner, _, leaf = m.parameter.rpartition(".")
-        module = program.module(owner)
+        module = modules[owner]
         if isinstance(module, nn.Embedding) and leaf == "weight" and m.axis == 0 and module.padding_idx is not None:
             kept = from_ranges(m.kept, m.kept[-1][1] if m.kept else 0)
             at = module.padding_idx

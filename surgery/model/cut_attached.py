@@ -20,6 +20,7 @@ from surgery.core.source import Span
 from surgery.model.dims import Group, Member
 from surgery.model.dims.masks import Mask, to_ranges
 from surgery.model.program import Attachment, Program
+from surgery.model.walk import graphs, inside
 from surgery.model.weights import Expr
 
 Kept: TypeAlias = "tuple[Mask | None, ...]"
@@ -132,11 +133,10 @@ def _site(program: Program, a: Attachment, geometry: Any) -> Site:
 def _calls(program: Program) -> dict[str, list[tuple[str, fx.Node]]]:
     """The calls of attached modules by the module's path."""
     found: dict[str, list[tuple[str, fx.Node]]] = {}
-    for path, gm in program.graph.named_modules():
-        if isinstance(gm, fx.GraphModule):
-            for node in gm.graph.nodes:
-                if node.op == "call_module" and hasattr(gm.get_submodule(str(node.target)), "edits"):
-                    found.setdefault(f"{path}.{node.target}" if path else str(node.target), []).append((path, node))
+    for path, gm in graphs(program.graph):
+        for node in gm.graph.nodes:
+            if node.op == "call_module" and hasattr(inside(gm, str(node.target)), "edits"):
+                found.setdefault(f"{path}.{node.target}" if path else str(node.target), []).append((path, node))
     return found
 
 

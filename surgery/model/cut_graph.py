@@ -20,7 +20,7 @@ from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
 from surgery.model.dims import Change
 from surgery.model.dims.context import name_of
 from surgery.model.program import Program, ValueSpec
-from surgery.model.retarget import graphs_of
+from surgery.model.walk import graphs, inside
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default, aten.view_copy.default: aten.reshape.default}  # fmt: skip
@@ -134,7 +134,7 @@ class GraphCut:
                 if node.op == "call_function" and node.target in _VIEWS:
                     node.target = _VIEWS[node.target]  # the cut may change strides
             recompile_later(gm)
-        for _, gm in graphs_of(self.program.graph):
+        for _, gm in graphs(self.program.graph):
             self._respec_attached(gm)
         respec_calls(self.program.graph)
         return list(self.constants)
@@ -147,18 +147,18 @@ class GraphCut:
                 tensor = reduce(getattr, str(node.target).split("."), gm)
                 node.meta["spec"] = replace(node.meta["spec"], shape=tuple(tensor.shape))  # type: ignore[arg-type]
             elif node.op == "call_module":
-                edits = getattr(gm.get_submodule(str(node.target)), "edits", None)
+                edits = getattr(inside(gm, str(node.target)), "edits", None)
                 if isinstance(edits, int):
                     node.meta["spec"] = node.args[edits].meta["spec"]
 
 
 def respec_calls(root: fx.GraphModule) -> None:
     """Specs of outputs and of calls of GraphModules follow from what the inner graphs return."""
-    modules = [m for _, m in root.named_modules() if isinstance(m, fx.GraphModule)]
+    modules = [gm for _, gm in graphs(root)]
     for gm in reversed(modules):  # inner ones first
         for node in gm.graph.nodes:
             if node.op == "call_module":
-                inner = gm.get_submodule(str(node.target))
+                inner = inside(gm, str(node.target))
                 if isinstance(inner, fx.GraphModule):
                     out = inner.graph.output_node()
                     node.meta["spec"] = _returned(out.args[0], out.meta.get("spec"), node.meta.get("spec"))

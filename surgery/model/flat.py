@@ -17,6 +17,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
 from surgery.model.capture import leaves
 from surgery.model.program import ValueSpec
+from surgery.model.walk import inside
 
 aten = torch.ops.aten
 
@@ -60,8 +61,16 @@ class Flattener:
 
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], spec: Any, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A ``call_function`` node with its spec and the origin of the tree node being expanded."""
-        node = self.graph.create_node("call_function", target, args, dict(kwargs or {}))
+        node = self.make("call_function", target, args, dict(kwargs or {}))
         node.meta.update(spec=spec, origin=self.origin, refs=[], path=self.path)
+        return node
+
+    def make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None) -> fx.Node:
+        """A node. Arguments come after it is made: ``create_node`` searches all of them for values of a trace, which are none here."""
+        node = self.graph.create_node(op, target, name=name)
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         return node
 
     # ---------------------------------------------------------------- tree walk
@@ -102,12 +111,12 @@ class Flattener:
                 return source[node.args[1]]  # type: ignore[index]
         args = fx.node.map_arg(node.args, env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-        made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        made = self.make(node.op, node.target, args, kwargs, node.name)
         made.meta.update(spec=node.meta.get("spec"), origin=self.origin, refs=[])
         return made
 
     def _module(self, owner: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        module = owner.get_submodule(str(node.target))
+        module = inside(owner, str(node.target))
         outer, origin = self.path, self.origin
         full = str(node.target) if not outer else f"{outer}.{node.target}"
         args = fx.node.map_arg(node.args, env.__getitem__)
@@ -134,7 +143,7 @@ class Flattener:
         for kind in type(module).__mro__:
             if kind in _EXPANSIONS:
                 return _EXPANSIONS[kind](self, module, args, kwargs, spec)
-        made = self.graph.create_node("call_module", full, args, kwargs)
+        made = self.make("call_module", full, args, kwargs)
         made.meta.update(spec=spec, origin=self.origin, refs=[], module=module)
         return made
 

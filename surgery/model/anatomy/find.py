@@ -18,6 +18,7 @@ from surgery.model.anatomy.sites import Builder, Names, post_norm
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.trunks import Trunk, find_trunks
 from surgery.model.program import Program
+from surgery.model.walk import tensors
 
 
 def find_anatomy(program: Program) -> Anatomy:
@@ -33,13 +34,16 @@ def tensor_names(program: Program, attached: tuple[str, ...] = ()) -> Names:
     """Names, shapes and dtypes of the program's own parameters, in state-dict order, without those under ``attached`` paths."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    buffers = {name for name, _ in program.graph.named_buffers(remove_duplicate=False)}
-    own = {name for name, _ in program.graph.named_parameters(remove_duplicate=False)}
+    own, buffers = tensors(program.graph)
     added = {t for a in program.attachments for t in a.tensors}
     order = [n for n in program.weights if n not in program.aliases and n not in added and (n in own or n not in buffers)]
     for name in order:
         shapes[name], dtypes[name] = tuple(program.weights[name].shape), program.weights[name].dtype
-    for name, tensor in program.graph.named_parameters():
+    seen: set[int] = set()
+    for name, tensor in own.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
         first = program.aliases.get(name, name)
         if first not in shapes and first not in added and not first.startswith(attached):
             shapes[first], dtypes[first] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-_NAMES: dict[Any, str] = {}
+_NAMES: dict[int, tuple[str, Any]] = {}
+"""Names by the identity of the operation, which stays because it is kept here: torch's operations are hashed in Python, and this is asked for often."""
 
 
 def name_of(node: fx.Node) -> str:
@@ -15,13 +16,14 @@ def name_of(node: fx.Node) -> str:
     if node.op != "call_function":
         return "module" if node.op == "call_module" else node.op
     target = node.target
-    name = _NAMES.get(target)
-    if name is None:
-        schema = getattr(target, "_schema", None)
-        name = schema.name.rsplit("::", 1)[-1] if schema is not None else getattr(target, "__name__", str(target))
-        if name.endswith("_") and not name.startswith("_"):
-            name = name[:-1]
-        _NAMES[target] = name
+    known = _NAMES.get(id(target))
+    if known is not None:
+        return known[0]
+    schema = getattr(target, "_schema", None)
+    name: str = schema.name.rsplit("::", 1)[-1] if schema is not None else getattr(target, "__name__", str(target))
+    if name.endswith("_") and not name.startswith("_"):
+        name = name[:-1]
+    _NAMES[id(target)] = name, target
     return name
 
 
