@@ -230,6 +230,10 @@ class Attentions(Streams):
             name = ops.name_of(node)
             inputs = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
             moves = name in ops.SHAPE or name in ops.PARTS or name in ops.GATHER or ops.is_pointwise(node)
+            if name == "cat":  # a cache of what is projected to keys and values later (latent attention) grows by the stream's own part
+                inputs, moves = [n for n in inputs if n.op != "placeholder"], True
+            elif name == "getitem":
+                inputs, moves = node.all_input_nodes, True
             if node.op == "call_module" or (moves and len(inputs) == 1):
                 node = node.all_input_nodes[0] if node.op == "call_module" else inputs[0]
                 continue

@@ -112,10 +112,39 @@ def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
         width = int(getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads)
         return torch.zeros(BATCH, heads, PAST, width, dtype=dtype, device="meta")
 
-    values["past_key_values"] = filled_cache([one(c) for c in by_layer], [one(c) for c in by_layer])
+    if getattr(text, "kv_lora_rank", None) or getattr(text, "v_head_dim", None):
+        values["past_key_values"] = filled_cache(*_kept(model, layers))
+    else:
+        values["past_key_values"] = filled_cache([one(c) for c in by_layer], [one(c) for c in by_layer])
     for i in range(layers):
         for what in ("key", "value"):
             axes[f"past_key_values_{what}_{i}"] = {0: "batch", 2: "past"}
+
+
+def _kept(model: Any, layers: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values as the model itself caches them, grown to PAST tokens: with latent attention (DeepSeek-V2, 2405.04434) no config says
+    how many heads of which width each has. One run on meta."""
+    try:
+        with torch.no_grad():
+            out = model(input_ids=torch.ones(BATCH, QUERY, dtype=torch.long, device="meta"), use_cache=True)
+    except Exception as error:  # whatever the model's own code raises
+        said = str(error).splitlines()[0][:200] if str(error) else ""
+        raise fail(
+            "S0504", f"{type(model).__name__} does not run with this config: {type(error).__name__}: {said}",
+            help="complete the values in config.json",
+        ) from error  # fmt: skip
+    made = getattr(getattr(out, "past_key_values", None), "layers", [])
+
+    def grown(tensor: Any) -> Tensor:
+        shape = tuple(getattr(tensor, "shape", ()))
+        if len(made) != layers or len(shape) != 4 or shape[0] != BATCH or shape[2] != QUERY:
+            raise fail(
+                "S0505", f"the cache of {type(model).__name__} is not made of keys and values by layer",
+                help="capture it from Python with example inputs: surgery.capture(module, inputs)",
+            )  # fmt: skip
+        return torch.zeros(BATCH, shape[1], PAST, shape[3], dtype=tensor.dtype, device="meta")
+
+    return [grown(getattr(m, "keys", None)) for m in made], [grown(getattr(m, "values", None)) for m in made]
 
 
 def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
