@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.passes import registry
-from surgery.passes.kinds import merge_math
-from surgery.passes.kinds.merge_math import Drop, Ranking, arc, chunks, delta_of, norm_ratio, ranks, top
+from surgery.passes.kinds import merge_math, merge_sparse
+from surgery.passes.kinds.merge_angles import arc
+from surgery.passes.kinds.merge_math import chunks, delta_of
+from surgery.passes.kinds.merge_sparse import Drop, Ranking, norm_ratio, ranks, top
 
 
 def run(
@@ -61,9 +63,24 @@ def test_ties_worked_numbers() -> None:
     assert torch.equal(run("ties", ZERO, TAU[0], density=0.0, trim="tensor"), ZERO)
 
 
+def test_what_is_rounded_when() -> None:
+    """Products, then sums, then the division, each rounded by itself: the order of common tools, whose results are these bits."""
+    a, b = (torch.randn(9, 7, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert torch.equal(run("linear", a, a, b, weights=(0.7, 0.4)), (a * 0.7).addcmul(b, torch.tensor(0.4)) / 1.1)
+    base = torch.randn(9, 7, generator=torch.Generator().manual_seed(2))
+    change = (a - base) * 0.7 + (b - base) * 0.4
+    assert torch.equal(run("task_arithmetic", base, a, b, weights=(0.7, 0.4), scale=0.6), base + change * 0.6)
+
+
+def test_a_tensor_keeps_at_least_one_entry() -> None:
+    assert torch.equal(run("ties", ZERO, TAU[0], density=0.01, trim="tensor"), t(3, 0, 0, 0))
+    dense = run("breadcrumbs", ZERO, TAU[0], density=0.75, gamma=0.5, per="tensor", scale=1.0)
+    assert torch.equal(dense, t(0, -1, 0.5, 0.2))  # three of four are kept, so one goes and not two
+
+
 def test_dare_worked_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     tau, drawn = t(1, -2, 3, -4), np.array([False, False, False, True])
-    monkeypatch.setattr(merge_math.Chance, "below", lambda self, count, probability: drawn)
+    monkeypatch.setattr(merge_sparse.Chance, "below", lambda self, count, probability: drawn)
     assert close(run("dare", ZERO, tau, density=0.5), t(0, 0, 0, -8))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="l1"), t(0, 0, 0, -10))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="none"), t(0, 0, 0, -4))
@@ -97,9 +114,9 @@ def test_breadcrumbs_and_della_worked_numbers() -> None:
     assert close(run("breadcrumbs", ZERO, tau, density=0.5, gamma=0.25, per="row", scale=1.0), t(0, 0, 2, -3))
     small = run("breadcrumbs", ZERO, tau, density=0.5, gamma=0.0, per="tensor", scale=1.0)
     assert close(small, t(4, 0, 0, -3))  # nothing to cut off at the top is nothing cut off
-    drop = merge_math.RankedDrop(4, 0.5, 0.2, True, 0)
+    drop = merge_sparse.RankedDrop(4, 0.5, 0.2, True, 0)
     assert close(drop.probabilities(torch.tensor([[0.1, -0.4, 0.2, 0.3]]))[0], t(0.3, 0.7, 0.433333, 0.566667))
-    assert merge_math.RankedDrop(1, 0.5, 0.2, True, 0).probabilities(torch.ones(3, 1)).tolist() == [[0.5]] * 3
+    assert merge_sparse.RankedDrop(1, 0.5, 0.2, True, 0).probabilities(torch.ones(3, 1)).tolist() == [[0.5]] * 3
     flatter = run("della", torch.zeros(8, 16), torch.ones(8, 16), density=0.5, epsilon=0.0, seed=3, ties=False)
     assert set(flatter.unique().tolist()) <= {0.0, 2.0}
 
@@ -109,6 +126,9 @@ def test_model_stock_worked_numbers() -> None:
     assert close(run("model_stock", base, t(1, 0, 0), t(0.6, 0.8, 0)), t(0.6, 0.3, 0))
     assert close(run("model_stock", base, t(1, 2, 3), t(1, 2, 3)), t(1, 2, 3))
     assert close(run("model_stock", t(5, 5, 5), t(6, 5, 5), t(5, 6, 5)), t(5, 5, 5))
+    assert torch.equal(run("model_stock", t(5, 5, 5), t(6, 5, 5), t(4, 5, 5)), t(5, 5, 5))  # opposite offsets: 1 + (N - 1) c is zero
+    pair = torch.stack([t(1, 0, 0), t(1, 2, 3)]), torch.stack([t(0.6, 0.8, 0), t(1, 2, 3)])
+    assert close(run("model_stock", torch.zeros(2, 3), *pair, rows=True), torch.stack([t(0.6, 0.3, 0), t(1, 2, 3)]))
 
 
 @settings(deadline=None, max_examples=60)
@@ -184,7 +204,7 @@ def test_the_l1_norm_comes_back() -> None:
 
 def test_many_equal_entries_are_ranked_without_gathering_them() -> None:
     """More entries than a sample, nearly all of one magnitude: exactly the first of them stay."""
-    n = 6 * merge_math.SAMPLE
+    n = 6 * merge_sparse.SAMPLE
     values = torch.ones(n)
     values[::7] = -3.0
     keep = n // 2

@@ -102,7 +102,9 @@ class TaskMethod(MergeMethod):
         for at in chunks(base.shape):
             parts = [clean(d(at), at) for clean, d in zip(cleaners, deltas, strict=True)]
             change = self.fuse(parts, weights, prepared)
-            into[at] = start[: at.stop - at.start].copy_(flat[at]).add_(change, alpha=scale)
+            if scale != 1:
+                change.mul_(scale)
+            into[at] = start[: at.stop - at.start].copy_(flat[at]).add_(change)
         return out
 
 

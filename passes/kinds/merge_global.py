@@ -14,7 +14,8 @@ from surgery.model.realise import realise
 from surgery.model.threads import one_thread
 from surgery.passes.kinds.merge_finite import finite
 from surgery.passes.kinds.merge_inputs import Operands, Source
-from surgery.passes.kinds.merge_math import Ranking, Sparsifier, Top, between, chunks, delta_of, edges, keep_all, keys_of, nothing
+from surgery.passes.kinds.merge_math import Sparsifier, chunks, delta_of, keep_all
+from surgery.passes.kinds.merge_sparse import Ranking, Top, between, edges, keys_of, nothing
 from surgery.passes.operation import Resolved
 
 SAMPLE = 1 << 20
@@ -26,7 +27,7 @@ Walk = Callable[[], Iterator[tuple[str, Tensor, list[Tensor]]]]
 def rank(
     op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], density: float, weighted: bool
 ) -> dict[str, tuple[Any, ...]]:
-    """For each tensor ``(((key, ties) of each model), majority sign)``: see :class:`~surgery.passes.kinds.merge_math.Top`.
+    """For each tensor ``(((key, ties) of each model), majority sign)``: see :class:`~surgery.passes.kinds.merge_sparse.Top`.
 
     Three streamed passes over all tensors: a sample, the thresholds, and the sign of the summed trimmed task vectors. Empty while planning.
     Raises S0798 for weights that are not finite.

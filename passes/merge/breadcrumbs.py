@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import TaskMethod
-from surgery.passes.kinds.merge_math import Band, Delta, RowBand, Sparsifier, add_up, elect, nothing, rows_of, top
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, add_up, elect, rows_of
+from surgery.passes.kinds.merge_sparse import Band, RowBand, nothing, top
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,17 @@ class Breadcrumbs(TaskMethod):
 
         theta = theta_0 + scale * sum_i w_i tau~_i
 
-    Exactly ``int(gamma n)`` and ``int(density n)`` entries; of equal ones the first counts as larger. With ``ties`` signs are elected as in
+    Exactly ``int(density n)`` entries are kept and ``int(gamma n)`` cut off the top, fewer where that would leave too few; of equal ones the first counts as
+    larger. With ``ties`` signs are elected as in
     ``merge ties``.
 
         merge breadcrumbs(density = 15%, gamma = 0.6%, scale = 0.2) of code, math
 
     Source: Davari and Belilovsky, "Model Breadcrumbs", 2024, arXiv:2312.06795, section 3.
     """
+
+    version: ClassVar[int] = 2
+    """1 kept fewer entries where both shares together are more than all."""
 
     density: float = param(0.15, "fraction that is kept", min=0, max=1, unit="%", per_layer=True)
     gamma: float = param(0.006, "fraction of largest entries that goes", min=0, max=1, unit="%", per_layer=True)
@@ -37,8 +42,8 @@ class Breadcrumbs(TaskMethod):
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         n = rows_of(shape)[1] if self.per == "row" else math.prod(shape)
-        gone = int(self.gamma * n)
-        kept = min(n, gone + int(self.density * n))
+        gone = min(int(self.gamma * n), n - int(self.density * n))
+        kept = gone + int(self.density * n)
         if self.per == "row":
             return RowBand(n, gone, kept)
         inner = top(delta, shape, gone) if gone else nothing

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from surgery.core.method import param
 from surgery.passes.kinds.adapter_method import Refactored
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, dropped
+from surgery.passes.kinds.merge_math import Delta, Sparsifier
+from surgery.passes.kinds.merge_sparse import dropped
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.adapter_method import Refactored
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, dropped, elect
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, elect
+from surgery.passes.kinds.merge_sparse import dropped
 
 
 @dataclass(frozen=True)

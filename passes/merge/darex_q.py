@@ -10,7 +10,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import TaskMethod
-from surgery.passes.kinds.merge_math import Delta, Drop, Sparsifier, chunks
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, chunks
+from surgery.passes.kinds.merge_sparse import Drop
 
 
 @dataclass(frozen=True)

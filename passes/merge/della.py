@@ -8,7 +8,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import TaskMethod
-from surgery.passes.kinds.merge_math import Delta, RankedDrop, Scaled, Sparsifier, add_up, elect, norm_ratio, rows_of
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, add_up, elect, rows_of
+from surgery.passes.kinds.merge_sparse import RankedDrop, Scaled, norm_ratio
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ class Linear(AdapterSide, MergeMethod):
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         divisor = sum(weights) if self.normalize is not False else 1.0
-        factors = [w / divisor for w in weights]
-        if len(experts) == 1 and factors == [1.0]:
+        if len(experts) == 1 and weights[0] == divisor:
             return experts[0]
-        return combination(experts, factors, base)
+        return combination(experts, weights, base, divisor)

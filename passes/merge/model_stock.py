@@ -9,6 +9,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import MergeMethod
+from surgery.passes.kinds.merge_angles import Along, gram, weave
+from surgery.passes.kinds.merge_math import delta_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ModelStock(MergeMethod):
 
         t = N c / (1 + (N - 1) c),        theta = t mean_i(theta_i) + (1 - t) theta_0
 
-    The angle is of the whole tensor or, with ``rows``, of each row. The factors behind ``of`` are not used.
+    The angle is of the whole tensor or, with ``rows``, of each row; where ``1 + (N - 1) c`` vanishes the base stays. The factors behind ``of`` are not used.
 
         merge model_stock of first, second
 
@@ -35,15 +37,16 @@ class ModelStock(MergeMethod):
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         n = len(experts)
-        length = base.shape[-1] if self.rows and base.dim() > 1 else base.numel()
-        start = base.to(torch.float32).reshape(-1, length)
-        offsets = [e.to(torch.float32).reshape(-1, length) - start for e in experts]
-        norms = [o.double().norm(dim=1, keepdim=True) for o in offsets]
+        along: Along = "row" if self.rows and base.dim() > 1 else "tensor"
+        shape = tuple(base.shape) or (1,)
+        offsets = [delta_of(e, base) for e in experts]
+        inner = gram(offsets, shape, along)
         cosines = [
-            ((offsets[i].double() * offsets[j].double()).sum(1, keepdim=True) / (norms[i] * norms[j]).clamp_min(1e-6)).clamp(-1, 1)
+            (inner[i, j] / (inner[i, i].sqrt() * inner[j, j].sqrt()).clamp_min(1e-6)).clamp(-1, 1)
             for i in range(n) for j in range(i)
         ]  # fmt: skip
         c = sum(cosines[1:], cosines[0]) / len(cosines)
-        t = (n * c / (1 + (n - 1) * c)).float()
-        mean = sum(offsets[1:], offsets[0]) / n
-        return (start + t * mean).reshape(base.shape)
+        spread = 1 + (n - 1) * c
+        alone = spread.abs() < 1e-6  # the models pull apart so far that nothing of their mean is left
+        t = torch.where(alone, torch.zeros_like(c), n * c / torch.where(alone, torch.ones_like(c), spread))
+        return weave(offsets, [t / n] * n, shape, along, base, base)

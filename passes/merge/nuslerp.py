@@ -9,6 +9,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import MergeMethod
+from surgery.passes.kinds.merge_angles import Along, gram, weave, wide_of
+from surgery.passes.kinds.merge_math import delta_of
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,15 @@ class Nuslerp(MergeMethod):
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         t = weights[1] / sum(weights)
-        start = base.to(torch.float32)
-        first, second = (e.to(torch.float32) - start if self.deltas else e.to(torch.float32) for e in experts)
-        shape = first.shape
-        if self.along == "tensor" or first.dim() < 2:
-            first, second = first.reshape(1, -1), second.reshape(1, -1)
-        elif self.along == "row":
-            first, second = first.reshape(-1, shape[-1]), second.reshape(-1, shape[-1])
-        else:
-            first, second = first.reshape(shape[0], -1).T, second.reshape(shape[0], -1).T
-        norms = first.double().norm(dim=1, keepdim=True) * second.double().norm(dim=1, keepdim=True)
-        cosine = ((first.double() * second.double()).sum(1, keepdim=True) / norms.clamp_min(1e-8)).clamp(-1, 1)
-        angle = torch.arccos(cosine)
+        vectors = [delta_of(e, base) if self.deltas else wide_of(e) for e in experts]
+        along: Along = self.along if base.dim() > 1 else "tensor"
+        shape = (base.shape[0], base[0].numel()) if along == "column" else tuple(base.shape) or (1,)
+        inner = gram(vectors, shape, along)
+        lengths = inner[0, 0].sqrt() * inner[1, 1].sqrt()
+        angle = torch.arccos((inner[0, 1] / lengths.clamp_min(1e-8)).clamp(-1, 1))
         sine = torch.sin(angle)
         level = sine.abs() < 1e-8
         safe = torch.where(level, torch.ones_like(sine), sine)
         a = torch.where(level, torch.full_like(sine, 1 - t), torch.sin((1 - t) * angle) / safe)
         b = torch.where(level, torch.full_like(sine, t), torch.sin(t * angle) / safe)
-        mixed = first * a.float() + second * b.float()
-        mixed = mixed.T.reshape(shape) if self.along == "column" and len(shape) > 1 else mixed.reshape(shape)
-        return mixed + start if self.deltas else mixed
+        return weave(vectors, [a, b], shape, along, base, base if self.deltas else None)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.merge import MergeMethod
-from surgery.passes.kinds.merge_math import arc, combination, products
+from surgery.passes.kinds.merge_angles import arc, products
+from surgery.passes.kinds.merge_math import combination
 
 
 @dataclass(frozen=True)

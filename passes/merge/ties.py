@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ from surgery.core.method import param
 from surgery.passes.kinds.adapter_method import Refactored
 from surgery.passes.kinds.merge_global import rank
 from surgery.passes.kinds.merge_inputs import Operands, Source
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, Top, elect, top
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, elect
+from surgery.passes.kinds.merge_sparse import Top, top
 from surgery.passes.operation import Resolved
 
 
@@ -26,7 +27,7 @@ class Ties(Refactored):
     3. the mean of the entries with that sign, divided by their number (``divide = count``) or by their factors (``divide = weight``)
     4. ``theta = theta_0 + scale * mean``
 
-    Exactly ``int(density * n)`` entries stay, of equal ones the first. The paper's method is the default; ``trim = tensor, elect = weighted,
+    Exactly ``int(density * n)`` entries stay, of equal ones the first; of a tensor that is trimmed by itself at least one. The paper's method is the default; ``trim = tensor, elect = weighted,
     divide = weight`` is what merging tools commonly call TIES.
 
     Of adapters the changes of weights ``s B A`` take the place of task vectors; the result is factored again, to ``rank``, and the plan says what
@@ -36,6 +37,9 @@ class Ties(Refactored):
 
     Source: Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708, section 3.
     """
+
+    version: ClassVar[int] = 2
+    """1 kept nothing of a tensor whose share is less than one entry."""
 
     density: float = param(0.2, "fraction of each task vector that stays", min=0, max=1, unit="%", per_layer=True)
     scale: float = param(1.0, "factor of the merged change", per_layer=True)
@@ -53,7 +57,8 @@ class Ties(Refactored):
         if self.trim == "global" and prepared:
             key, ties = prepared[0][model]
             return Top(key, ties)
-        return top(delta, shape, int(self.density * math.prod(shape)))
+        size = math.prod(shape)
+        return top(delta, shape, max(int(self.density * size), min(size, 1) if self.density else 0))
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
         zero = prepared[1] if prepared else 1.0
