@@ -17,7 +17,7 @@ def calls_of(program: Program, site: Site) -> list[tuple[str, fx.Node]]:
 
     A site's own ``calls`` are used when there are any, so that a tied weight's other uses stay out of it.
     """
-    if site.op == "experts":
+    if site.op in ("experts", "expert"):
         return _readers(program, own_name(program, site))
     return [(ref.graph, program.node(ref)) for ref in site.calls]
 

@@ -82,7 +82,7 @@ class DeltaModule(nn.Module):
         if site.op == "experts":
             if not self.active:
                 return x
-            changed = method.on_weight(site, self.tensors(), x, site.to_canonical(site.select(out)))
+            changed = site.put(x, method.on_weight(site, self.tensors(), site.own(x), site.to_canonical(site.select(out))))
             return changed if keep is None else torch.where(keep, changed, x)
         if not self.active:
             return out
@@ -163,7 +163,8 @@ def attach_one(
     rebase = method.rebase(geometry)
     note, copied = method.note(geometry), 0
     common = method.shared and weight_name in program.aliases.values()
-    again = common and f"{weight_name} {geometry.rows}" in pool
+    place = f"{weight_name} {geometry.rows}" + (f" {geometry.member}" if geometry.member >= 0 else "")
+    again = common and place in pool
     if rebase:
         _refuse_rebase(program, op, site, own_names)
         if common:
@@ -178,6 +179,7 @@ def attach_one(
         parent = graph
     word = site.role.rpartition(".")[2].partition("[")[0]
     label = op.name if leaf == "weight" and not geometry.rows else f"{op.name}_{word}"
+    label += f"_{geometry.member}" if geometry.member >= 0 else ""
     path = attach.join(parent, attach.free_name(attach.parent_module(program, parent), label))
     program.graph.add_submodule(path, module)
 
@@ -185,8 +187,8 @@ def attach_one(
     part = part_of(source, site, geometry)
     specs = method.tensors(geometry)
     if common:
-        specs = tuple(replace(s, shared=f"{weight_name} {geometry.rows} {s.name} {s.shared}") for s in specs)
-        first_path = pool.setdefault(f"{weight_name} {geometry.rows}", path)
+        specs = tuple(replace(s, shared=f"{place} {s.name} {s.shared}") for s in specs)
+        first_path = pool.setdefault(place, path)
         note = "; ".join(filter(None, (note, f"one with {first_path}" if again else "")))
     names, added, trainable = attach.add_tensors(
         program, module, path, specs, op,
@@ -219,7 +221,7 @@ def _seeded(params: tuple[tuple[str, Any], ...], op: Resolved, path: str) -> tup
 
 def _refuse_rebase(program: Program, op: Resolved, site: Site, names: tuple[str, ...]) -> None:
     for a in program.attachments:
-        if a.method.kind == "delta" and _wants(a) and weight_names(program, a.site) == names:
+        if a.method.kind == "delta" and _wants(a) and weight_names(program, a.site) == names and _meet(a.site, site):
             raise fail(
                 "S0470", f"{op.method.name} rewrites the weight of {site.role}, on which {a.name} depends", op.origin.span, "rewritten here",
                 also=[(a.origin.span, f"{a.name} reads this weight")], help=f"put this statement in front of {a.name}",
@@ -350,4 +352,12 @@ def fold_attachments(program: Program, group: list[Attachment], op: Resolved, *,
 
 def _overlap(a: Attachment, group: list[Attachment]) -> bool:
     mine = a.site.rows
-    return any(not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows) for b in group)
+    return any(
+        _meet(a.site, b.site) and (not mine or not b.site.rows or any(x < d and c < y for x, y in mine for c, d in b.site.rows))
+        for b in group
+    )
+
+
+def _meet(left: Site, right: Site) -> bool:
+    """Whether two sites of one expert tensor have an expert in common."""
+    return not (left.op == right.op == "expert" and left.facts["expert"] != right.facts["expert"])

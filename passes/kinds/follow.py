@@ -96,6 +96,11 @@ def follow_delta(method: Any, site: Any, around: Around) -> Follow | str:
     into = _in_axis(site, len(around.weight))
     whole, inner = around.weight[site.out_axis], around.weight[into]
     experts = around.weight[0] if site.experts else None
+    member = site.member
+    if member >= 0 and experts is not None:
+        if not experts[member]:
+            return "the one expert that it changes would go"
+        member, experts = int(experts[:member].sum()), None
     if any(m is not None for i, m in enumerate(around.weight) if i not in (site.out_axis, into) and not (site.experts and i == 0)):
         return "its kernel positions would go"
     own, rows = _rows(site.rows, whole)
@@ -106,7 +111,7 @@ def follow_delta(method: Any, site: Any, around: Around) -> Follow | str:
     new = replace(
         site, out=out, inp=width * around.groups if site.op == "conv" else width, full_out=full, rows=rows,
         experts=int(experts.sum()) if experts is not None else site.experts, groups=around.groups if site.op == "conv" else site.groups,
-        padding_idx=_padding(site.padding_idx, inner),
+        padding_idx=_padding(site.padding_idx, inner), member=member,
     )  # fmt: skip
     masks = {"out": own, "in": inner, "experts": experts}
     shapes = {s.name: tuple(s.shape) for s in method.tensors(site)}

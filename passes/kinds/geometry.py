@@ -28,7 +28,8 @@ class Geometry:
     ``op`` is ``linear`` (also a transposed ``conv1d``), ``conv``, ``embedding`` or ``experts``. ``out`` and ``inp`` are the
     logical features of the site (for a convolution channels, for an embedding the width and the number of rows).
     ``full_out`` is the size of the stored out axis and ``rows`` the half-open ranges on it that are the site (empty: all).
-    ``experts`` is the leading size of an expert tensor or 0. ``transposed`` weights are stored ``[in, out]``.
+    ``experts`` is the leading size of the site's part of an expert tensor or 0; ``member`` is the place of a site that is one expert of it (then
+    ``experts`` is 1), else negative. ``transposed`` weights are stored ``[in, out]``.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_idx: int | None = None
+    member: int = -1
 
     @property
     def fan_in(self) -> int:
@@ -70,7 +72,7 @@ class Geometry:
         return tuple((k, v) for k, v in vars(self).items() if k in ("op", "out", "inp", "full_out") or v != getattr(plain, k))
 
     def as_json(self) -> dict[str, Any]:
-        return {k: _plain(v) for k, v in asdict(self).items()}
+        return {k: _plain(v) for k, v in asdict(self).items() if k != "member" or v >= 0}
 
     @classmethod
     def of(cls, data: Any) -> Geometry:
@@ -91,8 +93,19 @@ class Geometry:
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def select(self, stored: Tensor) -> Tensor:
-        """The site's rows of the whole stored weight (a view when there is one range)."""
-        return take(stored, self.rows, self.out_axis)
+        """The site's part of the whole stored weight (a view when there is one range of rows)."""
+        return take(self.own(stored), self.rows, self.out_axis)
+
+    def own(self, stored: Tensor) -> Tensor:
+        """All rows of the experts that are the site: one of them, or the whole tensor."""
+        return stored if self.member < 0 else stored.narrow(0, self.member, 1)
+
+    def put(self, stored: Tensor, own: Tensor) -> Tensor:
+        """The whole stored weight with ``own`` in the place of :meth:`own`; the bits of other experts stay."""
+        if self.member < 0:
+            return own
+        parts = (stored[: self.member], own, stored[self.member + 1 :])
+        return torch.cat([p for p in parts if p.shape[0]])
 
     @property
     def out_axis(self) -> int:
@@ -163,7 +176,7 @@ def geometry_of(site: Site, stored: tuple[int, ...], config: dict[str, Any], spa
     """
     if site.op == "embedding":
         return Geometry("embedding", stored[1], stored[0], stored[1], transposed=True, padding_idx=config.get("padding_idx"))
-    if site.op not in ("linear", "conv1d", "conv", "experts") or not site.weight:
+    if site.op not in ("linear", "conv1d", "conv", "experts", "expert") or not site.weight:
         raise fail(
             "S0270", f"{site.role} is a {site.op}: it has no weight matrix to adapt", span, "selected here",
             help="select linear, convolution, embedding or expert sites, for example `layers[*].attn.{q, v}`",
@@ -182,6 +195,8 @@ def geometry_of(site: Site, stored: tuple[int, ...], config: dict[str, Any], spa
         )  # fmt: skip
     inp = stored[site.in_axis]
     transposed = site.out_axis > site.in_axis
+    if site.op == "expert":
+        return Geometry("experts", out, inp, full, rows, 1, transposed, member=int(str(site.facts["expert"])))  # type: ignore[arg-type]
     experts = stored[0] if site.op == "experts" else 0
     return Geometry("experts" if experts else "linear", out, inp, full, rows, experts, transposed)  # type: ignore[arg-type]
 

@@ -183,11 +183,12 @@ def _target(
 ) -> Target:  # fmt: skip
     span = op.origin.span
     calls = calls_of(program, site) if site.op in ("linear", "conv1d", "conv", "experts") and site.weight else []
-    if not calls:
+    if not calls or site.op == "expert":
         what = "is a region, which has no weight of its own" if site.is_region else f"is of kind {site.op}, which is not masked"
+        what = "is one expert of a tensor that is masked as a whole" if site.op == "expert" else what
         raise fail(
             "S0461", f"{site.role} {what}", span, "selected here",
-            help="select linear, convolution or expert sites, for example `layers[*].attn.{q, k, v, o}, layers[*].ffn.{up, down}`",
+            help=_instead(site),
         )  # fmt: skip
     names = tuple(names_of[masked.first(program, weight_names(program, site)[0])])
     weight = masked.first(program, names[0])
@@ -217,6 +218,14 @@ def _target(
         target.added = size_of(program, names[0])
         target.note = f"{names[0]} is no longer tied, {target.added:,} parameters more"
     return target
+
+
+def _instead(site: Site) -> str:
+    """What can be masked in place of a site that cannot."""
+    if site.op == "expert":
+        every = site.role.replace(f".experts[{site.facts['expert']}].", ".experts.")
+        return f"select the tensor of all experts: `{every}`"
+    return "select linear, convolution or expert sites, for example `layers[*].attn.{q, k, v, o}, layers[*].ffn.{up, down}`"
 
 
 def put(

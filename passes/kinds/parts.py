@@ -16,7 +16,8 @@ from surgery.passes.kinds.geometry import Geometry
 
 
 def part_of(source: Expr, site: Site, geometry: Geometry) -> Expr:
-    """The stored weight, restricted to the site's rows."""
+    """The stored weight, restricted to the site's rows and to the expert that it is."""
+    source = _expert(source, geometry)
     if not geometry.rows:
         return source
     shape = list(source.shape)
@@ -24,9 +25,21 @@ def part_of(source: Expr, site: Site, geometry: Geometry) -> Expr:
     return Select(tuple(shape), source.dtype, source, geometry.out_axis, geometry.rows)
 
 
+def _expert(source: Expr, geometry: Geometry) -> Expr:
+    if geometry.member < 0:
+        return source
+    return Select((1, *source.shape[1:]), source.dtype, source, 0, ((geometry.member, geometry.member + 1),))
+
+
 def rewrite(program: Program, name: str, source: Expr, part: Expr, geometry: Geometry) -> None:
-    """Put a new value of a site's rows in the place of the old one. A mask of the weight is left to the caller."""
-    whole = Update(source.shape, source.dtype, source, part, geometry.out_axis, geometry.rows) if geometry.rows else part
+    """Put a new value of a site's part in the place of the old one. A mask of the weight is left to the caller."""
+    if geometry.member >= 0 and geometry.rows:
+        own = _expert(source, geometry)
+        part = Update(own.shape, own.dtype, own, part, geometry.out_axis, geometry.rows)
+    if geometry.member >= 0:
+        whole: Expr = Update(source.shape, source.dtype, source, part, 0, ((geometry.member, geometry.member + 1),))
+    else:
+        whole = Update(source.shape, source.dtype, source, part, geometry.out_axis, geometry.rows) if geometry.rows else part
     program.weights[name] = whole
 
 

@@ -127,6 +127,9 @@ def _site(program: Program, a: Attachment, geometry: Any) -> Site:
     shape = (geometry.out, geometry.inp // geometry.groups, *a.site.shape[2:])
     if getattr(geometry, "experts", 0):
         shape = (geometry.experts, geometry.out, geometry.inp)
+    if a.site.op == "expert":  # experts in front of it may have gone
+        role = a.site.role.replace(f".experts[{a.site.facts['expert']}].", f".experts[{geometry.member}].")
+        return replace(a.site, role=role, shape=shape, rows=tuple(geometry.rows), facts={**a.site.facts, "expert": geometry.member})
     return replace(a.site, rows=tuple(geometry.rows), shape=shape if a.site.shape else ())
 
 
