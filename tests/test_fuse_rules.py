@@ -312,6 +312,22 @@ def test_a_shared_first_factor_is_multiplied_once(tied: bool) -> None:
     assert rank == (1 if tied else 3)
 
 
+def test_an_adapter_beside_a_projection_is_a_near_miss_of_packing() -> None:
+    """The first condition that fails and where: the adapted projection and the adapter's second factor."""
+    program = adapted("bert", ["layers[0].attn.q", "layers[0].attn.v"])
+    report, _ = fused(program, Target(live=live_names(program)), ("drop_identities", "pack_qkv"))
+    found = report["pack_qkv"]
+    assert found.fired == 2, "the layers without adapters"
+    (miss,) = found.misses
+    assert miss.condition == "an operand comes from more than one product, as with an adapter beside a projection"
+    stem = "encoder.layer.0.attention.self.query"
+    assert (
+        miss.node_name.startswith(stem.removesuffix(".query"))
+        and miss.detail.startswith(f"q: {stem}.weight, {stem}.")
+        and miss.detail.endswith(".B")
+    )
+
+
 # ------------------------------------------------------------------ random graphs
 
 STEPS: tuple[Any, ...] = (

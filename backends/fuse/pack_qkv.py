@@ -53,10 +53,12 @@ class PackQKV:
                 return []
             sources = [n for n in nearest(operand, PRODUCTS)]
             made = [p for p in map(product, sources) if p is not None]
-            if len(sources) > 1:
-                names = ", ".join(view.name(p.weight) or p.node.name for p in made)
+            names = [view.name(p.weight) or p.node.name for p in made] if len(sources) > 1 else _beside(view, sources)
+            if names:
                 return Miss(
-                    place, "an operand comes from more than one product, as with an adapter beside a projection", f"{role}: {names}"
+                    place,
+                    "an operand comes from more than one product, as with an adapter beside a projection",
+                    f"{role}: {', '.join(names)}",
                 )
             if len(made) == 1:
                 found.append((role, made[0]))
@@ -77,6 +79,17 @@ class PackQKV:
                 return Miss(place, *why)
             out.append(("".join(role for role, _ in group), parts))
         return out
+
+
+def _beside(view: FuseView, sources: list[fx.Node]) -> list[str]:
+    """The tensors of a product that is added onto another one in one operation, which is how adapters compute; [] where there is no such pair."""
+    if len(sources) != 1 or sources[0].target is not aten.addmm.default:
+        return []
+    added, _, factor = sources[0].args[:3]
+    base = [p for n in nearest(added, PRODUCTS) if (p := product(n)) is not None] if isinstance(added, fx.Node) else []
+    while isinstance(factor, fx.Node) and factor.op == "call_function" and factor.args:
+        factor = factor.args[0]
+    return [view.name(p.weight) or p.node.name for p in base] + [view.name(factor) or str(factor)] if base else []
 
 
 RULE = PackQKV()
