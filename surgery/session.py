@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.backends import registry as backends
 from surgery.core import ast
-from surgery.core.diagnostics import Severity, Sink, SurgeryError, error
+from surgery.core.diagnostics import Label, Severity, Sink, SurgeryError, error
 from surgery.core.method import Method
 from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
@@ -158,7 +158,10 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     text = to_text(node)
     session.progress(f"{node.verb} {op.name}")
     session.enter(node.verb)
-    changes = apply(session.program, op)
+    try:
+        changes = apply(session.program, op)
+    except SurgeryError as exc:
+        raise placed(exc, node.span) from exc
     verify(session.program, f"`{node.verb} {checked.call.name}`", node.span)
     if before is not None:
         session.folds.append((position, before, session.snapshot(position)))
@@ -173,6 +176,15 @@ def operate(session: Session, checked: Checked, position: int) -> None:
             facts=(*_facts(op, changes), *told),
         )
     )  # fmt: skip
+
+
+def placed(fault: SurgeryError, span: Span) -> SurgeryError:
+    """The same fault; weights and values that are not finite, which are found far below the statement, point at the statement that reads them."""
+    found = [
+        replace(d, labels=(Label(span, "needs its values"),)) if d.code in ("S0752", "S0753") and not d.labels else d
+        for d in fault.diagnostics
+    ]
+    return SurgeryError(*found, exit_code=fault.exit_code)
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:

@@ -361,3 +361,16 @@ def test_weights_that_are_not_finite_are_named() -> None:
     with pytest.raises(SurgeryError) as found:
         Tensors(registry.function).of(program, "up.weight")
     assert found.value.diagnostics[0].code == "S0752" and "`up.weight`" in found.value.diagnostics[0].message
+
+
+def test_a_share_that_takes_nothing_is_said_and_leaves_no_mask() -> None:
+    import surgery as api
+    from tests.driver_support import checkpoint
+
+    plan = api.plan("surg 1\nprune mask(ratio = {0: 0%, 1: 50%, 2: 0%}) on layers[*].ffn.up\n", checkpoint("bert"))
+    assert plan.ok and [d.code for d in plan.diagnostics] == ["S0449", "S0463"]
+    assert plan.diagnostics[0].message == "no weight of `layers[0, 2].ffn.up` becomes zero: the share is smaller than one weight"
+    none = api.plan("surg 1\nprune mask(ratio = 0%) on layers[*].ffn.up\nexpect sparsity == 0%\n", checkpoint("bert"))
+    assert [d.code for d in none.diagnostics] == ["S0449"] and none.diagnostics[0].span.source.text[
+        none.diagnostics[0].span.start :
+    ].startswith("0%")

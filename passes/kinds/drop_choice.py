@@ -99,7 +99,11 @@ def choose(program: Program, op: Resolved, free: Sequence[Site], gone: int) -> t
     scores = _scores(program, op, free, score, file)
     for site, value in zip(free, scores, strict=True):
         if not math.isfinite(value):
-            raise fail("S0479", f"the score of {site.role} is not a finite number: {value}", span_of(op, "score"), "no order")
+            raise fail(
+                "S0479", f"the score of {site.role} is not a finite number: {value}", span_of(op, "scores" if file else "score"), "no order",
+                help=f"give a finite number for it in {params['scores']}" if file
+                else "weights or data lead to NaN or infinity here: look at the checkpoint and the samples, or choose by `random` or a file",
+            )  # fmt: skip
     if together:
         chosen = _run(free, scores, gone, op)
     else:

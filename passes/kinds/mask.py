@@ -6,14 +6,16 @@ stand on the weight already, and the lazy expressions. What a mask is to a progr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from surgery.core.diagnostics import Severity, error, fail
+from surgery.core.diagnostics import Diagnostic, Severity, error, fail
 from surgery.core.method import Method
+from surgery.core.plan import group_roles
 from surgery.core.site import Site
 from surgery.model import cost, masked
 from surgery.model.program import Attachment, Program
@@ -110,26 +112,31 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Mask the weight of every site. While planning no weight and no data is read; lazy expressions choose when weights are realised.
 
     Raises S0274 without data that the score needs and S0275 with data that it does not read, S0460 for a pattern that does not fit, S0461 where there is no weight to mask, S0462 where
-    a part of the weight is in an adapter and S0466 where a part is selected of what layers share.
+    a part of the weight is in an adapter and S0466 where a part is selected of what layers share. Warns with S0449 of weights of which nothing goes: they get no mask.
     """
     method = op.method
     assert isinstance(method, MaskMethod)
     _data_fits(op, method)
     targets, twins = _targets(program, op)
+    idle = [t for t in targets if not t.method.dropped(t.geometry)]
+    active = [t for t in targets if t not in idle] if idle else targets
+    if idle:
+        op.warn(_no_change(op, idle))
     if method.statistic:
         from surgery.passes.kinds.mask_data import check_visible, study_targets
 
-        for target in targets:
+        for target in active:
             check_visible(program, target, op)
     if method.statistic and op.study is not None:
-        study_targets(program, op, targets)
+        study_targets(program, op, active)
     else:
-        for target in targets:
+        for target in active:
             put(program, op, target)
-        if method.statistic:
+        if method.statistic and active:
             op.tell("which weights go is decided by compile, from the data")
     masked.in_order(program)
-    _advise(program, op, method)
+    if active:
+        _advise(program, op, method)
     changes = [_change(program, t) for t in targets]
     shared = {id(s): SiteChange(s.role, s.path, s.rows, note=f"its weight is masked with {role}") for s, role in twins}
     order = {t.site.role: c for t, c in zip(targets, changes, strict=True)}
@@ -274,7 +281,7 @@ def _solve(
 
     before = None if old is None else geometry.to_canonical(realise(old, functions=registry.function))
     weight = geometry.to_canonical(part.double() if part.dtype == torch.float64 else part.float())
-    check_finite(name, weight)
+    check_finite(name, weight, op.origin.span)
     found = method.solve(geometry, weight, statistic, None if before is None else before.logical_not())
     if found is None:
         return None
@@ -309,6 +316,15 @@ def _change(program: Program, target: Target) -> SiteChange:
     trainable = 0 if name in program.frozen else torch.Size(shape).numel()
     site = target.site
     return SiteChange(site.role, site.path, site.rows, shape, shape, target.added, 0, trainable, "; ".join(filter(None, notes)))
+
+
+def _no_change(op: Resolved, idle: Sequence[Target]) -> Diagnostic:
+    roles = ", ".join(group_roles([t.site.role for t in idle])[:4])
+    smallest = min(torch.Size(t.geometry.canonical).numel() for t in idle)
+    return error(
+        "S0449", f"no weight of `{roles}` becomes zero: the share is smaller than one weight", span_of(op, "ratio"), "too small",
+        notes=[f"the smallest has {smallest:,} weights"], help="raise `ratio`, or leave these parts out", severity=Severity.WARNING,
+    )  # fmt: skip
 
 
 def _advise(program: Program, op: Resolved, method: MaskMethod) -> None:

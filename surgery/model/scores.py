@@ -62,7 +62,7 @@ def element_scores(
     """
     wanted = list(dict.fromkeys(program.aliases.get(n, n) for n in names))
     if score in WITHOUT_DATA:
-        yield from _sizes(study, program, score, wanted)
+        yield from _sizes(study, program, score, wanted, span)
         return
     if score not in WITH_DATA:
         raise KeyError(score)
@@ -70,20 +70,20 @@ def element_scores(
     if score in ("wanda", "activation"):
         yield from _inputs(study, program, samples, score, wanted, span)
     else:
-        yield from _gradients(study, program, samples, score, wanted)
+        yield from _gradients(study, program, samples, score, wanted, span)
 
 
-def weight(study: Study, program: Program, name: str) -> Tensor:
-    """A parameter as float64, known to be finite."""
+def weight(study: Study, program: Program, name: str, span: Span | None = None) -> Tensor:
+    """A parameter as float64, known to be finite; ``span`` is the statement that needs it."""
     value = study.tensors.fresh(program, name, {})
-    check_finite(name, value)
+    check_finite(name, value, span)
     return value.double()
 
 
-def _sizes(study: Study, program: Program, score: str, names: Sequence[str]) -> Iterator[Scored]:
+def _sizes(study: Study, program: Program, score: str, names: Sequence[str], span: Span | None) -> Iterator[Scored]:
     for name in names:
         value = study.tensors.fresh(program, name, {})
-        check_finite(name, value)
+        check_finite(name, value, span)
         value = value.abs().double()  # one wide copy in all
         yield name, (value if score == "magnitude" else value.square_()), tuple(range(value.ndim))
 
@@ -130,7 +130,7 @@ def _inputs(study: Study, program: Program, samples: Samples, score: str, names:
             continue
         if score == "wanda":
             with one_thread():
-                value = weight(study, program, name)
+                value = weight(study, program, name, span)
                 scores = value.abs().mul_(_spread(found[name], tuple(value.shape)).div_(len(samples)).sqrt_())
             yield name, scores, tuple(range(value.ndim))
         else:
@@ -187,13 +187,13 @@ def _mean(some: list[Tally], shape: tuple[int, ...]) -> tuple[Tensor, tuple[int,
 # ---------------------------------------------------------------- from gradients
 
 
-def _gradients(study: Study, program: Program, samples: Samples, score: str, names: Sequence[str]) -> Iterator[Scored]:
+def _gradients(study: Study, program: Program, samples: Samples, score: str, names: Sequence[str], span: Span | None) -> Iterator[Scored]:
     squares: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     per_sample = score in ("fisher", "taylor_mix")
     for name, gradient, sample in study.each_gradient(program, samples, names, per_sample=per_sample):
         if not per_sample:
-            value = weight(study, program, name) * gradient
+            value = weight(study, program, name, span) * gradient
             yield name, (value.abs_() if score == "taylor" else value), tuple(range(value.ndim))
             continue
         wide = gradient.double()
@@ -201,7 +201,7 @@ def _gradients(study: Study, program: Program, samples: Samples, score: str, nam
         if score == "taylor_mix":
             sums[name] = sums[name].add_(wide) if name in sums else wide.clone()
         if sample == len(samples) - 1:
-            value = weight(study, program, name)
+            value = weight(study, program, name, span)
             second = value.square() * squares.pop(name).div_(len(samples))
             if score == "taylor_mix":
                 second = (value * sums.pop(name) - second / 2).abs_()
