@@ -16,7 +16,8 @@ from surgery.core.spread import expand_per_layer
 from surgery.model.program import Origin, Program
 from surgery.passes import registry
 from surgery.passes.kinds.merge_inputs import Inputs, Source
-from surgery.passes.kinds.stack import Stacking, StackMethod, order_of
+from surgery.passes.kinds.stack import Stacking, StackMethod
+from surgery.passes.kinds.stack_order import order_of
 from surgery.passes.operation import Resolved
 from surgery.passes.resolve import build, pick
 from surgery.passes.verify import verify

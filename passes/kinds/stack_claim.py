@@ -21,7 +21,7 @@ from surgery.passes.kinds.drop_graph import given
 from surgery.passes.kinds.drop_signature import leaves
 
 if TYPE_CHECKING:
-    from surgery.passes.kinds.stack import Order
+    from surgery.passes.kinds.stack_order import Order
 
 
 def stacked_claim(after: Program, frame: Program, before: Sequence[Program], order: Order, scaled: frozenset[int], span: Span) -> Claim:
