@@ -27,7 +27,7 @@ IN_PLACE = frozenset(
 PURE = frozenset(
     "aten." + name
     for name in """
-    __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Tensor _grouped_mm.default _softmax.default _to_copy.default
+    __and__.Scalar __and__.Tensor _weight_norm.default __or__.Scalar __or__.Tensor __xor__.Tensor _grouped_mm.default _softmax.default _to_copy.default
     _unsafe_view.default abs.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default adaptive_max_pool2d.default
     add.Scalar add.Tensor addbmm.default addcdiv.default addcmul.default addmm.default addmv.default alias.default all.default all.dim amax.default
     amin.default any.default any.dim arange.default arange.start arange.start_step argmax.default argmin.default argsort.default
