@@ -187,11 +187,11 @@ def test_weights_are_hashed_once_beside_other_work(tmp_path: Path, monkeypatch: 
     inner = contenthash._hash
     monkeypatch.setattr(contenthash, "_hash", lambda path, work: read.append(path.name) or inner(path, work))
     want = {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert Hashing(files).result() == want and Hashing(files).result() == want and read == ["a", "b"]
+    assert Hashing(files).result() == want and Hashing(files).result() == want and sorted(read) == ["a", "b"]
     os.utime(files[0], ns=(1, 1))  # the same size and other bytes, with a time of our choice: the change itself has a time too
     files[0].write_bytes(b"\2" * contenthash.CHUNK)
     os.utime(files[0], ns=(1, 1))
-    assert Hashing(files).result()[files[0]] == hashlib.sha256(files[0].read_bytes()).hexdigest() and read == ["a", "b", "a"]
+    assert Hashing(files).result()[files[0]] == hashlib.sha256(files[0].read_bytes()).hexdigest() and sorted(read) == ["a", "a", "b"]
     late = Hashing(files)
     late._work.finished.wait(60)
     files[1].write_bytes(b"new")
@@ -200,6 +200,32 @@ def test_weights_are_hashed_once_beside_other_work(tmp_path: Path, monkeypatch: 
     files[1].unlink()
     with pytest.raises(SurgeryError, match="S0721: cannot read"):
         Hashing(files).result()
+
+
+def test_who_waits_for_hashes_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files at once: each waits until three are being read, and nobody else would read the second."""
+    import hashlib
+    import threading
+    import time
+
+    from surgery.model import contenthash
+    from surgery.model.contenthash import Hashing
+
+    files = [tmp_path / name for name in "abcdef"]
+    for file in files:
+        file.write_bytes(file.name.encode() * 1000)
+    meeting, inner = threading.Barrier(3), contenthash._hash
+
+    def hash_together(path: Path, work: object) -> str:
+        meeting.wait(60)
+        return inner(path, work)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contenthash, "_hash", hash_together)
+    monkeypatch.setattr(contenthash.os, "cpu_count", lambda: 3)
+    hashing = Hashing(files)
+    while len(hashing._work.left) != 5:  # the first thread is at its first file
+        time.sleep(0.001)
+    assert hashing.result() == {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_hashing_ends_with_its_owner(tmp_path: Path) -> None:

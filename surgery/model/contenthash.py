@@ -1,8 +1,9 @@
 """Hashes of weight files, made while something else is done.
 
 The lock holds a hash of every byte of the weights. Tracing a model uses one core and no disk, so the files are hashed beside it:
-when the first weight is computed the bytes were read once and, where memory allows, still are in the system's cache. A file that
-was hashed in this process and has not changed (device, inode, size, times) is not read again.
+when the first weight is computed the bytes were read once and, where memory allows, still are in the system's cache. Who waits for the
+hashes has no other work, so that the files that are left are then shared out among all cores. A file that was hashed in this process and has not
+changed (device, inode, size, times) is not read again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from surgery.core.diagnostics import fail
 from surgery.core.progress import Bytes, report
 
 CHUNK = 1 << 22
+HELPERS = 3
+"""Most threads that help with what is left when somebody waits."""
 KEPT = 4096
 """How many hashes a process remembers."""
 
@@ -43,6 +47,9 @@ class _Work:
     keys: dict[Path, Key] = field(default_factory=dict)
     found: dict[Path, str] = field(default_factory=dict)
     fault: tuple[Path, OSError] | None = None
+    left: deque[Path] = field(default_factory=deque)
+    running: int = 1  # the first thread, from the beginning
+    guard: threading.Lock = field(default_factory=threading.Lock)
     stopped: threading.Event = field(default_factory=threading.Event)
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -60,6 +67,8 @@ class Hashing:
     def result(self) -> dict[Path, str]:
         """Hex digests by file; waits for what is missing. Raises S0721 when a file cannot be read or changed meanwhile."""
         work = self._work
+        for _ in range(min(HELPERS, (os.cpu_count() or 1) - 1, len(work.left))):
+            threading.Thread(target=_help, args=(work,), name="hashing weights", daemon=True).start()
         while not work.finished.wait(0.1):
             report("hashing the weights", min(work.done, work.total), Bytes(work.total))
         if work.fault is not None:
@@ -74,6 +83,7 @@ class Hashing:
 
 
 def _run(work: _Work) -> None:
+    """Finds out what is missing and hashes it, with whoever helps."""
     path = Path()
     try:
         for path in work.files:
@@ -82,7 +92,29 @@ def _run(work: _Work) -> None:
             work.found |= {p: _known[k] for p, k in work.keys.items() if k in _known}
         missing = [p for p in work.files if p not in work.found]
         work.total = sum(work.keys[p][3] for p in missing)
-        for path in missing:
+        work.left.extend(dict.fromkeys(missing))
+    except OSError as exc:
+        work.fault = path, exc
+    _rest(work)
+
+
+def _help(work: _Work) -> None:
+    with work.guard:
+        if work.finished.is_set():
+            return
+        work.running += 1
+    _rest(work)
+
+
+def _rest(work: _Work) -> None:
+    """One file after the other until none is left; the last to end says that all are done."""
+    path = Path()
+    try:
+        while work.fault is None and not work.stopped.is_set():
+            try:
+                path = work.left.popleft()
+            except IndexError:
+                return
             digest = _hash(path, work)
             if work.stopped.is_set():
                 return
@@ -94,7 +126,10 @@ def _run(work: _Work) -> None:
     except OSError as exc:
         work.fault = path, exc
     finally:
-        work.finished.set()
+        with work.guard:
+            work.running -= 1
+            if not work.running:
+                work.finished.set()
 
 
 def _hash(path: Path, work: _Work) -> str:
@@ -104,7 +139,8 @@ def _hash(path: Path, work: _Work) -> str:
     with open(path, "rb", buffering=0) as file:
         while not work.stopped.is_set() and (size := file.readinto(buffer)):
             digest.update(view[:size])
-            work.done += size
+            with work.guard:
+                work.done += size
     return digest.hexdigest()
 
 
