@@ -232,6 +232,16 @@ def test_the_certificate_of_a_large_model_says_what_was_compared(tmp_path: Path,
         assert found["nodes"] > 50
 
 
+def test_a_large_checkpoint_says_that_its_bytes_were_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = 'surg 1\nprune ffn(ratio = 50%) on layers[*].ffn\nemit transformers to "{}"\n'
+    api.compile(spec.format("small"), checkpoint("llama"))
+    monkeypatch.setattr(running, "SMALL_BYTES", 0)
+    found = api.compile(spec.format("large"), checkpoint("llama")).certificates[-1]
+    assert found["claim"] == "stored = program" and found["bytes"] == Path("large/model.safetensors").stat().st_size
+    assert Path("large/model.safetensors").read_bytes() == Path("small/model.safetensors").read_bytes()
+
+
 def test_an_artifact_with_another_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of a node is stored wrong: nothing is left at the target."""
     monkeypatch.chdir(tmp_path)
