@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.driver import load_spec
+from surgery.folding import stir
 from surgery.model import cost
 from surgery.model.cut import cut
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.program import Origin, Program
 from surgery.model.walk import inside, tensors, tree
 from surgery.opening import capture
+from surgery.passes.resolve import resolve
+from surgery.session import apply
 from tests.cut_support import free, observed_specs, remove, same_classes, some_units
 
 
@@ -179,3 +183,43 @@ def test_costs_after_a_cut_are_known_before_it() -> None:
         assert foreseen == cost.count(mine).per_token < cost.count(program).per_token
         counted += 1
     assert counted >= 3
+
+
+class Groups(nn.Module):
+    """Convolutions in groups whose groups go when channels go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.depth(self.grouped(self.first(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "pissa"])
+def test_adapters_lose_the_rank_of_the_groups_that_go(method: str) -> None:
+    """The rank is shared out among the groups, so a cut of groups takes a part of it; the scale stays."""
+    torch.manual_seed(3)
+    base = capture(Groups().eval(), (torch.randn(2, 3, 6, 6),))
+    changed = 0
+    for path in ("grouped", "depth"):
+        program = base.copy()
+        statement = load_spec(f'surg 1\nadapt {method}(rank = 8) on "{path}"\n').statements[0]
+        apply(program, resolve(program, statement))
+        program = stir(program)
+        module = program.module(program.attachments[0].module)
+        for leaf in free(program.dims):
+            done = remove(program, {leaf: [0]})
+            (attachment,) = done.after.attachments
+            after = done.after.module(attachment.module)
+            assert done.error((torch.randn(2, 3, 6, 6),), torch.float64) <= 1e-6, (path, leaf)
+            assert after.site.groups == done.after.module(path).groups and after.method == attachment.method
+            assert after.method.rank * module.site.groups == 8 * after.site.groups and after.method.scale() == pytest.approx(
+                module.method.scale()
+            )
+            assert sum(p.numel() for p in after.parameters()) == after.method.count(after.site)
+            changed += after.method.rank != 8
+    assert changed >= 3

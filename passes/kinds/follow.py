@@ -119,17 +119,45 @@ def follow_delta(method: Any, site: Any, around: Around) -> Follow | str:
     kept = stated(site, masks) if stated is not None else _found(method, site, masks, shapes)
     if isinstance(kept, str):
         return kept
-    wrong = fits(method.tensors(new), shapes, kept)
+    after = None
+    if new.groups != site.groups:
+        fewer = _fewer_groups(method, site, own, new.groups, shapes)
+        if isinstance(fewer, str):
+            return fewer
+        if fewer is not None:
+            ranks, after = fewer
+            kept = {**kept, "A": (ranks, *kept["A"][1:])}
+    wrong = fits((after or method).tensors(new), shapes, kept)
     if wrong:
         return wrong
     lost = tuple(what for what, mask in masks.items() if mask is not None)
     trusted = stated is not None or not lost or all(s.follows is not None for s in method.tensors(site))
     if trusted or delta_commutes(method, site.op, site.transposed, site.groups, lost):
-        return Follow(new, kept)
+        return Follow(new, kept, method=after)
     recut = getattr(method, "recut", None)
-    if recut is None:
+    if recut is None or after is not None:
         return f"{method.name} mixes {' and '.join(lost)} units"
     return Follow(new, kept, recut(site, masks))
+
+
+def _fewer_groups(
+    method: Any, site: Any, own: Mask | None, groups: int, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Mask, Any] | str | None:
+    """What stays of the rank when whole groups of a convolution go, which share it, and the method with the rank that is left and the same scale;
+    None where its tensors are not divided among groups.
+
+    Factors are those of low-rank changes, ``A [rank, ..]`` and ``B [out, rank / groups, ..]``: each group has its own rows of ``A``.
+    """
+    rank = getattr(method, "rank", None)
+    if not isinstance(rank, int) or not hasattr(method, "scale") or own is None:
+        return None
+    if shapes.get("A", (0,))[0] != rank or shapes.get("B", (0, 0))[1] * site.groups != rank:
+        return None
+    left = own.reshape(site.groups, -1).any(axis=1)
+    if int(left.sum()) != groups:
+        return f"{int(left.sum())} of its groups have outputs left, and there will be {groups}"
+    after = replace(method, rank=rank // site.groups * groups)
+    return np.repeat(left, rank // site.groups), replace(after, alpha=after.alpha * method.scale() / after.scale())
 
 
 def _found(method: Any, site: Any, masks: Mapping[str, Mask | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kept] | str:

@@ -45,7 +45,8 @@ class Around:
 
 @dataclass(frozen=True)
 class Follow:
-    """How a module follows: its new ``site``, what stays of its tensors' axes, and tensors whose values change on the way.
+    """How a module follows: its new ``site``, what stays of its tensors' axes, and tensors whose values change on the way; ``method`` is another one
+    where its own parameters must change with the site.
 
     ``rewrite`` maps a tensor's name to a function of the expressions of the module's tensors and of the site's weight (name ``weight``), all as
     they were before the cut, that gives the tensor's expression before its axes are selected.
@@ -54,6 +55,7 @@ class Follow:
     site: Any
     tensors: Mapping[str, Kept] = field(default_factory=dict)
     rewrite: Mapping[str, Callable[[Mapping[str, Expr]], Expr]] = field(default_factory=dict)
+    method: Any = None
 
 
 @dataclass
@@ -64,6 +66,8 @@ class AttachedCut:
     rewrites: dict[str, Expr] = field(default_factory=dict)
     sites: dict[str, Any] = field(default_factory=dict)
     """New ``site`` of the module at a path."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """New ``method`` of the module at a path, where it has another."""
 
 
 def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) -> AttachedCut:
@@ -96,6 +100,8 @@ def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) 
         if isinstance(answer, str):
             raise _refused(label, attachment, answer, span)
         found.sites[path] = answer.site
+        if answer.method is not None:
+            found.methods[path] = answer.method
         for leaf, kept in answer.tensors.items():
             wanted.setdefault(program.aliases.get(f"{path}.{leaf}", f"{path}.{leaf}"), {})[f"{path}.{leaf}"] = kept
         for leaf, make in answer.rewrite.items():
@@ -115,9 +121,11 @@ def apply(program: Program, found: AttachedCut) -> None:
     """Write the new sites into modules and attachments; the tensors were cut with all others."""
     for path, site in found.sites.items():
         program.module(path).site = site
+    for path, method in found.methods.items():
+        program.module(path).method = method
     for i, a in enumerate(program.attachments):
         if a.module in found.sites:
-            program.attachments[i] = replace(a, site=_site(program, a, found.sites[a.module]))
+            program.attachments[i] = replace(a, site=_site(program, a, found.sites[a.module]), method=found.methods.get(a.module, a.method))
 
 
 def _site(program: Program, a: Attachment, geometry: Any) -> Site:
