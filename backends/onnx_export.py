@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -108,8 +108,8 @@ def axis_names(program: Program) -> dict[str, str]:
 # ------------------------------------------------------------------ export
 
 
-def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = ()) -> Any:
-    """The ``ExportedProgram`` of a realised root, with ``live`` tensors as further inputs; a flat graph that knows its values is not traced again.
+def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = (), closed: Container[str] = ()) -> Any:
+    """The ``ExportedProgram`` of a realised root, with ``live`` tensors as further inputs, those in ``closed`` of their own sizes alone; a flat graph that knows its values is not traced again.
     Raises what ``torch.export`` raises."""
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     example = sample_inputs(program, batch=3, length=13, seed=1, padding=False, dtype=dtype, past=5)
@@ -130,17 +130,19 @@ def traced(program: Program, root: fx.GraphModule, live: Sequence[str] = ()) -> 
     held = onnx_live.values(root, live)
     onnx_live.loosen(root, live)
     called = onnx_live.WithLive(root, list(held)).eval()
-    axes = ((*axes, *({i: torch.export.Dim.AUTO for i in range(t.ndim)} for t in held.values())),)
+    free = torch.export.Dim.AUTO
+    axes = ((*axes, *(None if n in closed else {i: free for i in range(t.ndim)} for n, t in held.items())),)
     return torch.export.export(called, (*example, *held.values()), dynamic_shapes=axes, strict=False)
 
 
 def export(
-    program: Program, root: fx.GraphModule, *, opset: int, live: Sequence[str] = (), table: Mapping[Any, Callable[..., Any]] | None = None
-) -> Any:
+    program: Program, root: fx.GraphModule, *, opset: int, live: Sequence[str] = (), closed: Container[str] = (),
+    table: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Any:  # fmt: skip
     """The ONNX ``ModelProto`` of a realised root graph: flat inputs, flat outputs, the module's own tensor names.
 
-    ``live`` tensors are further inputs under their names, with the axes open that the model leaves open; ``table`` translates operations
-    that the exporter does not know. Raises what torch's exporter raises when an operation has no translation.
+    ``live`` tensors are further inputs under their names, with the axes open that the model leaves open, none of those in ``closed``; ``table``
+    translates operations that the exporter does not know. Raises what torch's exporter raises when an operation has no translation.
     """
     outputs = next(n for n in root.graph.nodes if n.op == "output").args[0]
     names = output_names(program, len(outputs) if isinstance(outputs, (tuple, list)) else 1)
@@ -154,7 +156,7 @@ def export(
         )  # fmt: skip
 
     with quiet(), torch.no_grad():
-        exported = traced(program, root, live)
+        exported = traced(program, root, live, closed)
         report("emitting onnx: translating", 1, STEPS)
         try:
             made = translated(exported)

@@ -164,6 +164,30 @@ def another(root: nn.Module, names: Sequence[str], shapes: dict[str, list[str | 
     return out
 
 
+def tied(root: nn.Module, model: Any, names: Sequence[str], inputs: Sequence[Tensor]) -> frozenset[str]:
+    """The live tensors whose open axes cannot grow one by one: sizes that go with other sizes (the sides of a Kronecker product).
+
+    A graph leaves them open where its own operations take any size, and still no other adapter of the method would have such sizes.
+    """
+    shapes = open_axes(model, names)
+    wide = [n for n in names if any(isinstance(s, str) for s in shapes.get(n, ()))]
+    if not wide or _grows(root, wide, shapes, inputs):
+        return frozenset()
+    groups: dict[str, list[str]] = {}
+    for name in wide:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    found = [n for group in groups.values() if not _grows(root, group, shapes, inputs) for n in group]
+    return frozenset(found or wide)
+
+
+def _grows(root: nn.Module, names: Sequence[str], shapes: dict[str, list[str | int]], inputs: Sequence[Tensor]) -> bool:
+    try:
+        run_with(root, another(root, names, shapes, 1), inputs)
+    except RuntimeError:
+        return False
+    return True
+
+
 def run_with(root: nn.Module, given: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a root with other values for some of its tensors."""
     with torch.no_grad():

@@ -229,9 +229,10 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
             if options.optimize and options.opset >= onnx_opset.EXPORTED
             else None
         )
-        model = export(
-            program, fused.graph if fused else root, opset=options.opset, live=live, table=fused_translations() if fused else None
-        )  # fmt: skip
+        flat, table = (fused.graph, fused_translations()) if fused else (root, None)
+        model = export(program, flat, opset=options.opset, live=live, table=table)
+        if tied := onnx_live.tied(flat, model, live, measured[0].inputs):
+            model = export(program, flat, opset=options.opset, live=live, closed=tied, table=table)
         model = onnx_opset.settle(model, options.opset, span)
         onnx_live.overridable(model, root, live, span)
         if live:

@@ -79,6 +79,26 @@ def _traced(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
+    _first_names(program, unlifted, graph)
     flat = fx.GraphModule(unlifted, graph)
     flat.eval()
     return flat
+
+
+def _first_names(program: Program, module: torch.nn.Module, graph: fx.Graph) -> None:
+    """Tensors with several names are read by their first one; the tracer takes any."""
+    for node in graph.find_nodes(op="get_attr"):
+        name, first = str(node.target), program.aliases.get(str(node.target), str(node.target))
+        if first == name:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = module
+        for part in filter(None, first.rpartition(".")[0].split(".")):
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        if not hasattr(owner, first.rpartition(".")[2]):
+            value = getattr(module.get_submodule(path), leaf)
+            register = owner.register_parameter if isinstance(value, torch.nn.Parameter) else owner.register_buffer
+            register(first.rpartition(".")[2], value)
+        node.target = first

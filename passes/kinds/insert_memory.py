@@ -121,13 +121,17 @@ class MemoryModule(nn.Module):
         if not self.active:
             return value
         if role == MASK:
-            shape = (*value.shape[:-1], self.method.entries())
+            shape = (*value.shape[:-1], self.length())
             seen = value.new_ones(shape) if value.dtype == torch.bool else value.new_zeros(shape)
             return torch.cat([seen, value.expand(*value.shape[:-1], keys.shape[-2])], -1)
         table = self.tables()[role].to(value.dtype)
         if self.site.repeat > 1:
             table = table.repeat_interleave(self.site.repeat, 0)
         return torch.cat([table.expand(value.shape[0], -1, -1, -1), value], -2)
+
+    def length(self) -> int:
+        """How many entries there are: as many as the tables have where they are tensors, which another set of values may change."""
+        return self.tables()[KEYS].shape[-2] if self.stored or not self.method.generated() else self.method.entries()
 
     def tables(self) -> tuple[Tensor, Tensor]:
         if self.stored:
