@@ -26,6 +26,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = transformers.AutoConfig.for_model("llama", **{**ZOO["llama"].config, "vocab_size": 101})
     transformers.LlamaForCausalLM(wide).save_pretrained(folder / "wide")
     ZOO["gpt2"].make_model().save_pretrained(folder / "other")
+    deep = transformers.AutoConfig.for_model("llama", **{**ZOO["llama"].config, "num_hidden_layers": 4})
+    transformers.LlamaForCausalLM(deep).save_pretrained(folder / "deep")
     return folder
 
 
@@ -110,6 +112,7 @@ def test_a_merged_model_takes_adapters_and_plans_without_weights(models: Path, m
     [
         ('checkpoint wide = load("wide")\nmerge linear of base, wide\n', "S0778"),
         ('checkpoint other = load("other")\nmerge linear of base, other\n', "S0774"),
+        ('checkpoint deep = load("deep")\nmerge linear of base, deep\n', "S0797"),
         ("merge linear of one * 1, two * -1\n", "S0775"),
         ("merge slerp of one\n", "S0776"),
         ("merge model_stock of one * 2, two\n", "S0775"),
@@ -120,6 +123,15 @@ def test_what_does_not_fit(models: Path, monkeypatch: pytest.MonkeyPatch, text: 
     monkeypatch.chdir(models)
     found = [d.code for d in api.plan(HEAD + text).diagnostics]
     assert found == [code]
+
+
+def test_a_deeper_checkpoint_lends_the_parts_that_are_named(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, deep = tensors(models / "base"), tensors(models / "deep")
+    text = 'checkpoint deep = load("deep")\nmerge linear of base, deep on layers[0].ffn\n'
+    got = emitted(models, text, monkeypatch, tmp_path)
+    changed = {n for n in got if not torch.equal(got[n], base[n])}
+    assert changed == {f"model.layers.0.mlp.{p}_proj.weight" for p in ("up", "gate", "down")}
+    assert all(torch.equal(got[n], (base[n] + deep[n]) / 2) for n in changed)
 
 
 def test_a_checkpoint_that_is_not_there(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

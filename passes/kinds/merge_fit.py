@@ -16,7 +16,7 @@ def compatible(program: Program, names: Sequence[str], sources: Sequence[Source]
     """Every source has every tensor in the program's shape, and ties what the program ties.
 
     With ``common`` tensors that have a row for each word may be of different vocabularies: their names with the number of rows that all
-    have. Raises S0774 (shapes), S0778 (vocabularies), S0796 (ties), S0797 (missing tensors), all findings at once.
+    have. Raises S0774 (shapes), S0778 (vocabularies), S0796 (ties), S0797 (tensors that the source or the model lacks), all findings at once.
     """
     sink = Sink()
     rows: dict[str, int] = {}
@@ -28,6 +28,14 @@ def compatible(program: Program, names: Sequence[str], sources: Sequence[Source]
         if missing:
             sink.error(
                 "S0797", f"{source.name} has no `{missing[0]}`" + (f" and {plural(len(missing) - 1, 'tensor')} more" if len(missing) > 1 else ""),
+                span, "merged here", notes=_depths(program, source),
+                help="merge checkpoints of one architecture and depth, before the lines that change the structure; or merge the parts that both have, with `on`",
+            )  # fmt: skip
+            continue
+        left = [] if op.sites else _left_over(program, source)
+        if left:
+            sink.error(
+                "S0797", f"the model has no `{left[0]}` of {source.name}" + (f" and {plural(len(left) - 1, 'tensor')} more" if len(left) > 1 else ""),
                 span, "merged here", notes=_depths(program, source),
                 help="merge checkpoints of one architecture and depth, before the lines that change the structure; or merge the parts that both have, with `on`",
             )  # fmt: skip
@@ -74,6 +82,14 @@ def _ties(program: Program, names: Sequence[str], source: Source, span: Any, sin
                 help="untie the model (`tie_word_embeddings` of its config, with both tensors stored), or tie the checkpoint",
             )  # fmt: skip
             return
+
+
+def _left_over(program: Program, source: Source) -> list[str]:
+    """The parameters of a source that a merge of whole models would lose."""
+    if source.program is None:
+        return []
+    parameters = [n for n, _ in source.program.graph.named_parameters(remove_duplicate=False)]
+    return [n for n in parameters if program.aliases.get(n, n) not in program.weights]
 
 
 def _depths(program: Program, source: Source) -> list[str]:
