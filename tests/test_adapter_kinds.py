@@ -73,12 +73,10 @@ Q, D = "query", "intermediate.dense"
 KINDS: list[tuple[str, Any]] = [
     ("bert", lambda: peft.AdaLoraConfig(target_modules=[Q, D], init_r=4, target_r=2, total_step=10, lora_alpha=8)),
     ("bert", lambda: peft.VeraConfig(r=6, target_modules=[Q, D])),
-    ("gpt2", lambda: peft.VeraConfig(r=6, target_modules=["c_attn"], fan_in_fan_out=True)),
     ("bert", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=[Q, D], alpha_pattern={D: 2}, init_weights=False)),
     ("resnet", lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=".*stages.0.*convolution", init_weights=False)),
     ("bert", lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=[Q, D], init_weights=False, modules_to_save=["pooler"])),
     ("bert", lambda: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, target_modules=[Q], init_weights=False)),
-    ("resnet", lambda: peft.LoKrConfig(r=16, alpha=3, target_modules=".*stages.0.*convolution", init_weights=False)),
     ("bert", lambda: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])),
     ("gpt2", lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
     ("bert", lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=[Q, D])),
@@ -96,7 +94,7 @@ def test_loads_what_peft_trained(world: Path, family: str, config: Any) -> None:
     assert next(c for c in made.certificates if c["claim"] == "merged = weighted sum")["ok"]
 
 
-@pytest.mark.parametrize("config", [KINDS[3][1], KINDS[8][1]])
+@pytest.mark.parametrize("config", [KINDS[2][1], KINDS[6][1]])
 def test_goes_back_to_peft_beside_a_lora(world: Path, config: Any) -> None:
     """Two kinds in one model: LoHa stays thin factors, IA3 becomes whole weights; the folder is a LoRA that peft loads."""
     trained("other", "bert", config())
@@ -112,8 +110,8 @@ def test_goes_back_to_peft_beside_a_lora(world: Path, config: Any) -> None:
 
 def test_the_rank_is_what_the_product_has(world: Path) -> None:
     """LoHa of rank 3 is a product of rank 9, LoKr of two sides the product of their ranks; nothing of the tensors is read to know it."""
-    trained("loha", "bert", KINDS[3][1]())
-    trained("lokr", "bert", KINDS[6][1]())
+    trained("loha", "bert", KINDS[2][1]())
+    trained("lokr", "bert", KINDS[5][1]())
     ranks = [{p.rank for p in open_adapter(n, n, world, NOWHERE).parts.values()} for n in ("loha", "lokr")]
     assert ranks == [{9}, {1}]
 
@@ -142,7 +140,7 @@ def test_what_is_not_in_the_folder_or_not_a_change_is_refused(world: Path) -> No
     peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION").save_pretrained("one")
     found = refused(head)
     assert found.code == "S0782" and "insert prompt" in found.notes[0]
-    trained("one", "bert", KINDS[8][1]())
+    trained("one", "bert", KINDS[6][1]())
     tensors = load_file("one/adapter_model.safetensors")
     key = next(k for k in tensors if "key" in k)
     save_file({**tensors, key: torch.ones(7, 1)}, "one/adapter_model.safetensors")
