@@ -50,10 +50,14 @@ def apart(python: str, imports: str, module: str, *args: str, folder: Path, thre
             cwd=folder, env={**os.environ, **words, **(env or {})}, stdout=subprocess.DEVNULL, stderr=errors,
         )  # fmt: skip
         private = 0.0
-        while process.poll() is None:
-            private = max(private, status_mib(process.pid, "RssAnon"))
-            time.sleep(EVERY)
-        whole = time.monotonic() - start
+        try:
+            while process.poll() is None:
+                private = max(private, status_mib(process.pid, "RssAnon"))
+                time.sleep(EVERY)
+            whole = time.monotonic() - start
+        finally:
+            process.kill()  # nothing to do for one that ended; an interrupted benchmark leaves none behind
+            process.wait()
         errors.seek(0)
         if process.returncode or not found.exists():
             raise RuntimeError(f"{module} {' '.join(args)} failed:\n{errors.read()[-3000:]}")

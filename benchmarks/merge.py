@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of `seven`")
     args = parser.parse_args()
     kit = os.path.abspath(args.mergekit) if args.mergekit else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that gigabytes of checkpoints do not stay
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.threads)
         arms: dict[str, Callable[[], Run]] = {}
