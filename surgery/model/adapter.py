@@ -218,6 +218,13 @@ def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | None:
             "S0782", f"{name} was trained on a base that its start ({start}) rewrote, and the folder does not hold that base", span, "opened here",
             help="save it with `path_initial_model_for_weight_conversion`: peft then writes a LoRA for the original base",
         )  # fmt: skip
+    if config.get("target_parameters"):
+        some = ", ".join(f"`{p}`" for p in list(config["target_parameters"])[:3])
+        raise fail(
+            "S0782", f"{name} has factors for bare parameters ({some}), which belong to no layer", span, "opened here",
+            help="their file does not say which parameter of a module each belongs to; fused experts take a LoRA by "
+            "`adapt lora on layers[*].ffn.experts`, trained here",
+        )  # fmt: skip
     _fields(config, QUIET, name, span)
     if config.get("lora_bias") and config.get("use_dora"):
         raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
