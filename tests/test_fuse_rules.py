@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,6 +227,47 @@ def test_bodies_are_what_the_runtime_computes(dtype: torch.dtype) -> None:
     for ours, theirs in zip(want, got, strict=True):
         assert ours.numpy().dtype == theirs.dtype
         assert difference(ours, torch.from_numpy(theirs), None) < (1e-6 if dtype is torch.float32 else 2e-3)
+
+
+class Norms(nn.Module):
+    """A layer norm and an RMS norm, on numbers so small that eps decides, with an eps of a size that exporters take for zero too."""
+
+    def forward(self, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        norm = torch.ops.surgery.spread_norm
+        y, z = x * 0.5, x * 0.25
+        return norm(x, w, b, 1e-5, True), norm(y, w, None, 1e-5, False), norm(z, w, b, 1e-12, True), norm(x + y, None, None, 1e-5, True)
+
+
+def test_norms_are_spelled_so_that_the_runtime_takes_its_fast_kernel(tmp_path: Path) -> None:
+    """Its kernel for RMS norms, three times; the one for layer norms never; and the numbers are those of torch with and without the optimizer."""
+    pytest.importorskip("onnxruntime")
+    import onnx
+    import onnxruntime
+
+    draw = torch.Generator().manual_seed(2)
+    given = {
+        "x": 1e-3 * torch.randn(2, 5, 16, generator=draw) + 2e-3,
+        "w": torch.randn(16, generator=draw),
+        "b": torch.randn(16, generator=draw),
+    }
+    table = translations()  # which registers the operations
+    exported = torch.export.export(Norms(), (), given)
+    made = torch.onnx.export(exported, (), dynamo=True, opset_version=20, custom_translation_table=table, verbose=False, optimize=False)
+    from surgery.backends.onnx_export import _simplify
+
+    _simplify(made.model, set())
+    data = made.model_proto.SerializeToString()
+    want = Norms()(**given)
+    for level in (onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level, options.log_severity_level = level, 4
+        options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+        got = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(
+            None, {n: t.numpy() for n, t in given.items()}
+        )
+        assert max(difference(a, torch.from_numpy(b), None) for a, b in zip(want, got, strict=True)) < 2e-6
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "seen.onnx").graph.node)
+    assert kinds["SimplifiedLayerNormalization"] == 3 and kinds["LayerNormalization"] + kinds["SkipLayerNormalization"] == 0
 
 
 # ------------------------------------------------------------------ adapters that stay

@@ -28,15 +28,17 @@ def _(x: Tensor, weight: Any, shift: Any, eps: float, centred: bool) -> Tensor:
 
 @cache
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Plain operators. The product for a square and the Sum keep a runtime from recognising a norm and putting its own kernel back."""
+    """Plain operators in the spelling in which onnxruntime finds an RMS norm when it opens a graph: its kernel for that runs on vector units, the
+    one for layer norms adds the numbers of a row one after another. So a layer norm is the mean taken off and an RMS norm behind it, and the
+    mean is taken off by a Sum, which keeps the runtime from finding the layer norm in it. Without a gain there is nothing to find."""
     from onnxscript import opset18 as op
 
     def spread(x, weight, shift, eps: float, centred: bool):  # type: ignore[no-untyped-def]
         last = op.Constant(value_ints=[-1])
-        c = op.Sub(x, op.ReduceMean(x, last, keepdims=1)) if centred else x
-        mean = op.ReduceMean(op.Mul(c, c), last, keepdims=1)
-        root = op.Sqrt(op.Sum(mean, op.Constant(value_float=eps)))  # a Sum: the exporter takes an Add of 1e-12 for one of nothing
-        out = op.Mul(c, op.Reciprocal(root))
+        c = op.Sum(x, op.Neg(op.ReduceMean(x, last, keepdims=1))) if centred else x
+        mean = op.ReduceMean(op.Pow(c, op.Constant(value_float=2.0)), last, keepdims=1)
+        # one axis for eps: the exporter's rules take the scalar 1e-12 for a zero that need not be added
+        out = op.Div(c, op.Sqrt(op.Add(mean, op.Constant(value_floats=[eps]))))
         out = out if weight is None else op.Mul(out, weight)
         return out if shift is None else op.Add(out, shift)
 

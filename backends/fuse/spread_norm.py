@@ -22,9 +22,10 @@ RMS = (_OPS.skip_rms_norm.default, _OPS.skip_rms_norm_sum.default)
 
 @dataclass
 class SpreadNorm:
-    """onnxruntime's kernels for layer and RMS norms on processors add the numbers of a row one after another. Written as a few sums and
-    products of whole rows, which run on vector units and on all threads, a norm of 128 rows of 384 takes half the time. Other devices
-    keep the operations that the rules for norms made."""
+    """onnxruntime's kernels for layer norms, and for norms with their shortcut, add the numbers of a row one after another on processors; the one
+    for an RMS norm alone runs on vector units. So shortcuts are sums again, and a layer norm is the mean taken off and an RMS norm, written as
+    a few sums and products of whole rows from which the runtime makes that kernel. Other devices keep the operations that the rules for
+    norms made."""
 
     name: str = "spread_norm"
     doc: str = "on processors norms are sums and products of whole rows, which run on vector units"
