@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +69,8 @@ def test_one_expert_changes_and_folds(method: str) -> None:
             assert all(not torch.equal(old[i], new[i]) for i in (0, 2)), name
 
 
-def test_counts_and_roles_of_the_plan() -> None:
+def test_counts_and_roles_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     plan = api.plan(
         "surg 1\nadapt lora(rank = 2) on layers[*].ffn.experts[2].{up, gate, down}\nexpect trainable == 1728\n", checkpoint("mixtral")
     )
@@ -78,7 +79,7 @@ def test_counts_and_roles_of_the_plan() -> None:
     assert found == {f"layers[{i}].ffn.experts[2].{part}": 2 * (64 + 32) for i in (0, 1, 2) for part in ("up", "gate", "down")}
 
 
-def test_an_artifact_keeps_the_expert(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_keeps_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = api.compile('surg 1\nadapt lora(rank = 2) on layers[1].ffn.experts[2].up\nemit torch to "out"\n', checkpoint("mixtral"))
     assert {c["claim"]: c["ok"] for c in done.certificates} == {"unchanged at init": True, "loaded = program": True}

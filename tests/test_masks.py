@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,7 +364,8 @@ def test_weights_that_are_not_finite_are_named() -> None:
     assert found.value.diagnostics[0].code == "S0752" and "`up.weight`" in found.value.diagnostics[0].message
 
 
-def test_a_share_that_takes_nothing_is_said_and_leaves_no_mask() -> None:
+def test_a_share_that_takes_nothing_is_said_and_leaves_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     import surgery as api
     from tests.driver_support import checkpoint
 

@@ -279,7 +279,8 @@ def test_differences_of_graphs_are_found() -> None:
     assert "another parameter: weight" in samegraph.difference(program.graph, same.graph)
 
 
-def test_lanes_of_a_large_program_stream_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_of_a_large_program_stream_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     from surgery.opening import open_program
 
     program, _ = open_program(str(checkpoint("llama")))
