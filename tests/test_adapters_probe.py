@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import surgery as api
+from surgery import compiling
 from surgery.core.diagnostics import SurgeryError
-from surgery.model import running
 from surgery.passes import registry
 from surgery.passes.kinds import adapter_claim, delta_probe
 from tests import adapters, fixtures
@@ -23,9 +23,9 @@ SUM = "merged = weighted sum, of 6 weights, first, middle and last of each kind"
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a BERT and adapters, in which every model counts as large."""
+    """A folder with a BERT and adapters, in which every model counts as too large to be run for a claim."""
     monkeypatch.chdir(tmp_path)
-    for module in (running, adapter_claim, __import__("surgery.compiling", fromlist=["x"])):
+    for module in (adapter_claim, compiling):
         monkeypatch.setattr(module, "is_small", lambda program: False)
     fixtures.save(ZOO["bert"].make_model(), tmp_path / "bert")
     for name in ("news", "legal", "dora"):
@@ -41,7 +41,7 @@ HEAD = 'surg 1\nmodel "bert"\n' + "".join(f'adapter {n} = load("{n}")\n' for n i
 def test_weights_stand_for_the_model(large: Path) -> None:
     made = api.compile(HEAD + 'merge linear of news * 0.5\nemit transformers to "out"\n')
     claims: dict[str, Any] = {c["claim"]: c for c in made.certificates}
-    assert set(claims) == {SUM, "folded = unfolded"}
+    assert set(claims) >= {SUM, "folded = unfolded"}
     assert claims["folded = unfolded"]["samples"] == ["6 weights, first, middle and last of each kind"]
     assert all(c["ok"] and c["max_abs_error"] < 1e-5 for c in made.certificates)
 
