@@ -25,18 +25,13 @@ def compatible(program: Program, names: Sequence[str], sources: Sequence[Source]
             continue
         span = source.span if source.span.end else op.origin.span
         missing = [n for n in names if source.aliases.get(n, n) not in source.weights]
-        if missing:
+        left = [] if missing or op.sites else _left_over(program, source)
+        if missing or left:
+            name, *others = missing or left
+            lacks = f"{source.name} has no `{name}`" if missing else f"the model has no `{name}` of {source.name}"
             sink.error(
-                "S0797", f"{source.name} has no `{missing[0]}`" + (f" and {plural(len(missing) - 1, 'tensor')} more" if len(missing) > 1 else ""),
-                span, "merged here", notes=_depths(program, source),
-                help="merge checkpoints of one architecture and depth, before the lines that change the structure; or merge the parts that both have, with `on`",
-            )  # fmt: skip
-            continue
-        left = [] if op.sites else _left_over(program, source)
-        if left:
-            sink.error(
-                "S0797", f"the model has no `{left[0]}` of {source.name}" + (f" and {plural(len(left) - 1, 'tensor')} more" if len(left) > 1 else ""),
-                span, "merged here", notes=_depths(program, source),
+                "S0797", lacks + (f" and {plural(len(others), 'tensor')} more" if others else ""), span, "merged here",
+                notes=_depths(program, source),
                 help="merge checkpoints of one architecture and depth, before the lines that change the structure; or merge the parts that both have, with `on`",
             )  # fmt: skip
             continue
