@@ -1,4 +1,4 @@
-"""Discovery of methods: every module of every verb's folder is imported, each must hold exactly one method."""
+"""Discovery of methods: every module of a verb's folder is one, and must hold exactly one; a file is imported when its method is asked for."""
 
 from __future__ import annotations
 
@@ -17,19 +17,29 @@ from surgery.core.method import FOLD_CLASSES, KINDS, Method, MethodInfo
 @cache
 def methods() -> dict[tuple[str, str], type[Method]]:
     """All methods by (verb, name), sorted. Raises RuntimeError for a file that breaks the contract: that is a fault of ours."""
+    return dict(sorted(((verb, name), cls) for verb in _verbs() for name, cls in of(verb).items()))
+
+
+def of(verb: str) -> dict[str, type[Method]]:
+    """The methods of one verb by name; the files of other verbs are not imported."""
+    return {name: get(verb, name) for name in sorted(_files(verb))}
+
+
+@cache
+def _verbs() -> tuple[str, ...]:
     import surgery.passes
 
-    found: dict[tuple[str, str], type[Method]] = {}
-    for folder in pkgutil.iter_modules(surgery.passes.__path__):
-        if not folder.ispkg or folder.name == "kinds":
-            continue
-        package = importlib.import_module(f"surgery.passes.{folder.name}")
-        for entry in pkgutil.iter_modules(package.__path__):
-            if entry.name.startswith("_"):
-                continue
-            module = importlib.import_module(f"{package.__name__}.{entry.name}")
-            found[folder.name, entry.name.rstrip("_")] = _method_of(module, folder.name, entry.name.rstrip("_"))
-    return dict(sorted(found.items()))
+    return tuple(f.name for f in pkgutil.iter_modules(surgery.passes.__path__) if f.ispkg and f.name != "kinds")
+
+
+@cache
+def _files(verb: str) -> dict[str, str]:
+    """Module names of a verb's methods by the names in the language; a Python keyword has an underscore behind it."""
+    if verb not in _verbs():
+        return {}
+    package = importlib.import_module(f"surgery.passes.{verb}")
+    found = [entry.name for entry in pkgutil.iter_modules(package.__path__) if not entry.name.startswith("_")]
+    return {name.rstrip("_"): f"{package.__name__}.{name}" for name in found}
 
 
 def _method_of(module: object, verb: str, name: str) -> type[Method]:
@@ -51,9 +61,13 @@ def _method_of(module: object, verb: str, name: str) -> type[Method]:
     return cls
 
 
+@cache
 def get(verb: str, name: str) -> type[Method]:
-    """The method class; KeyError when there is none."""
-    return methods()[verb, name]
+    """The method class; only its own file is imported. KeyError when there is none."""
+    file = _files(verb).get(name)
+    if file is None:
+        raise KeyError((verb, name))
+    return _method_of(importlib.import_module(file), verb, name)
 
 
 def catalogue() -> list[MethodInfo]:

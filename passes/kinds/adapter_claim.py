@@ -53,14 +53,15 @@ def sum_claim(before: Program, after: Program, places: Sequence[Here], whole: It
         None if is_small(after) else probes(after, [a for a in after.attachments if a.module not in {b.module for b in before.attachments}])
     )
     if found:
-        text = f"merged = weighted sum, of {len(found)} weights, first, middle and last of each kind"
+        inputs = f"{len(found)} weights, first, middle and last of each kind"
         return Claim(
-            text,
+            f"merged = weighted sum, of {inputs}",
             before,
             lambda tensors, _: outputs(before, tensors, found),
             lambda tensors, _: outputs(after, tensors, found),
             TOLERANCE,
             span,
+            inputs,
         )
     return Claim("merged = weighted sum", before, outputs_of(before), outputs_of(after), TOLERANCE, span)
 

@@ -29,7 +29,7 @@ def _known() -> dict[frozenset[tuple[str, Any]], type[LowRankMethod]]:
     from surgery.passes import registry
 
     found: dict[frozenset[tuple[str, Any]], type[LowRankMethod]] = {}
-    for cls in registry.methods().values():
+    for cls in registry.of("adapt").values():
         if issubclass(cls, LowRankMethod) and cls.exchange is not None:
             found.setdefault(frozenset(cls.exchange.items()), cls)
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,20 @@ def probes(program: Program, chosen: Sequence[Attachment]) -> list[Probe] | None
 
 def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[Tensor]:
     """What the sites give for their random inputs, in float32."""
+    beside: dict[str, list[Attachment]] = {}
+    for a in program.attachments:
+        if isinstance(program.module(a.module), DeltaModule):
+            name = weight_names(program, a.site)[0]
+            beside.setdefault(program.aliases.get(name, name), []).append(a)
     with torch.no_grad():
-        return [_output(program, tensors, probe, i) for i, probe in enumerate(found)]
+        return [_output(program, tensors, probe, i, beside.get(probe.name, ())) for i, probe in enumerate(found)]
 
 
-def _output(program: Program, tensors: Tensors, probe: Probe, seed: int) -> Tensor:
+def _output(program: Program, tensors: Tensors, probe: Probe, seed: int, beside: Sequence[Attachment]) -> Tensor:
+    memo: dict[str, Any] = {}  # factors that one decomposition gives are computed together
+
     def read(name: str) -> Tensor:
-        value = tensors.fresh(program, program.aliases.get(name, name), {})
+        value = tensors.fresh(program, program.aliases.get(name, name), memo)
         return value.float() if value.is_floating_point() else value
 
     stored = read(probe.name)
@@ -74,10 +82,8 @@ def _output(program: Program, tensors: Tensors, probe: Probe, seed: int) -> Tens
     bias = read(probe.bias) if probe.bias else None
     x = torch.randn(INPUTS, weight.shape[1], generator=torch.Generator().manual_seed(seed))
     base = out = F.linear(x, weight, bias)
-    for a in program.attachments:
+    for a in beside:
         module = program.module(a.module)
-        if not isinstance(module, DeltaModule) or weight_names(program, a.site)[0] not in _names(program, probe.name):
-            continue
         live = DeltaModule.bare(module.method, module.site, module.masked).eval()
         for leaf in module.tensors():
             value = read(f"{a.module}.{leaf}")
@@ -89,7 +95,3 @@ def _output(program: Program, tensors: Tensors, probe: Probe, seed: int) -> Tens
         keep = masked.key_of(program, probe.name) if module.masked else None
         out = live(x, out, *(what[r] for r in module.method.reads), *(() if keep is None else (read(keep),)))
     return out
-
-
-def _names(program: Program, stored: str) -> set[str]:
-    return {stored, *(k for k, v in program.aliases.items() if v == stored)}

@@ -28,3 +28,5 @@ class Claim:
     found: Callable[[Tensors, Sequence[Tensor]], Outputs]
     tolerance: float = 1e-5
     span: Span = NOWHERE
+    inputs: str = ""
+    """What stands in place of sample inputs where both functions have their own: they are then called once, with none."""

@@ -22,8 +22,8 @@ import torch
 from torch import fx, nn
 
 from surgery.core.diagnostics import SurgeryError, fail
+from surgery.model import lazygraph, oplist
 from surgery.model import modules as registry
-from surgery.model import oplist
 from surgery.model.exprjson import load_expr, make_symbols
 from surgery.model.graphnames import (
     FORMATS,
@@ -153,7 +153,7 @@ class GraphReader:
 
     def holder(self) -> nn.Module:
         """An empty module that will run a graph."""
-        return fx.GraphModule(nn.Module(), fx.Graph())
+        return lazygraph.empty()
 
     def fill(self, holder: nn.Module, index: int, nodes: list[Any]) -> None:
         """Give the holder, whose children and tensors are in place, its graph."""

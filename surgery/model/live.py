@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import fx, nn
 
 from surgery.core.progress import Bytes, report
 from surgery.model import masked
+from surgery.model.lazygraph import compile_tree, copy_tree
 from surgery.model.program import Program
 from surgery.model.realise import realise
 from surgery.model.retarget import retarget
@@ -83,8 +83,9 @@ def live_root(program: Program, tensors: Tensors, *, dtype: torch.dtype | None =
     Called with the flat inputs of the program's signature, returns its flat outputs. Tied parameters are one object.
     """
     wanted = dtype or getattr(torch, program.info.dtype)
-    root = deepcopy(program.graph)
+    root = copy_tree(program.graph)
     retarget(root, dtype=wanted, device=torch.device(device))
+    compile_tree(root)
     made: dict[str, nn.Parameter] = {}
     done, total = 0, Bytes(sum(e.nbytes for e in program.weights.values()))
     for path, module in root.named_modules():

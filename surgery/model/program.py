@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from torch import fx
 
 from surgery.core.site import Anatomy, NodeRef, Site
 from surgery.core.source import NOWHERE, Span
+from surgery.model.lazygraph import copy_tree
 from surgery.model.past import Past
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Program:
     def copy(self) -> Program:
         """An independent program: own graph (meta tensors), same immutable expressions."""
         out = replace(
-            self, graph=deepcopy(self.graph), weights=type(self.weights)(self.weights), aliases=dict(self.aliases),
+            self, graph=copy_tree(self.graph), weights=type(self.weights)(self.weights), aliases=dict(self.aliases),
             journal=Journal(), attachments=list(self.attachments), frozen=set(self.frozen), schedules=list(self.schedules),
             named=dict(self.named), gone=dict(self.gone),
         )  # fmt: skip

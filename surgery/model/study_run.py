@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
 from surgery.core.source import Span
 from surgery.model.data import Batch
+from surgery.model.lazygraph import copy_tree
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.retarget import retarget, retarget_graph
@@ -63,7 +63,7 @@ class Part:
         self, program: Program, tensors: Tensors, path: str, dtype: torch.dtype, trained: Iterable[str] = (), *, finite: bool = True
     ) -> None:
         """``trained``: names of parameters that are to require gradients. With ``finite`` raises S0752 for weights that are not."""
-        self.module: nn.Module = deepcopy(program.graph.get_submodule(path))
+        self.module: nn.Module = copy_tree(program.graph.get_submodule(path))
         self.parameters: dict[str, nn.Parameter] = {}
         retarget(self.module, dtype=dtype, device=torch.device("cpu"))
         memo: dict[str, Any] = {}

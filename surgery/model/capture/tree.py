@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from surgery.model.capture.normalise import Leaf
 from surgery.model.capture.template import Template
+from surgery.model.lazygraph import empty
 
 
 class Tensors:
@@ -77,7 +78,7 @@ def _module(
     lifted: dict[str, Tensor],
     constants: dict[str, Tensor],
 ) -> fx.GraphModule:
-    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm = empty()
     prefix = f"{path}." if path else ""
     for target, leaf in template.leaves.items():
         place(gm, target, _leaf(leaf, prefix + target, original, path, tensors, model))
