@@ -208,7 +208,7 @@ class Compilation:
         program = emission.program
         live = call.values().get("live")
         if backend.folds and live is not True:
-            program = self.folded(program, node, keep=live_names(live))
+            program = self.folded(program, node, live_names(live), emission.folded)
         emitted = backend.emit(
             program,
             backends.request(
@@ -223,13 +223,12 @@ class Compilation:
         self.notes.extend(emitted.notes)
         self.emitted.append((call.name, node.to, emitted))
 
-    def folded(self, program: Program, node: ast.Emit, keep: frozenset[str] = frozenset()) -> Program:
-        """A copy in which everything that can fold and is not in ``keep`` is folded, with the measured claim that this changed nothing."""
-        if not program.attachments:
+    def folded(self, program: Program, node: ast.Emit, keep: frozenset[str], ready: Program | None) -> Program:
+        """``ready``, the copy in which everything that can fold and is not in ``keep`` is folded, with the measured claim that this changed
+        nothing; the program itself where nothing is attached."""
+        if ready is None:
             return program
         origin = Origin(span=node.span, verb="emit", method="fold")
-        copy = program.copy()
-        fold_all(copy, origin, keep)
         stirred = widened(stir(program))
         settled = stirred.copy()
         fold_all(settled, origin, keep)
@@ -240,7 +239,7 @@ class Compilation:
                 "folds everything that can fold", help="nothing was written; `emit onnx(live = true)` keeps what was added as it is",
             )  # fmt: skip
         self.zeros_kept(stirred, settled)
-        return copy
+        return ready
 
     def probe(self, before: Program, after: Program, tolerance: float) -> dict[str, Any] | None:
         """``folded = unfolded`` of a large program, by some weights of each kind that folded; None where the model has to be run."""

@@ -90,9 +90,11 @@ def _walk(
     ref, span = model_ref(spec, model)
     base = Path(spec.source.name).parent if spec.source.name not in ("<text>", "<stdin>") else Path()
     report("opening the model")
+    captures: dict[str, Any] | None = {} if spec.checkpoints or len(spec.models) > 1 else None
     program, checkpoint = open_program(
-        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base, hash_content=keep_base
-    )
+        ref, inputs=inputs, dynamic=dynamic, allow_code=allow_code, use_cache=use_cache, span=span, base=base, hash_content=keep_base,
+        captures=captures,
+    )  # fmt: skip
     from surgery.model import cost
     from surgery.passes.expect import parameter_sizes
 
@@ -106,7 +108,7 @@ def _walk(
     study = Study(Tensors(registry.function), report) if keep_base else None
 
     def other(ref: str, at: Span) -> Program:
-        return open_program(ref, allow_code=allow_code, use_cache=use_cache, span=at, base=base)[0]
+        return open_program(ref, allow_code=allow_code, use_cache=use_cache, span=at, base=base, captures=captures)[0]
 
     session = Session(spec=spec, program=program, plan=plan, keep_base=keep_base, progress=report, study=study, open=other)
     session.data = Shelf(spec.data, checkpoint)

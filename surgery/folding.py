@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -102,15 +103,14 @@ def fold_all(program: Program, origin: Origin, keep: frozenset[str] = frozenset(
     return [*apply(program, op), *left]
 
 
-def staying(program: Program, origin: Origin, keep: frozenset[str], said: set[str]) -> tuple[str, ...]:
-    """Lines on what stays when an output folds all that can fold, one for each reason; ``keep`` was asked for, ``said`` are modules of which
-    another line speaks."""
-    copy = program.copy()
-    told = {a.module: a for a in copy.attachments}
+def staying(program: Program, changes: Iterable[SiteChange], keep: frozenset[str], said: set[str]) -> tuple[str, ...]:
+    """Lines on what stays when an output folds all that can fold, one for each reason. ``changes`` are what :func:`fold_all` says of a copy of
+    the program; ``keep`` was asked for, ``said`` are modules of which another line speaks."""
+    told = {a.module: a for a in program.attachments}
     counts: dict[tuple[str, str], int] = {}
     quiet = said | {a.module for a in told.values() if named_by(a, keep)}
     roles = {(a.name, a.site.role) for a in told.values() if a.module in quiet}
-    for change in fold_all(copy, origin, keep):
+    for change in changes:
         name, _, reason = change.note.partition(" stays in the graph: ")
         if reason and (name, change.role) not in roles:
             counts[name, reason] = counts.get((name, reason), 0) + 1
@@ -122,17 +122,18 @@ def _change(a: Attachment, note: str) -> SiteChange:
 
 
 def stir(program: Program) -> Program:
-    """A copy whose attachments do something: tensors that start at zero get small seeded values.
+    """The same program with attachments that do something: tensors that start at zero get small seeded values. It has the graph of
+    ``program``: copy it before changing its structure.
 
     A fresh adapter adds nothing, so that folding it would prove nothing; one that was trained is left as it is.
     """
-    copy = program.copy()
-    for name in sorted({copy.aliases.get(t, t) for a in copy.attachments for t in a.tensors}):
-        expr = copy.weights[name]
+    weights = type(program.weights)(program.weights)
+    for name in sorted({program.aliases.get(t, t) for a in program.attachments for t in a.tensors}):
+        expr = weights[name]
         if isinstance(expr, Init) and expr.kind == "zeros":
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-            copy.weights[name] = Init(expr.shape, expr.dtype, "normal", (0.0, 0.02), seed)
-    return copy
+            weights[name] = Init(expr.shape, expr.dtype, "normal", (0.0, 0.02), seed)
+    return replace(program, weights=weights)
 
 
 def widened(program: Program) -> Program:

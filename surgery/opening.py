@@ -13,6 +13,9 @@ from torch import nn
 
 from surgery.core.progress import report
 from surgery.core.source import Span
+from surgery.model.checkpoint_config import meta_model
+from surgery.model.lazygraph import copy_tree
+from surgery.model.naming import Naming, naming_of, read_naming, write_naming
 from surgery.model.program import ModelInfo, Program
 from surgery.model.realise import held
 from surgery.model.weights import Weights
@@ -37,11 +40,13 @@ def open_program(
     span: Span | None = None,
     base: Path | None = None,
     hash_content: bool = False,
+    captures: dict[str, Any] | None = None,
 ) -> tuple[Program, Any]:
     """The program of a model and its checkpoint (None for a live module).
 
     No weight is read: parameters are meta tensors with expressions over the stored tensors. ``hash_content`` says that the hash of
-    the weight files will be asked for, so that they are read while the model is traced.
+    the weight files will be asked for, so that they are read while the model is traced. ``captures`` keeps what was captured, by config, for
+    whoever opens several checkpoints.
     """
     if isinstance(ref, nn.Module):
         return capture(ref, inputs, dynamic=dynamic), None
@@ -62,13 +67,40 @@ def open_program(
         program = capture(checkpoint.module, checkpoint.inputs if inputs is None else inputs, dynamic=dynamic)
         program.info = replace(program.info, ref=ref)
         return program, checkpoint
-    from surgery.model.capture import capture_config
+    from surgery.model.capture.cache import cache_key
     from surgery.model.checkpoint_bind import bind
 
     report("capturing the model")
-    captured = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=cache_folder() if use_cache else None)
-    weights = bind(checkpoint, captured.parameters, captured.aliases, own_dtype="bfloat16", span=span)
+    folder, key = cache_folder() if use_cache else None, cache_key(checkpoint.config, checkpoint.architecture)
+    captured = _captured(checkpoint, folder, key, captures)
+    model, naming = _naming(checkpoint, folder, key, span)
+    weights = bind(checkpoint, captured.parameters, captured.aliases, model=model, own_dtype="bfloat16", span=span, naming=naming)
     return assemble(captured, weights, info_of(checkpoint)), checkpoint
+
+
+def _captured(checkpoint: Any, folder: Path | None, key: str, captures: dict[str, Any] | None) -> Any:
+    """The capture of a checkpoint's config; a second one of equal config is a copy of the first."""
+    from surgery.model.capture import capture_config
+
+    if captures is None:
+        return capture_config(checkpoint.config, checkpoint.architecture, cache_dir=folder)
+    if key not in captures:
+        captures[key] = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=folder)
+    return replace(captures[key], graph=copy_tree(captures[key].graph))
+
+
+def _naming(checkpoint: Any, folder: Path | None, key: str, span: Span | None) -> tuple[Any, Naming | None]:
+    """What is known of the conversions of stored tensors; where nothing is, it is kept for the next time, and the model that told comes along."""
+    if folder is None or checkpoint.random:
+        return None, None
+    naming = read_naming(folder, key)
+    if naming is not None:
+        return None, naming
+    model = meta_model(checkpoint, span)
+    naming = naming_of(model)
+    if naming is not None:
+        write_naming(folder, key, naming)
+    return model, naming
 
 
 def info_of(checkpoint: Any) -> ModelInfo:

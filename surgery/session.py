@@ -38,11 +38,13 @@ ATTACHING = ("adapt", "insert", "freeze", "unfreeze")
 
 @dataclass(frozen=True)
 class Emission:
-    """One ``emit`` with the program as the lines above left it."""
+    """One ``emit`` with the program as the lines above left it; ``folded`` is a copy in which everything that can fold is folded, where the
+    output wants that and something is attached."""
 
     checked: Checked
     program: Program
     base: Program
+    folded: Program | None = None
 
 
 @dataclass
@@ -343,16 +345,19 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     params = {k: v for k, v in checked.call.values().items() if v is not None}
     backend = backends.get(checked.call.name, node.span)
     facts = _told(session, backend, params, checked.call.spans.get("live", node.span), node.span)
+    folded: Program | None = None
+    changes: list[SiteChange] = []
+    if backend.folds and params.get("live") is not True and session.program.attachments:
+        folded, changes = _folded(session.program, node.span, params.get("live"))
     if (check := getattr(backend, "check", None)) is not None and not session.sink.failed:
-        live = params.get("live")
-        check(session.program if live is True or not backend.folds else _folded(session.program, node.span, live), node.span)
+        check(session.program if folded is None else folded, node.span)
     if session.keep_base:
         assert session.base is not None
-        session.emissions.append(Emission(checked, session.snapshot(position), session.base))
+        session.emissions.append(Emission(checked, session.snapshot(position), session.base, folded))
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
-            stage=checked.stage, facts=(*_kept_live(session.program, backend, params, node.span), *facts),
+            stage=checked.stage, facts=(*(_kept_live(session.program, changes, params.get("live")) if folded is not None else ()), *facts),
         )
     )  # fmt: skip
 
@@ -368,28 +373,22 @@ def _told(session: Session, backend: Any, params: dict[str, Any], place: Span, s
     return tuple(tell(session.program, params, live_modules(session.program, live), span))
 
 
-def _folded(program: Program, span: Span, live: Any) -> Program:
-    """A copy with everything folded that can fold and is not ``live``; the program itself where nothing is attached."""
+def _folded(program: Program, span: Span, live: Any) -> tuple[Program, list[SiteChange]]:
+    """A copy with everything folded that can fold and is not ``live``, and what became of each attachment."""
     from surgery.folding import fold_all, live_names
 
-    if not program.attachments:
-        return program
     copy = program.copy()
-    fold_all(copy, Origin(span=span, verb="emit", method="fold"), live_names(live))
-    return copy
+    return copy, fold_all(copy, Origin(span=span, verb="emit", method="fold"), live_names(live))
 
 
-def _kept_live(program: Program, backend: Any, params: dict[str, Any], span: Span) -> tuple[str, ...]:
-    """What an output that folds leaves live, and why, for the plan."""
+def _kept_live(program: Program, changes: list[SiteChange], live: Any) -> tuple[str, ...]:
+    """What an output that folds leaves live, and why, for the plan. ``changes`` are those of :func:`_folded`."""
     from surgery.folding import live_names, staying
 
-    live = params.get("live")
-    if not backend.folds or live is True or not program.attachments:
-        return ()
     kept = tie_fold.stay_live(program) if not live else []
     count = f"{len(kept)} adapter{'s stay' if len(kept) > 1 else ' stays'}"
     shared = (f"{count} live: layers share the weights that {'they change' if len(kept) > 1 else 'it changes'}",) if kept else ()
-    return (*shared, *staying(program, Origin(span=span, verb="emit", method="fold"), live_names(live), {a.module for a in kept}))
+    return (*shared, *staying(program, changes, live_names(live), {a.module for a in kept}))
 
 
 Handler = Callable[[Session, Checked, int], None]

@@ -13,6 +13,7 @@ from surgery.model.checkpoint import Checkpoint
 from surgery.model.checkpoint_config import meta_model
 from surgery.model.checkpoint_convert import Converted, convert
 from surgery.model.checkpoint_init import initial
+from surgery.model.naming import Naming
 from surgery.model.weights import Expr, Weights, cast, is_float
 
 Parameters = Mapping[str, tuple[tuple[int, ...], str | None]]
@@ -27,6 +28,7 @@ def bind(
     given: Mapping[str, Expr] | None = None,
     own_dtype: str | None = None,
     span: Span | None = None,
+    naming: Naming | None = None,
 ) -> Weights:
     """The expression of each parameter and persistent buffer of a module over a checkpoint's tensors.
 
@@ -34,7 +36,7 @@ def bind(
         each further name of a tied tensor to its first name (aliases get no entry). ``model`` is the transformers model on meta
         that the names come from (built from the config when absent). ``given`` are expressions for names that no checkpoint holds
         (buffers computed at construction); they win. ``own_dtype`` is the dtype that stands for the model's own in ``parameters`` (a capture
-    writes it as ``bfloat16``): those take the checkpoint's dtype.
+    writes it as ``bfloat16``): those take the checkpoint's dtype. ``naming`` is what is known of the class's conversions: where none applies, no model is built.
 
         Raises one SurgeryError with all findings: S0714 missing, S0715 a head that would be random, S0716 unexpected,
         S0717 wrong shape, S0718 wrong kind of dtype, S0719 an inexpressible conversion. Stored tensors of a head that the
@@ -55,6 +57,8 @@ def bind(
     if checkpoint.kind == "python":
         found = _from_module(checkpoint.module)
         model = checkpoint.module
+    elif naming is not None and _as_named(naming, checkpoint, {**parameters, **aliases}, wanted, aliases, given):
+        found = Converted({n: t.load() for n, t in checkpoint.tensors.items()}, {n: [n] for n in checkpoint.tensors})
     else:
         model = model if model is not None else meta_model(checkpoint, span)
         names = dict.fromkeys([*parameters, *aliases, *_state_names(model)])
@@ -76,6 +80,19 @@ def bind(
         weights.clear()
         weights.update(ordered)
     return weights
+
+
+def _as_named(
+    naming: Naming,
+    checkpoint: Checkpoint,
+    names: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    given: Mapping[str, Any],
+) -> bool:
+    """Whether every stored tensor is the parameter of its name and nothing is missing, so that there is nothing to say."""
+    there = {*checkpoint.tensors, *given, *(first for alias, first in aliases.items() if alias in checkpoint.tensors)}
+    return there.issuperset(wanted) and naming.keeps(checkpoint.tensors, names)
 
 
 def _state_names(model: Any) -> list[str]:

@@ -86,11 +86,12 @@ def _write(folder: Path, key: str, capture: Captured) -> None:
     text = json.dumps({"schema": "surgery.capture/1", "key": key, "hash": _digest(body, tensors), "body": body}, separators=(",", ":"))
     plain, binary = _files(folder, key)
     plain.parent.mkdir(parents=True, exist_ok=True)
-    _replace(binary, tensors)
-    _replace(plain, text.encode())
+    replace_file(binary, tensors)
+    replace_file(plain, text.encode())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all. OSError where it cannot be written."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".capture-")
     try:
         with os.fdopen(handle, "wb") as file:
