@@ -13,15 +13,20 @@ from surgery.passes.kinds.insert_prompt import PromptMethod
 
 @dataclass(frozen=True)
 class Prompt(PromptMethod):
-    """Trained embeddings of virtual tokens in front of a causal language model's input: prompt tuning.
+    """Trained embeddings of virtual tokens in front of a language model's input: prompt tuning.
 
     The model computes what it would with ``n`` further tokens in front whose embeddings are ``P [n, width]``: they have positions
     ``0 .. n - 1``, those of the real tokens move by ``n``, and padding is as it was. Outputs keep the positions of the real tokens only, and
-    so do the caches that the model takes and returns. What virtual tokens are depends on no input, so the graph computes their keys and
-    values once a call (in training, too: dropout draws one mask for them and not one for each row).
+    so do the caches that the model takes and returns. Adds ``n width`` parameters. ``init = words`` starts from the embeddings of tokens that
+    are drawn from the vocabulary.
 
-    Folding stores these keys and values and takes the rest out of the graph: ``2 n`` rows of a key head's width for each layer and key head.
-    Adds ``n width`` parameters. ``init = words`` starts from the embeddings of tokens that are drawn from the vocabulary.
+    In a causal model with a cache virtual tokens depend on no input, so the graph computes their keys and values once a call (in training, too:
+    dropout draws one mask for them and not one for each row). Folding stores these and takes the rest out of the graph: ``2 n`` rows of a
+    key head's width for each layer and key head.
+
+    In an encoder, and in a model that takes no cache, they are rows of the sequence: they see every token and are seen, their token type is 0,
+    and folding leaves them as they are. What the model pools from its first position it pools from the first virtual token, as peft has it;
+    what it picks by an id or by the last token that is no padding it finds where it is.
 
         insert prompt(length = 20) on embed.tokens
 

@@ -75,7 +75,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
 
 def _no_virtual_tokens(program: Program, op: Resolved) -> None:
     """What stands in front of the sequence has keys and values of every layer, which no part of one layer takes along."""
-    a = next((a for a in program.attachments if a.method.stands == "tokens"), None)
+    a = next(
+        (a for a in program.attachments if a.method.stands == "tokens" and not getattr(program.module(a.module), "own_calls", False)), None
+    )
     if a is not None:
         raise fail(
             "S0493", f"{a.name} keeps keys and values of virtual tokens for every layer, so no part of a layer can go", op.origin.span,

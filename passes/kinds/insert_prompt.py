@@ -35,6 +35,7 @@ from surgery.passes.kinds.insert_prompt_graph import EMBED, EMPTY, IDS, JOIN, MA
 from surgery.passes.operation import Resolved, SiteChange
 
 MODULE_TAG = "surgery.prompt"
+ROWS = "every token sees its tokens and is seen by them, so nothing can be computed before a call: its embeddings are constants as they are"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class PromptModule(nn.Module):
     that number), ``MASK`` a mask with ``n`` ones in front, ``SHIFT`` positions ``n`` later, ``REST`` a grown cache without its first ``n`` steps.
     """
 
+    own_calls = False
+    """Whether its calls stand on values of several sorts, of which a cut asks about those that lose something."""
     edits = 0
     """Which argument is the value that passes through when the module is taken out."""
     folded = "its keys and values are stored, and the pass that made them is gone"
@@ -157,7 +160,10 @@ def table_specs(stored: Sequence[tuple[int, int, int]]) -> tuple[TensorSpec, ...
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
-    """Put the statement's tokens in front. Raises S0491 (see :func:`ends_of`) and S0492 for a second prompt."""
+    """Put the statement's tokens in front. Raises S0491 (see :func:`ends_of` and :mod:`~surgery.passes.kinds.insert_prompt_rows`) and S0492 for a
+    second prompt."""
+    from surgery.passes.kinds import insert_prompt_rows
+
     if len(op.sites) != 1:
         raise refused(op, op.sites[-1], "virtual tokens stand in front of one sequence", "select one embedding: `on embed.tokens`")
     before = next((a for a in program.attachments if isinstance(a.method, PromptMethod)), None)
@@ -169,11 +175,12 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         )  # fmt: skip
     site, method = op.sites[0], op.method
     assert isinstance(method, PromptMethod)
-    ends = ends_of(program, op, site)
+    rows = insert_prompt_rows.stands_as_rows(program)
+    ends = insert_prompt_rows.row_ends(program, op, site) if rows else ends_of(program, op, site)
     attach.freeze_base(program)
     width = int(ends.embedded.meta["spec"].shape[-1])
     path = attach.free_name(program.graph, op.name)
-    module = PromptModule.bare(method, width)
+    module = (insert_prompt_rows.PromptRows if rows else PromptModule).bare(method, width)
     program.graph.add_submodule(path, module)
     params = tuple((k, v) for k, v in method.params().items() if k != "seed")
     table = program.weights[program.aliases.get(site.weight, site.weight)]
@@ -181,7 +188,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         program, module, path, method.tensors(width), op,
         dtype=attach.adapter_dtype(program.info.dtype), source=table, params=params, pool={},
     )  # fmt: skip
-    first = write(program, path, ends)
+    first = (
+        insert_prompt_rows.write_rows(program, path, ends) if isinstance(ends, insert_prompt_rows.RowEnds) else write(program, path, ends)
+    )
     attach.recompile_later(program.graph)
     program.journal.record(first, op.origin)
     program.journal.record(path, op.origin)
@@ -189,7 +198,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     own = program.aliases.get(site.weight, site.weight)
     trainable += 0 if own in program.frozen else torch.Size(table.shape).numel()
     program.touch()
-    note = f"{method.entries()} tokens in front: positions move by as many, outputs and caches keep those of the real tokens"
+    kept = "outputs keep" if rows else "outputs and caches keep"
+    note = f"{method.entries()} tokens in front: positions move by as many, {kept} those of the real tokens"
     return [SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)]
 
 
@@ -200,6 +210,8 @@ def fold(program: Program, a: Attachment, op: Resolved) -> str:
     """Replace the prompt pass by its keys and values; a reason when that is done already, else an empty text."""
     module = program.module(a.module)
     assert isinstance(module, PromptModule)
+    if module.own_calls:
+        return ROWS
     if module.stored:
         return "its keys and values are stored already"
     graph = program.graph.graph

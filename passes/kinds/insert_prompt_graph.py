@@ -42,7 +42,7 @@ def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
     from surgery.passes.kinds.insert import end_of_chain
 
     calls = calls_of(program, site) if site.op == "embedding" else []
-    ids = _looked_up(calls[0][1]) if len(calls) == 1 and not calls[0][0] else None
+    ids = looked_up(calls[0][1]) if len(calls) == 1 and not calls[0][0] else None
     if ids is None:
         raise refused(op, site, "it does not look up the model's token ids", "select the embedding of the tokens: `on embed.tokens`")
     blocks = [s for s in program.anatomy.sites if s.is_region and "causal" in s.facts]
@@ -55,7 +55,7 @@ def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
         )
         raise refused(op, site, why, "`insert prefix(..) on layers[*].attn` puts keys and values in front of any attention")
     holders = [n for n in program.graph.graph.nodes if n.op == "placeholder"]
-    kinds = _inputs(program)
+    kinds = inputs_of(program)
     pasts = tuple(n for n, (_, cached) in zip(holders, kinds, strict=True) if cached)
     grown = tuple(i for i, cached in enumerate(_cached(program.signature.out_spec)) if cached)
     if not pasts or len(pasts) != len(grown):
@@ -77,7 +77,7 @@ def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
     )
 
 
-def _looked_up(node: fx.Node) -> fx.Node | None:
+def looked_up(node: fx.Node) -> fx.Node | None:
     """The input whose ids an embedding looks up, behind changes of shape."""
     value = operand(node)
     while value.op == "call_function" and str(value.target).startswith(_MOVES) and isinstance(value.args[0], fx.Node):
@@ -85,7 +85,7 @@ def _looked_up(node: fx.Node) -> fx.Node | None:
     return value if value.op == "placeholder" else None
 
 
-def _inputs(program: Program) -> list[tuple[str, bool]]:
+def inputs_of(program: Program) -> list[tuple[str, bool]]:
     """For every flat input the parameter that it belongs to and whether it is a part of a cache."""
     tree = program.signature.in_spec
     keys = tree.get("keys") or program.signature.parameters

@@ -28,6 +28,7 @@ class Sizes:
         self.sequence = False
         self._cache: dict[Any, int] = {}
         self.known: dict[str, int] = {}  # operations of modules by what decides them, see `_same_work`
+        length += sum(int(getattr(module, "more_rows", 0)) for module in program.graph.children())  # virtual tokens
         traced: Mapping[str, tuple[str, int, int]] = program.signature.symbols
         for node in graph.nodes:
             spec = node.meta.get("spec")

@@ -93,6 +93,8 @@ def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) 
         ]
         if not any(a.touched for a in seen):
             continue
+        if getattr(module, "own_calls", False):
+            seen = [replace(a, inputs=a.inputs[:1]) for a in seen if any(m is not None for m in a.inputs[0])]
         if any(not _equal(a, seen[0]) for a in seen[1:]):
             raise _refused(label, attachment, "it is called at several places that lose different units", span)
         follow = getattr(module, "follow", None)

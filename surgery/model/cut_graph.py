@@ -149,7 +149,17 @@ class GraphCut:
             elif node.op == "call_module":
                 edits = getattr(inside(gm, str(node.target)), "edits", None)
                 if isinstance(edits, int):
-                    node.meta["spec"] = node.args[edits].meta["spec"]
+                    node.meta["spec"] = _passed(node.meta.get("spec"), node.args[edits].meta["spec"])
+
+
+def _passed(old: Any, given: Any) -> Any:
+    """What an attached module passes on has the fixed sizes of what it edits, and open ones (more tokens, say) of its own."""
+    if not (isinstance(old, ValueSpec) and isinstance(given, ValueSpec)) or len(old.shape) != len(given.shape):
+        return given
+    shape = tuple(
+        new if isinstance(new, int) or getattr(new, "is_Integer", False) else was for was, new in zip(old.shape, given.shape, strict=True)
+    )
+    return replace(given, shape=shape)
 
 
 def respec_calls(root: fx.GraphModule) -> None:
