@@ -26,14 +26,32 @@ def _(x: Tensor, weight: Any, shift: Any, eps: float, centred: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("surgery::total", mutates_args=())
+def total(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y`` in front of a norm; the shapes are those of a sum."""
+    return (x + y).contiguous()
+
+
+@total.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y).contiguous()
+
+
 @cache
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Plain operators in the spelling in which onnxruntime finds an RMS norm when it opens a graph: its kernel for that runs on vector units, the
-    one for layer norms adds the numbers of a row one after another. So a layer norm is the mean taken off and an RMS norm behind it, and the
-    mean is taken off by a Sum, which keeps the runtime from finding the layer norm in it. Without a gain there is nothing to find."""
+    """Operators in the spelling for which onnxruntime has kernels on vector units: LayerNormalization, and for RMS norms plain operators in which
+    it finds its own kernel when it opens a graph. A sum before a norm is a Sum and not an Add: from that and the norm the runtime would make
+    SkipLayerNormalization, which adds the numbers of a row one after another. Without a gain there is no operator to name."""
     from onnxscript import opset18 as op
 
+    def added(x, y):  # type: ignore[no-untyped-def]
+        return op.Sum(x, y)
+
     def spread(x, weight, shift, eps: float, centred: bool):  # type: ignore[no-untyped-def]
+        if centred and weight is not None:
+            made, mean, spread_ = op.LayerNormalization(x, weight, shift, axis=-1, epsilon=eps)
+            mean.name = spread_.name = ""  # optional outputs that nobody wants have no name
+            return made
         last = op.Constant(value_ints=[-1])
         c = op.Sum(x, op.Neg(op.ReduceMean(x, last, keepdims=1))) if centred else x
         mean = op.ReduceMean(op.Pow(c, op.Constant(value_float=2.0)), last, keepdims=1)
@@ -42,4 +60,4 @@ def translations() -> dict[Any, Callable[..., Any]]:
         out = out if weight is None else op.Mul(out, weight)
         return out if shift is None else op.Add(out, shift)
 
-    return {torch.ops.surgery.spread_norm.default: spread}
+    return {torch.ops.surgery.spread_norm.default: spread, torch.ops.surgery.total.default: added}

@@ -11,7 +11,7 @@ from torch import fx
 
 from surgery.backends.fuse import ops_norm, ops_spread  # noqa: F401  (they register the operations)
 from surgery.backends.fuse.heads import called
-from surgery.backends.fuse.nodes import operand
+from surgery.backends.fuse.nodes import operand, pair
 from surgery.backends.fuse.rule import ONNX, Match, Miss
 from surgery.backends.fuse.view import FuseView, aten
 
@@ -22,13 +22,12 @@ RMS = (_OPS.skip_rms_norm.default, _OPS.skip_rms_norm_sum.default)
 
 @dataclass
 class SpreadNorm:
-    """onnxruntime's kernels for layer norms, and for norms with their shortcut, add the numbers of a row one after another on processors; the one
-    for an RMS norm alone runs on vector units. So shortcuts are sums again, and a layer norm is the mean taken off and an RMS norm, written as
-    a few sums and products of whole rows from which the runtime makes that kernel. Other devices keep the operations that the rules for
-    norms made."""
+    """onnxruntime's kernels for norms with their shortcut add the numbers of a row one after another on processors; those for a norm alone run on
+    vector units. So shortcuts are sums again, the bias goes back to its product, and the sum is spelled so that the runtime does not put it
+    together with the norm by itself. Other devices keep the operations that the rules for norms made."""
 
     name: str = "spread_norm"
-    doc: str = "on processors norms are sums and products of whole rows, which run on vector units"
+    doc: str = "on processors norms and the sums before them are operations of their own, which run on vector units"
     order: int = 400
     targets: frozenset[str] = field(default_factory=lambda: frozenset({ONNX}))
 
@@ -55,9 +54,9 @@ def _apply(view: FuseView, node: fx.Node) -> None:
         elif called(node, *LAYER):
             shift = operand(node, "shift")
         if called(node, *LAYER, *RMS):
-            for added in (operand(node, "bias"), operand(node, "skip")):
-                if added is not None:
-                    total = view.call(aten.add.Tensor, total, added, like=node)
+            total = view.call(_OPS.total.default, _biased(view, total, operand(node, "bias")), operand(node, "skip"), like=node)
+        elif (parts := pair(total, aten.add.Tensor)) is not None:
+            total = _respelled(view, total, parts)
         out = view.call(_OPS.spread_norm.default, total, weight, shift, float(eps), centred, like=node)
     if not called(node, LAYER[1], RMS[1]):
         view.replace(node, out)
@@ -67,6 +66,23 @@ def _apply(view: FuseView, node: fx.Node) -> None:
         user.replace_all_uses_with(values[user.args[1]])  # type: ignore[index]
         view.graph.graph.erase_node(user)
     view.drop(node)
+
+
+def _biased(view: FuseView, x: Any, bias: Any) -> Any:
+    """``x + bias``, added by the product that ``x`` is where nobody else reads it."""
+    if bias is None:
+        return x
+    if called(x, aten.linear.default) and operand(x, "bias") is None and len(x.users) == 1:
+        return view.call(aten.linear.default, *x.args[:2], bias, like=x)
+    return view.call(aten.add.Tensor, x, bias, like=x)
+
+
+def _respelled(view: FuseView, total: Any, parts: tuple[fx.Node, fx.Node]) -> Any:
+    """A sum that the norm reads as it is: for all its readers, so that it is made once."""
+    with view.before(total):
+        made = view.call(_OPS.total.default, *parts, like=total)
+    total.replace_all_uses_with(made)
+    return made
 
 
 RULE = SpreadNorm()
