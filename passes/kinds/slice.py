@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from surgery.core.method import Method, param
 from surgery.core.site import Site
 from surgery.model import cost
-from surgery.model.cut import CutResult, cut
+from surgery.model.cut import cut
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.oracle import masked_claim
 from surgery.model.program import Program
@@ -99,16 +99,16 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     before = report.Costs.of(program)
     owners = report.sizes_before(program, targets)
     sizes = NewSizes(group.dims, group.keep)
-    foreseen = report.Costs.foreseen(program, sizes)
+    foreseen = before.foreseen(program, sizes)
     earlier = program.copy() if op.study is not None else None
     result = cut(program, group, op.origin, sizes)
     if earlier is not None:
         op.claim(masked_claim(earlier, group, program.copy(), op.origin.span))
-    after = report.Costs.of(program) if foreseen is None else replace(before, bytes=cost.bytes_of(program), flops=foreseen)
+    after = report.Costs.of(program) if foreseen is None else replace(before, bytes=cost.bytes_of(program, before.names), flops=foreseen)
     report.warn_widths(op, method, widths, before, after)
     picked = [chosen(t, r, c) for t, r, c in zip(targets, ranked, counts, strict=True)] if scores is not None else None
     report.tell(op, method, targets, counts, picked, before, after)
-    return _changes(program, op, targets, counts, result, owners)
+    return _changes(program, op, targets, counts, report.removed_by(program, targets, result, owners, before.names))
 
 
 def _parameters(op: Resolved, method: SliceMethod) -> None:
@@ -171,11 +171,8 @@ def _report_small(op: Resolved, method: SliceMethod, targets: Sequence[Target], 
         op.warn(faults.no_change(op, method.noun, idle, parameter))
 
 
-def _changes(
-    program: Program, op: Resolved, targets: Sequence[Target], counts: Counts, result: CutResult, sizes: dict[str, int]
-) -> list[SiteChange]:
+def _changes(program: Program, op: Resolved, targets: Sequence[Target], counts: Counts, removed: Sequence[int]) -> list[SiteChange]:
     """One entry a site; what a decision removed stands at the first of the sites that share it."""
-    removed = report.removed_by(program, targets, result, sizes)
     changes: list[SiteChange] = []
     seen: set[str] = set()
     for target, count, gone in zip(targets, counts, removed, strict=True):

@@ -11,6 +11,7 @@ from surgery.model.cut import cut
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.dims import Group
 from surgery.model.program import Program
+from surgery.model.walk import edited
 from surgery.passes.kinds.slice_choice import Counts, Limits, Ranked, group_of
 from surgery.passes.kinds.slice_targets import Target
 from surgery.passes.operation import Resolved
@@ -27,6 +28,8 @@ class Budget:
         self.whole = op.base.get(quantity, self.now)
         self._names = set(cost.parameter_names(program))
         self._known: dict[tuple[int, ...], int] = {}
+        self._bare = not program.attachments and not edited(program.graph)
+        self._counted = cost.count(program) if quantity == "flops" and self._bare else None
 
     def limit(self, share: float) -> float:
         """In decimals, so that 80% of 10 is 8."""
@@ -43,9 +46,9 @@ class Budget:
         if not any(counts):
             return self.now
         group = group_of(self.program.dims, self.targets, self.ranked, counts)
-        if self.quantity == "flops" and not self.program.attachments:
-            return cost.count(self.program, cut=NewSizes(group.dims, group.keep)).per_token
-        if self.program.attachments:
+        if self._counted is not None:
+            return cost.foreseen(self.program, self._counted, NewSizes(group.dims, group.keep))
+        if self.quantity == "flops" or not self._bare:
             copy = self.program.copy()
             cut(copy, group, self.op.origin)
             return MEASURES[self.quantity](copy)

@@ -184,7 +184,7 @@ def group_of(dims: Dims, targets: Sequence[Target], ranked: Sequence[Ranked], co
             continue
         gone = rank.order[:, :count]
         if target.units.outer is None or target.units.same:
-            units[target.units.inner] = tuple(sorted(int(u) for u in gone[0]))
+            units[target.units.inner] = tuple(np.sort(gone[0]).tolist())
         else:
             keep = np.ones((target.units.step, target.units.inner.size), bool)
             np.put_along_axis(keep, gone, False, axis=1)

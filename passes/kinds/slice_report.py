@@ -13,7 +13,7 @@ from surgery.model import cost
 from surgery.model.cut import CutResult
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.program import Program
-from surgery.model.walk import tree
+from surgery.model.walk import edited
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts
 from surgery.passes.kinds.slice_scores import positions
@@ -30,19 +30,21 @@ class Costs:
 
     bytes: int
     flops: int
-    unit: str = "token"
+    unit: str
+    counted: cost.Cost
+    names: tuple[str, ...]
+    """The parameters, which a cut makes smaller and never fewer."""
 
     @staticmethod
     def of(program: Program) -> Costs:
-        counted = cost.count(program)
-        return Costs(cost.bytes_of(program), counted.per_token, counted.unit)
+        counted, names = cost.count(program), cost.parameter_names(program)
+        return Costs(cost.bytes_of(program, names), counted.per_token, counted.unit, counted, names)
 
-    @staticmethod
-    def foreseen(program: Program, sizes: NewSizes) -> int | None:
+    def foreseen(self, program: Program, sizes: NewSizes) -> int | None:
         """Operations as a cut will leave them, from the analysis that there is; None where something stands on top of the model."""
-        if program.attachments or any(hasattr(module, "edits") for _, module in tree(program.graph)):
+        if program.attachments or edited(program.graph):
             return None
-        return cost.count(program, cut=sizes).per_token
+        return cost.foreseen(program, self.counted, sizes)
 
 
 def tell(
@@ -117,9 +119,9 @@ def sizes_before(program: Program, targets: Sequence[Target]) -> dict[str, int]:
     return found
 
 
-def removed_by(program: Program, targets: Sequence[Target], result: CutResult, owner: dict[str, int]) -> list[int]:
-    """Parameters that each target lost; every lost parameter counts once."""
-    parameters = set(cost.parameter_names(program))
+def removed_by(program: Program, targets: Sequence[Target], result: CutResult, owner: dict[str, int], names: Sequence[str]) -> list[int]:
+    """Parameters that each target lost, of those with these ``names``; every lost parameter counts once."""
+    parameters = set(names)
     totals = [0] * len(targets)
     for name, lost in result.removed.items():
         if program.aliases.get(name, name) in parameters:

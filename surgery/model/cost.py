@@ -12,14 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
 
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import ops
 from surgery.model.cost_ops import Sizes, flops_of, weight_of
-from surgery.model.cut_sizes import NewSizes
+from surgery.model.cut_sizes import NewSizes, touched
 from surgery.model.flat import flatten
 from surgery.model.program import Program
-from surgery.model.walk import tensors, tree
+from surgery.model.walk import edited, tensors
 
 # ---------------------------------------------------------------- parameters and bytes
 
@@ -35,9 +36,10 @@ def parameters(program: Program) -> int:
     return sum(math.prod(program.weights[n].shape) for n in parameter_names(program))
 
 
-def bytes_of(program: Program) -> int:
-    """Bytes of all parameters in their own dtypes, tied ones once."""
-    return sum(math.prod(e.shape) * getattr(torch, e.dtype).itemsize for e in (program.weights[n] for n in parameter_names(program)))
+def bytes_of(program: Program, names: Sequence[str] | None = None) -> int:
+    """Bytes of all parameters in their own dtypes, tied ones once; ``names`` are :func:`parameter_names`, where the caller has them."""
+    found = [program.weights[n] for n in (parameter_names(program) if names is None else names)]
+    return sum([math.prod(e.shape) * getattr(torch, e.dtype).itemsize for e in found])
 
 
 def idle_shares(program: Program) -> dict[str, float]:
@@ -81,6 +83,8 @@ class Cost:
     tokens: int
     nodes: list[NodeCost] = field(default_factory=list)
     sample: str = "sample"
+    _graph: fx.Graph | None = field(default=None, repr=False, compare=False)
+    _flat: list[fx.Node] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -101,25 +105,36 @@ class Cost:
         return round(self.total / self.tokens)
 
 
-def count(program: Program, length: int = 128, cut: NewSizes | None = None) -> Cost:
-    """Operations of every node for one forward pass of batch 1, sequences of ``length``, an empty cache; with ``cut`` those of the
-    program as a cut of its dimension classes would leave it (of a program with nothing attached).
+def count(program: Program, length: int = 128) -> Cost:
+    """Operations of every node for one forward pass of batch 1, sequences of ``length``, an empty cache.
 
     Open axes of floating inputs other than the batch (audio) keep the size of the trace. Modules without a
     flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
     """
     # while nothing stands on top of the model the analysis of classes has the same flat graph already
-    bare = not any(hasattr(module, "edits") for _, module in tree(program.graph))
-    graph = program.dims.graph if bare else flatten(program.graph, program.aliases)
-    sizes = Sizes(program, graph, length, cut)
+    graph = flatten(program.graph, program.aliases) if edited(program.graph) else program.dims.graph
+    sizes = Sizes(program, graph, length)
     pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))
-    cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample")
+    cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample", _graph=graph)
     for node in graph.nodes:
         found = flops_of(node, sizes)
         if found:
             weight = weight_of(node)
             cost.nodes.append(NodeCost(node.meta["origin"], ops.name_of(node), found, weight))
+            cost._flat.append(node)
     return cost
+
+
+def foreseen(program: Program, counted: Cost, cut: NewSizes) -> int:
+    """Operations per token or sample as a cut of dimension classes will leave a program with nothing attached, which was ``counted`` as
+    it is: only what the cut touches is counted again."""
+    assert counted._graph is not None
+    sizes = Sizes(program, counted._graph, counted.length, cut)
+    total = counted.total
+    for node, entry in zip(counted._flat, counted.nodes, strict=True):
+        if any([touched(cut.factors(n)) for n in (node, *node.all_input_nodes)]):
+            total += flops_of(node, sizes) - entry.flops
+    return round(total / counted.tokens)
 
 
 def flops_per_token(program: Program, length: int = 128) -> int:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from surgery.model.anatomy import ops
-from surgery.model.cut_sizes import NewSizes
+from surgery.model.cut_sizes import SAME, NewSizes
 from surgery.model.program import Program, ValueSpec
 
 
@@ -30,9 +30,9 @@ class Sizes:
         self.known: dict[str, int] = {}  # operations of modules by what decides them, see `_same_work`
         length += sum(int(getattr(module, "more_rows", 0)) for module in program.graph.children())  # virtual tokens
         traced: Mapping[str, tuple[str, int, int]] = program.signature.symbols
-        for node in graph.nodes:
+        for node in graph.find_nodes(op="placeholder"):
             spec = node.meta.get("spec")
-            if node.op != "placeholder" or not isinstance(spec, ValueSpec):
+            if not isinstance(spec, ValueSpec):
                 continue
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, int) or not getattr(size, "is_Symbol", False) or size in self.values:
@@ -59,15 +59,16 @@ class Sizes:
             return size
         known = self._cache.get(size)
         if known is None:
-            known = self._cache[size] = max(0, int(size.subs(self.values)))
+            known = self.values.get(size)
+            known = self._cache[size] = max(0, int(size.subs(self.values) if known is None else known))
         return known
 
     def shape(self, node: Any) -> tuple[int, ...] | None:
         found = ops.shape_of(node) if isinstance(node, fx.Node) else None
         if found is None or self.cut is None:
-            return None if found is None else tuple(self.of(s) for s in found)
+            return None if found is None else tuple([self.of(s) for s in found])
         factors = self.cut.factors(node)
-        return tuple(self.of(s) * f.numerator // f.denominator for s, f in zip(found, factors, strict=True))
+        return tuple([self.of(s) if f is SAME else self.of(s) * f.numerator // f.denominator for s, f in zip(found, factors, strict=True)])
 
 
 # ---------------------------------------------------------------- operations of one node

@@ -93,23 +93,23 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
         program.weights[m.parameter] = select(program.weights[m.parameter], m.axis, m.kept)
         masked.cut_mask(program, m.parameter, m.axis, m.kept)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    names = set(before)
+    held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for path, module in tree(program.graph, every=True):
+        lead = f"{path}." if path else ""
         for store in (module._parameters, module._buffers):
-            for leaf, tensor in list(store.items()):
+            for leaf, tensor in store.items():
                 if tensor is None:
                     continue
-                name = f"{path}.{leaf}" if path else leaf
+                held.append((store, leaf, tensor))
+                name = lead + leaf
                 first = program.aliases.get(name, name)
-                if first in names and id(tensor) not in made:
+                if first in before and id(tensor) not in made:
                     empty = torch.empty(program.weights[first].shape, dtype=tensor.dtype, device=tensor.device)
                     new = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     made[id(tensor)] = (tensor, new)
-    for _, module in tree(program.graph):
-        for store in (module._parameters, module._buffers):
-            for leaf, tensor in list(store.items()):
-                if tensor is not None and id(tensor) in made and made[id(tensor)][0] is tensor:
-                    store[leaf] = made[id(tensor)][1]  # type: ignore[assignment]
+    for store, leaf, tensor in held:
+        if id(tensor) in made and made[id(tensor)][0] is tensor:
+            store[leaf] = made[id(tensor)][1]
     removed = {}
     for name, size in before.items():
         removed[name] = size - math.prod(program.weights[name].shape)

@@ -20,7 +20,7 @@ from surgery.core.source import Span
 from surgery.model.dims import Group, Member
 from surgery.model.dims.masks import Mask, to_ranges
 from surgery.model.program import Attachment, Program
-from surgery.model.walk import graphs, inside
+from surgery.model.walk import edits, graphs, inside
 from surgery.model.weights import Expr
 
 Kept: TypeAlias = "tuple[Mask | None, ...]"
@@ -148,7 +148,7 @@ def _calls(program: Program) -> dict[str, list[tuple[str, fx.Node]]]:
     found: dict[str, list[tuple[str, fx.Node]]] = {}
     for path, gm in graphs(program.graph):
         for node in gm.graph.nodes:
-            if node.op == "call_module" and hasattr(inside(gm, str(node.target)), "edits"):
+            if node.op == "call_module" and edits(inside(gm, str(node.target))) is not None:
                 found.setdefault(f"{path}.{node.target}" if path else str(node.target), []).append((path, node))
     return found
 
@@ -163,10 +163,10 @@ def _weight(program: Program, group: Group, a: Attachment | None) -> Kept:
 
 def _kept(program: Program, group: Group, refs: Mapping[NodeRef, fx.Node], graph: str, arg: Any) -> Kept:
     while isinstance(arg, fx.Node) and arg.op == "call_module":  # what is attached passes on the axes of what it edits
-        edits = getattr(program.module(graph).get_submodule(str(arg.target)), "edits", None)
-        if not isinstance(edits, int):
+        at = edits(program.module(graph).get_submodule(str(arg.target)))
+        if at is None:
             break
-        arg = arg.args[edits]
+        arg = arg.args[at]
     if not isinstance(arg, fx.Node):
         return ()
     if arg.op == "get_attr":

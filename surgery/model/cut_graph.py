@@ -20,7 +20,7 @@ from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
 from surgery.model.dims import Change
 from surgery.model.dims.context import name_of
 from surgery.model.program import Program, ValueSpec
-from surgery.model.walk import graphs, inside
+from surgery.model.walk import edits, graphs, inside
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default, aten.view_copy.default: aten.reshape.default}  # fmt: skip
@@ -147,9 +147,9 @@ class GraphCut:
                 tensor = reduce(getattr, str(node.target).split("."), gm)
                 node.meta["spec"] = replace(node.meta["spec"], shape=tuple(tensor.shape))  # type: ignore[arg-type]
             elif node.op == "call_module":
-                edits = getattr(inside(gm, str(node.target)), "edits", None)
-                if isinstance(edits, int):
-                    node.meta["spec"] = _passed(node.meta.get("spec"), node.args[edits].meta["spec"])
+                at = edits(inside(gm, str(node.target)))
+                if at is not None:
+                    node.meta["spec"] = _passed(node.meta.get("spec"), node.args[at].meta["spec"])
 
 
 def _passed(old: Any, given: Any) -> Any:

@@ -16,6 +16,8 @@ from surgery.model.dims.context import name_of
 from surgery.model.program import ValueSpec
 
 Shape = tuple[Any, ...]
+SAME = Fraction(1)
+"""The factor of every size that stays: most do, and fractions are compared in Python."""
 _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     operator.add: operator.add, operator.sub: operator.sub, operator.mul: operator.mul, operator.neg: operator.neg,
     operator.floordiv: FloorDiv, operator.mod: Mod, operator.truediv: operator.truediv,
@@ -54,7 +56,8 @@ class NewSizes:
         root = self.dims.root(axis)
         known = self._factor.get(root)
         if known is None:
-            known = self._factor[root] = Fraction(self.keep.size(root), root.size) if root.size else Fraction(1)
+            left = self.keep.size(root)
+            known = self._factor[root] = SAME if left == root.size else Fraction(left, root.size)
         return known
 
     def integer(self, node: fx.Node) -> Any:
@@ -72,7 +75,7 @@ class NewSizes:
                 dim = node.args[1]
                 factor = factors[dim]  # type: ignore[index]
             else:
-                factor = Fraction(1)
+                factor = SAME
                 for f in factors:
                     factor *= f
             if factor != 1:
@@ -93,7 +96,7 @@ class NewSizes:
 
 def scaled(size: Any, factor: Fraction) -> Any:
     """``size * factor`` for an integer or an expression over symbols; a plain int where it is one."""
-    if factor == 1:
+    if factor is SAME or factor == 1:
         return size
     if type(size) is int:
         return size * factor.numerator // factor.denominator
@@ -114,4 +117,4 @@ def touched(factors: Any) -> bool:
     """Whether any size changes."""
     if isinstance(factors, list):
         return any(touched(f) for f in factors)
-    return factors is not None and any(f != 1 for f in factors)
+    return factors is not None and any([f is not SAME and f != 1 for f in factors])

@@ -6,6 +6,7 @@ Nested GraphModules are inlined and parametric ``nn`` leaves become the aten ope
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,14 +18,49 @@ from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
 from surgery.model.capture import leaves
 from surgery.model.program import ValueSpec
-from surgery.model.walk import inside
+from surgery.model.walk import edits, inside
 
 aten = torch.ops.aten
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Short name of a torch dtype: ``float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(1 << 10)
+def _word(target: Any) -> str:
+    """What ``create_node`` calls a node of this target before it makes the name unique."""
+    return fx.Graph()._target_to_str(target)
+
+
+@functools.lru_cache(1 << 12)
+def _parts(name: str) -> tuple[str, str, int, bool]:
+    """(name without what no name has, its base, the number at its end or -1, whether Python has the name for itself)."""
+    name = fx.graph._illegal_char_regex.sub("_", name)
+    name = f"_{name}" if name[0].isdigit() else name
+    match = fx.graph._name_regex.match(name)
+    assert match is not None, name
+    base, number = match.groups()
+    return name, base, -1 if number is None else int(number), name in fx.graph._illegal_names
+
+
+def _unique(namespace: Any, name: str) -> str:
+    """``namespace.create_name`` for names that come again in every layer: each is taken apart once."""
+    used, counts = namespace._used_names, namespace._base_count
+    name, base, number, reserved = _parts(name)
+    if number < 0 or name in used:
+        number = counts.get(base, 0)
+        if reserved:
+            number += 1
+            name = f"{base}_{number}"
+    while name in used:
+        number += 1
+        name = f"{base}_{number}"
+    used.add(name)
+    counts[base] = number
+    return name
 
 
 class Flattener:
@@ -51,26 +87,26 @@ class Flattener:
         full = self.aliases.get(full, full)
         node = self._attributes.get(full)
         if node is None:
-            node = self.graph.create_node("get_attr", full)
-            node.meta["spec"] = ValueSpec("tensor", dtype_name(tensor.dtype), tuple(tensor.shape))
-            node.meta["parameter"] = isinstance(tensor, nn.Parameter)
-            node.meta["refs"] = []
-            node.meta["origin"] = self.origin
-            self._attributes[full] = node
+            node = self._attributes[full] = self.make("get_attr", full, (), {}, full.replace(".", "_"))
+            spec = ValueSpec("tensor", dtype_name(tensor.dtype), tuple(tensor.shape))
+            node.meta.update(spec=spec, parameter=isinstance(tensor, nn.Parameter), refs=[], origin=self.origin)
         return node
 
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], spec: Any, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A ``call_function`` node with its spec and the origin of the tree node being expanded."""
-        node = self.make("call_function", target, args, dict(kwargs or {}))
+        node = self.make("call_function", target, args, kwargs or {})
         node.meta.update(spec=spec, origin=self.origin, refs=[], path=self.path)
         return node
 
-    def make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None) -> fx.Node:
-        """A node. Arguments come after it is made: ``create_node`` searches all of them for values of a trace, which are none here."""
-        node = self.graph.create_node(op, target, name=name)
-        node.args = args
-        if kwargs:
-            node.kwargs = kwargs
+    def make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "") -> fx.Node:
+        """A node at the end, as ``create_node`` makes it, which takes three times as long: it searches all arguments for values of a
+        trace, which are none here, and each name for what could be wrong with it."""
+        graph = self.graph
+        name = _unique(graph._graph_namespace, name or _word(target))
+        node = fx.Node(graph, name, op, target, args, kwargs)  # type: ignore[arg-type]
+        graph._insert(node)
+        graph._find_nodes_lookup_table.insert(node)
+        graph._len += 1
         return node
 
     # ---------------------------------------------------------------- tree walk
@@ -134,15 +170,15 @@ class Flattener:
         return value
 
     def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
-        if self.bare and hasattr(module, "edits"):
-            self.unread += [a for i, a in enumerate(args) if i != module.edits and isinstance(a, fx.Node)]
-            return args[module.edits]
-        hook = getattr(module, "expand_flat", None)
-        if hook is not None:
-            return hook(self, args, kwargs, spec)
-        for kind in type(module).__mro__:
-            if kind in _EXPANSIONS:
-                return _EXPANSIONS[kind](self, module, args, kwargs, spec)
+        if self.bare and (edited := edits(module)) is not None:
+            self.unread += [a for i, a in enumerate(args) if i != edited and isinstance(a, fx.Node)]
+            return args[edited]
+        kind = type(module)
+        if hasattr(kind, "expand_flat"):
+            return module.expand_flat(self, args, kwargs, spec)  # type: ignore[operator]
+        expansion = _EXPANSIONS.get(kind) or next((_EXPANSIONS[k] for k in kind.__mro__ if k in _EXPANSIONS), None)
+        if expansion is not None:
+            return expansion(self, module, args, kwargs, spec)
         made = self.make("call_module", full, args, kwargs)
         made.meta.update(spec=spec, origin=self.origin, refs=[], module=module)
         return made
@@ -158,7 +194,9 @@ class Flattener:
 
     def own(self, module: nn.Module, name: str) -> fx.Node | None:
         """``get_attr`` of a module's own parameter or buffer, None where it has none."""
-        tensor = getattr(module, name, None)
+        tensor = module._parameters.get(name)
+        if tensor is None:
+            tensor = getattr(module, name, None)
         return None if tensor is None else self.attribute(name, tensor)
 
 

@@ -17,9 +17,22 @@ def tree(root: nn.Module, *, every: bool = False) -> list[tuple[str, nn.Module]]
                 continue
             seen.add(id(module))
         found.append((path, module))
-        lead = path + "." if path else ""
-        waiting.extend((lead + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+        if children := module._modules:
+            lead = path + "." if path else ""
+            waiting.extend([(lead + name, child) for name, child in reversed(children.items()) if child is not None])
     return found
+
+
+def edits(module: nn.Module) -> int | None:
+    """Which argument an attached module passes on changed; None for a module of the model itself. (``hasattr`` makes torch raise and
+    word an error for each module that has no such attribute.)"""
+    found = module.__dict__.get("edits")
+    return getattr(type(module), "edits", None) if found is None else found
+
+
+def edited(root: nn.Module) -> bool:
+    """Whether anything below is attached."""
+    return any(edits(module) is not None for _, module in tree(root))
 
 
 def graphs(root: nn.Module) -> list[tuple[str, fx.GraphModule]]:
@@ -33,8 +46,10 @@ def tensors(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]
     buffers: dict[str, Tensor] = {}
     for path, module in tree(root, every=True):
         lead = path + "." if path else ""
-        parameters.update((lead + n, t) for n, t in module._parameters.items() if t is not None)
-        buffers.update((lead + n, t) for n, t in module._buffers.items() if t is not None)
+        for store, found in ((module._parameters, parameters), (module._buffers, buffers)):
+            for n, t in store.items():
+                if t is not None:
+                    found[lead + n] = t  # type: ignore[assignment]
     return parameters, buffers
 
 

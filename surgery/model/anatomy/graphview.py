@@ -74,10 +74,11 @@ class GraphView:
         self.norm_of: dict[fx.Node, Norm] = {}
         self.norm_inner: dict[fx.Node, Norm] = {}
         self._biases: set[fx.Node] = set()
+        self._inputs: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             self._index(node)
         for node in self.nodes:
-            if ops.name_of(node) == "rsqrt":
+            if ops.name_of(node) == "rsqrt" or (ops.name_of(node) == "pow" and node.args[1:] == (-0.5,)):
                 self._decomposed_norm(node)
 
     # ---------------------------------------------------------------- construction
@@ -91,7 +92,7 @@ class GraphView:
         if node.op != "call_function":
             self.constant[node] = False
             return
-        inputs = ops.tensors(node)
+        inputs = self.inputs(node)
         self.constant[node] = bool(inputs) and all(self.constant[n] for n in inputs)
         name = ops.name_of(node)
         if name == "embedding":
@@ -106,6 +107,13 @@ class GraphView:
             self._conv(node, name)
         elif name in ops.NORMS:
             self._norm(node, name)
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The tensor-valued inputs, in order (integers left out), asked for once a node. The list is not to be changed."""
+        found = self._inputs.get(node)
+        if found is None:
+            found = self._inputs[node] = ops.tensors(node)
+        return found
 
     @staticmethod
     def _argument(node: fx.Node, at: int, key: str = "bias") -> Any:
@@ -195,7 +203,7 @@ class GraphView:
             cut = self.dims.cut_of(node)
             cuts += [cut] if cut is not None else []
             turns += ops.name_of(node) in ops.TURNS
-            node = ops.tensors(node)[0]
+            node = self.inputs(node)[0]
         name, axes = str(source.target), self.dims.axes(weight)
         if not isinstance(axes, tuple) or len(axes) not in (2, 3):
             return None
@@ -241,19 +249,20 @@ class GraphView:
         self.norm_of[node] = norm
 
     def _decomposed_norm(self, rsqrt: fx.Node) -> None:
-        """``x * rsqrt(mean(x * x) + eps)`` and its centred form, up to the scale (``w``, ``1 + w``) and shift behind it."""
+        """``x * rsqrt(mean(x * x) + eps)`` and its centred form, up to the scale (``w``, ``1 + w``) and shift behind it. The root may be
+        written as a power of -1/2."""
         mean = self._statistic(rsqrt)
         if mean is None:
             return
-        product = next((u for u in rsqrt.users if ops.name_of(u) == "mul" and len(ops.tensors(u)) == 2), None)
+        product = next((u for u in rsqrt.users if ops.name_of(u) == "mul" and len(self.inputs(u)) == 2), None)
         if product is None:
             return
-        x = next(n for n in ops.tensors(product) if n is not rsqrt)
+        x = next(n for n in self.inputs(product) if n is not rsqrt)
         kind = "rms"
         if ops.name_of(x) == "sub":
-            centre = [n for n in ops.tensors(x) if ops.name_of(n) == "mean"]
+            centre = [n for n in self.inputs(x) if ops.name_of(n) == "mean"]
             if centre:
-                kind, x = "layer", ops.tensors(x)[0]
+                kind, x = "layer", self.inputs(x)[0]
         norm = Norm(x, product, kind, inner=[rsqrt, product])
         node = product
         while True:
@@ -264,7 +273,7 @@ class GraphView:
             name = ops.name_of(node)
             if name in ("to", "_to_copy", "type_as"):
                 continue
-            other = [n for n in ops.tensors(node) if self.constant[n]]
+            other = [n for n in self.inputs(node) if self.constant[n]]
             if name == "mul" and len(other) == 1 and not norm.weight:
                 norm.weight, norm.out = self.parameter_name(other[0]), node
             elif name == "add" and len(other) == 1 and norm.weight:
@@ -298,7 +307,7 @@ class GraphView:
                 return node
             if not self.constant.get(node, False):
                 return None
-            inputs = ops.tensors(node)
+            inputs = self.inputs(node)
             if len(inputs) != 1:
                 return None
             node = inputs[0]
@@ -337,7 +346,7 @@ class GraphView:
 
     def activations(self, node: fx.Node, known: fx.Node | None = None) -> list[fx.Node]:
         """The inputs that carry data of the batch, without what attached modules contribute (``known`` stays)."""
-        found = [n for n in ops.tensors(node) if not self.constant[n] and ops.is_activation(n)]
+        found = [n for n in self.inputs(node) if not self.constant[n] and ops.is_activation(n)]
         if len(found) < 2:
             return found
         own = [n for n in found if n is known or not self.attached(n)]
@@ -350,7 +359,7 @@ class GraphView:
                 return True
             if node.op != "call_function" or node in self.by_node:
                 return False
-            inputs = [n for n in ops.tensors(node) if not self.constant[n]]
+            inputs = [n for n in self.inputs(node) if not self.constant[n]]
             if len(inputs) != 1 or not (ops.name_of(node) in ops.SHAPE or ops.is_pointwise(node)):
                 return False
             node = inputs[0]
@@ -372,8 +381,8 @@ class GraphView:
             yield node
             if stop is not None and stop(node):
                 continue
-            for n in node.all_input_nodes:
-                if n not in seen and ops.is_tensor(n):
+            for n in self.inputs(node):
+                if n not in seen:
                     seen.add(n)
                     stack.append(n)
 

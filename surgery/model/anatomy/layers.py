@@ -178,7 +178,7 @@ def conv_blocks(view: GraphView, taken: set[Projection], joined: set[fx.Node]) -
     for node in view.nodes:
         if ops.name_of(node) != "add" or node in joined:
             continue
-        sides = [n for n in ops.tensors(node) if not view.constant[n] and ops.is_activation(n)]
+        sides = [n for n in view.inputs(node) if not view.constant[n] and ops.is_activation(n)]
         if len(sides) != 2:
             continue
         runs = [(_run_back(view, s), s) for s in sides]
@@ -206,7 +206,7 @@ def _run_back(view: GraphView, node: fx.Node) -> tuple[list[Projection], fx.Node
         if norm is not None:
             node = norm.x
             continue
-        inputs = [n for n in ops.tensors(node) if not view.constant[n] and ops.is_activation(n)]
+        inputs = [n for n in view.inputs(node) if not view.constant[n] and ops.is_activation(n)]
         name = ops.name_of(node)
         moves = name in ops.SHAPE or ops.is_pointwise(node) or node.op == "call_module"
         if not moves or not inputs:

@@ -154,7 +154,7 @@ class _Finder:
             if name in ("select", "mean", "index", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "argmax"):
                 return True
             norm = self.view.norm_of.get(node)
-            inputs = [norm.x] if norm else [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
+            inputs = [norm.x] if norm else [n for n in self.view.inputs(node) if not self.view.constant[n] and ops.is_activation(n)]
             if not inputs:
                 return False
             node = inputs[0]
@@ -190,7 +190,7 @@ class _Finder:
                 return False
             if node in self.view.by_node:
                 return True
-            inputs = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
+            inputs = [n for n in self.view.inputs(node) if not self.view.constant[n] and ops.is_activation(n)]
             if not inputs:
                 return False
             node = inputs[0]

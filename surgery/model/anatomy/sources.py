@@ -115,7 +115,7 @@ class Sources:
         if node.op == "call_module":
             return node.all_input_nodes[:1]
         if name in ("cat", "stack", "concat", "copy", "slice_scatter"):
-            return ops.tensors(node)
+            return self.view.inputs(node)
         if ops.is_pointwise(node):
             return self.view.activations(node)
         return []

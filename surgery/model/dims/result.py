@@ -102,7 +102,7 @@ class Dims:
         out: dict[Axis, Leaf] = {}
         for axis in self._all_leaves:
             why: Reason | None = axis.frozen
-            flags = frozenset(f for f in axis.flags if not f.startswith("~"))
+            flags = frozenset([f for f in axis.flags if f[0] != "~"])
             text, node = (None, None) if why is None else (why.text, why.node)
             out[axis] = Leaf(axis, self._names[axis], self._letters[axis], axis.size, flags, text, node)
         return out
@@ -284,6 +284,7 @@ class Dims:
     def _group(self, root: tuple[tuple[Leaf, tuple[int, ...]], ...], touched: list[Axis], keep: Keep, refusals: list[str]) -> Group:
         members: list[Member] = []
         seen: set[tuple[str, int]] = set()
+        ranges: dict[int, tuple[Ranges, Ranges]] = {}
         order = {name: i for i, name in enumerate(self._parameters)}
         held = [h for leaf in dict.fromkeys(touched) for h in self._holders.get(leaf, ())]
         for name, i, axis in sorted(held, key=lambda h: (order[h[0]], h[1])):
@@ -292,7 +293,10 @@ class Dims:
             seen.add((name, i))
             mask = keep.mask(axis)
             if mask is not None:
-                members.append(Member(name, i, to_ranges(~mask), to_ranges(mask)))
+                both = ranges.get(id(mask))
+                if both is None:
+                    both = ranges[id(mask)] = to_ranges(~mask), to_ranges(mask)
+                members.append(Member(name, i, *both))
         changes: list[Change] = []
         done: set[int] = set()
         for leaf in dict.fromkeys(touched):
