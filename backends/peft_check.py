@@ -42,18 +42,18 @@ def certify(program: Program, said: Said, folder: Path, request: EmitRequest, wr
         return [], "not compared with peft: running two copies of the model takes more memory than writing did"
     if START in said.flags:
         return [], "not compared with peft: the base before its principal part was taken out is not stored here"
-    model = _base(request.base or program, request.tensors)
+    model = base_model(request.base or program, request.tensors)
     if model is None:
         return [], "not compared with peft: there is no transformers model that the base is"
-    worst, scale = _difference(program, _loaded(model, folder), request)
+    worst, scale = _difference(program, loaded(model, folder), request)
     stirred = _stirred(program)
     if stirred is not None and worst <= TOLERANCE * scale:
-        fresh = _base(request.base or program, request.tensors)
+        fresh = base_model(request.base or program, request.tensors)
         with tempfile.TemporaryDirectory() as place:
             again = collect(stirred, int(request.params.get("rank") or 0), request.span)
             write(stirred, again, Path(place), request)
             assert fresh is not None
-            worst, scale = max((worst, scale), _difference(stirred, _loaded(fresh, Path(place)), request))
+            worst, scale = max((worst, scale), _difference(stirred, loaded(fresh, Path(place)), request))
     tolerance = TOLERANCE * scale
     entry = {
         "claim": "peft = program",
@@ -91,7 +91,7 @@ def _stirred(program: Program) -> Program | None:
     return copy
 
 
-def _base(base: Program, tensors: Any) -> nn.Module | None:
+def base_model(base: Program, tensors: Any) -> nn.Module | None:
     """The live base model with the values that the spec started from."""
     import transformers
 
@@ -110,7 +110,7 @@ def _base(base: Program, tensors: Any) -> nn.Module | None:
     return model
 
 
-def _loaded(model: nn.Module, folder: Path) -> nn.Module:
+def loaded(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -62,7 +62,7 @@ def collect(program: Program, rank: int, span: Span | None) -> Said:
         if entry.says is None:
             said.truncated.append(entry)
     _flags(said, span)
-    _trained(program, said, span)
+    trained(program, said, span)
     if not said.parts and not said.whole and not said.biases:
         raise fail(
             "S0793", "nothing in the model is an adapter", span, "asked for here",
@@ -84,7 +84,7 @@ def _base_as_it_was(program: Program, span: Span | None) -> None:
                 and (key, origin) not in split
             )
             if origin.verb in CHANGES_BASE or merged:
-                raise _changed(origin, span)
+                raise changed(origin, span)
 
 
 def _rebased(program: Program, a: Attachment) -> str:
@@ -94,7 +94,7 @@ def _rebased(program: Program, a: Attachment) -> str:
     return f"{a.module.rpartition('.')[0]}.weight" if rebase is not None and rebase(module.site) else ""
 
 
-def _changed(origin: Origin, span: Span | None) -> Exception:
+def changed(origin: Origin, span: Span | None) -> Exception:
     if origin.verb == "insert":
         return fail(
             "S0793", f"`insert {origin.method}` adds modules, and an adapter folder holds changes of weights", span, "asked for here",
@@ -217,7 +217,7 @@ def _thin(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------ tensors of the base
 
 
-def _trained(program: Program, said: Said, span: Span | None) -> None:
+def trained(program: Program, said: Said, span: Span | None) -> None:
     """Tensors of the base that train: biases one by one, everything else by whole modules."""
     added = {t for a in program.attachments for t in a.tensors}
     own = [n for n, _ in program.graph.named_parameters(remove_duplicate=False) if n not in added]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.backends import streaming
+from surgery.backends import peft_tokens, streaming
 from surgery.backends.peft_check import certify
 from surgery.backends.peft_parts import START, Said, collect, factors
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
@@ -39,6 +39,10 @@ class PeftBackend:
 
     def plan(self, program: Program, params: Mapping[str, Any], live: frozenset[str], span: Span | None = None) -> Iterable[str]:
         """What the folder will hold. Raises S0792 and S0793."""
+        tokens = peft_tokens.tokens_of(program, span)
+        if tokens is not None:
+            yield tokens.text()
+            return
         said = collect(program, int(params.get("rank") or 0), span)
         ranks = sorted({said.rank(p) for p in said.parts})
         shown = "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -53,18 +57,26 @@ class PeftBackend:
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
         """``params``: ``dtype``, ``rank``. Raises what :meth:`plan` does, S0794 (peft computes something else), S0801 to S0805 (storage, target)."""
-        said = collect(program, int(request.params.get("rank") or 0), request.span)
+        tokens = peft_tokens.tokens_of(program, request.span)
+        said = collect(program, int(request.params.get("rank") or 0), request.span) if tokens is None else Said()
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
         notes: list[str] = []
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
-            _write(program, said, folder, request, dtype)
+            if tokens is not None:
+                _files(folder, *peft_tokens.folder_of(program, tokens, request, _base(program)["ref"]), dtype)
+            else:
+                _write(program, said, folder, request, dtype)
             found: list[dict[str, Any]] = []
             if dtype:
                 notes.append(f"not compared with peft: the tensors are rounded to {dtype}")
             elif importlib.util.find_spec("peft") is None:
                 notes.append("not compared with peft, which is not installed")
             else:
-                found, why = certify(program, said, folder, request, _write)
+                found, why = (
+                    certify(program, said, folder, request, _write)
+                    if tokens is None
+                    else peft_tokens.certify(program, tokens, folder, request)
+                )
                 notes += [why] if why else []
             record = {
                 "schema": "surgery.export/1", "owner": request.spec_digest, "spec": request.spec.text if request.spec else "",
@@ -86,7 +98,10 @@ def _base(program: Program) -> dict[str, str]:
 
 def _write(program: Program, said: Said, folder: Path, request: EmitRequest, dtype: str = "") -> None:
     """Both files of an adapter folder. The bytes depend on the program and the dtype alone."""
-    made, config = _folder(program, said, request)
+    _files(folder, *_folder(program, said, request), dtype)
+
+
+def _files(folder: Path, made: Mapping[str, Tensor], config: Mapping[str, Any], dtype: str) -> None:
     tensors = {
         k: t.detach().to(getattr(torch, dtype) if dtype and t.is_floating_point() else t.dtype).contiguous() for k, t in made.items()
     }

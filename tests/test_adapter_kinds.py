@@ -139,9 +139,9 @@ def test_what_is_not_in_the_folder_or_not_a_change_is_refused(world: Path) -> No
     assert refused(head).code == "S0782" and "`coft`" in refused(head).message
     adapters.write(world / "one", adapters.low(adapters.bert("query", layers=1), 4), target_parameters=["experts.gate_up_proj"])
     assert refused(head).code == "S0782" and "`experts.gate_up_proj`" in refused(head).message
-    peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION").save_pretrained("one")
+    peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1).save_pretrained("one")
     found = refused(head)
-    assert found.code == "S0782" and "insert prompt" in found.notes[0]
+    assert found.code == "S0782" and "gates inside of attention" in found.notes[0]
     trained("one", "bert", KINDS[6][1]())
     tensors = load_file("one/adapter_model.safetensors")
     key = next(k for k in tensors if "key" in k)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ class Prefix(MemoryMethod):
     Source: Li and Liang, "Prefix-Tuning", 2021, arXiv:2101.00190, section 4; as a weighted sum He et al., "Towards a Unified View of
     Parameter-Efficient Transfer Learning", 2022, arXiv:2110.04366, section 3.1.
     """
+
+    exchange: ClassVar[bool] = True
 
     length: int = param(30, "keys and values in front", min=1)
     reparametrise: bool = param(True, "train a table and a network that makes the keys and values; false trains these themselves")

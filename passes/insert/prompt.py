@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Prompt(PromptMethod):
 
     Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv:2104.08691, section 2.
     """
+
+    exchange: ClassVar[bool] = True
 
     length: int = param(20, "virtual tokens in front", min=1)
     init: Literal["normal", "words"] = param("normal", "first embeddings: normal with the given deviation, or those of random tokens")

@@ -43,6 +43,7 @@ from surgery.passes.kinds.adapter_join import (
     tell_shares,
 )
 from surgery.passes.kinds.adapter_place import Placed, Placement, place, within_selection
+from surgery.passes.kinds.adapter_tokens import put
 from surgery.passes.kinds.adapter_variant import randomised
 from surgery.passes.kinds.calls import ties_outside
 from surgery.passes.kinds.delta import attach_one
@@ -70,7 +71,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     places, left = _gather(program, op, placements, weights)
     whole = _whole(program, op, placements, weights)
     _told(op, placements, left)
-    if not places and not whole:
+    changes = put(program, op, loaded)
+    if not places and not whole and not changes:
         raise fail(
             "S0791", f"nothing of {listed([i.adapter.name for i in loaded])} stands at what is selected", op.origin.span, "merged here",
             notes=[f"{i.adapter.name} has parts at {_few(program, p)}" for i, p in zip(loaded, placements, strict=True)],
@@ -82,7 +84,6 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     by_layer = [(site, m) for site, m in op.data.layers]
     methods = [_method_of(here.site, by_layer, method) for here in places]
     prepared = prepared_facts(op, method, places)
-    changes: list[SiteChange] = []
     shares: list[tuple[str, Expr]] = []
     for i, (here, own) in enumerate(zip(places, methods, strict=True)):
         joined = join(op, own, here, prepared.get(str(i), ()))
@@ -95,7 +96,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         attach.recompile_later(gm)
     changes += [_replace(program, op, method, name, parts) for name, parts in whole.items()]
     tell_shares(op, shares)
-    if before is not None and is_sum(method) and not shares:
+    if before is not None and is_sum(method) and not shares and (places or whole):
         biases = [h.site.bias for h in places if any(p.shift is not None for p in h.parts)]
         claim = sum_claim(before, program.copy(), places, [*whole, *biases], str(method.name), op.origin.span)
         if claim is not None:

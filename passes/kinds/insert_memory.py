@@ -61,6 +61,8 @@ class MemoryMethod(Method):
     identity: ClassVar[str] = "changed"
     places: ClassVar[tuple[str, ...]] = ("on",)
     stands: ClassVar[str] = "attention"
+    exchange: ClassVar[bool] = False
+    """Whether adapter files hold the tables that this method can train."""
 
     def entries(self) -> int:
         """How many keys and values are put in front."""

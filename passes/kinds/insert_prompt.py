@@ -27,11 +27,26 @@ from surgery.model.cut_attached import Around, Follow
 from surgery.model.live import Tensors, live_root
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, ModelInfo, Program, Signature
-from surgery.model.weights import Apply, Expr, Held, Weights
+from surgery.model.weights import Apply, Expr, Held, Scale, Weights, cast
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
+from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_memory import replace_module
-from surgery.passes.kinds.insert_prompt_graph import EMBED, EMPTY, IDS, JOIN, MASK, ONES, SHIFT, STEPS, ancestors, ends_of, refused, write
+from surgery.passes.kinds.insert_prompt_graph import (
+    EMBED,
+    EMPTY,
+    IDS,
+    JOIN,
+    MASK,
+    ONES,
+    SHIFT,
+    STEPS,
+    ancestors,
+    embedded_at,
+    ends_of,
+    refused,
+    write,
+)
 from surgery.passes.operation import Resolved, SiteChange
 
 MODULE_TAG = "surgery.prompt"
@@ -47,6 +62,8 @@ class PromptMethod(Method):
     identity: ClassVar[str] = "changed"
     places: ClassVar[tuple[str, ...]] = ("on",)
     stands: ClassVar[str] = "tokens"
+    exchange: ClassVar[bool] = False
+    """Whether adapter files hold what this method trains, as its only tensor."""
 
     def entries(self) -> int:
         """How many virtual tokens there are."""
@@ -152,8 +169,8 @@ class PromptModule(nn.Module):
 register_module(MODULE_TAG, PromptModule)
 
 
-def table_specs(stored: Sequence[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(f"table_{i}", shape, trainable=False) for i, shape in enumerate(stored))
+def table_specs(stored: Sequence[tuple[int, int, int]], trainable: bool = False) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(f"table_{i}", shape, trainable=trainable) for i, shape in enumerate(stored))
 
 
 # ------------------------------------------------------------------ attach
@@ -162,6 +179,21 @@ def table_specs(stored: Sequence[tuple[int, int, int]]) -> tuple[TensorSpec, ...
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
     """Put the statement's tokens in front. Raises S0491 (see :func:`ends_of` and :mod:`~surgery.passes.kinds.insert_prompt_rows`) and S0492 for a
     second prompt."""
+    return [_attach(program, op, ())]
+
+
+def apply_stored(program: Program, op: Resolved, shapes: tuple[tuple[int, int, int], ...]) -> SiteChange:
+    """The same with keys and values ``[heads, n, width]`` that train themselves, in the place of what a pass makes: for each part of the past one.
+    Their values are for the caller to write. Raises what :func:`apply` does."""
+    return _attach(program, op, shapes)
+
+
+def past_shapes(program: Program, op: Resolved) -> tuple[tuple[int, int], ...]:
+    """Heads and width of each part of a model's past, in the order of its inputs. Raises S0491 (see :func:`ends_of`)."""
+    return tuple((int(p.meta["spec"].shape[1]), int(p.meta["spec"].shape[3])) for p in ends_of(program, op, op.sites[0]).pasts)
+
+
+def _attach(program: Program, op: Resolved, shapes: tuple[tuple[int, int, int], ...]) -> SiteChange:
     from surgery.passes.kinds import insert_prompt_rows
 
     if len(op.sites) != 1:
@@ -180,17 +212,20 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     attach.freeze_base(program)
     width = int(ends.embedded.meta["spec"].shape[-1])
     path = attach.free_name(program.graph, op.name)
-    module = (insert_prompt_rows.PromptRows if rows else PromptModule).bare(method, width)
+    module = (insert_prompt_rows.PromptRows if rows else PromptModule).bare(method, width, shapes)
     program.graph.add_submodule(path, module)
     params = tuple((k, v) for k, v in method.params().items() if k != "seed")
     table = program.weights[program.aliases.get(site.weight, site.weight)]
+    lookup = calls_of(program, site)[0][1]
+    factor = embedded_at(program, site, lookup)[1]
     names, added, trainable = attach.add_tensors(
-        program, module, path, method.tensors(width), op,
-        dtype=attach.adapter_dtype(program.info.dtype), source=table, params=params, pool={},
+        program, module, path, table_specs(shapes, trainable=True) if shapes else method.tensors(width), op,
+        dtype=attach.adapter_dtype(program.info.dtype), source=_sized(program, table, factor), params=params, pool={},
     )  # fmt: skip
-    first = (
-        insert_prompt_rows.write_rows(program, path, ends) if isinstance(ends, insert_prompt_rows.RowEnds) else write(program, path, ends)
-    )
+    if isinstance(ends, insert_prompt_rows.RowEnds):
+        first = insert_prompt_rows.write_rows(program, path, ends)
+    else:
+        first = write(program, path, ends, bool(shapes))
     attach.recompile_later(program.graph)
     program.journal.record(first, op.origin)
     program.journal.record(path, op.origin)
@@ -199,8 +234,20 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     trainable += 0 if own in program.frozen else torch.Size(table.shape).numel()
     program.touch()
     kept = "outputs keep" if rows else "outputs and caches keep"
-    note = f"{method.entries()} tokens in front: positions move by as many, {kept} those of the real tokens"
-    return [SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)]
+    what = f"keys and values of {method.entries()} tokens" if shapes else f"{method.entries()} tokens"
+    note = f"{what} in front: positions move by as many, {kept} those of the real tokens"
+    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)
+
+
+def _sized(program: Program, table: Expr, factor: float | str) -> Expr:
+    """The rows of the table in the size that embeddings have where virtual tokens stand."""
+    if isinstance(factor, float):
+        return table if factor == 1.0 else Scale(table.shape, "float32", cast(table, "float32"), factor)
+    return Apply(table.shape, "float32", "kinds/insert_prompt:multiplied", (table, program.weights[program.aliases.get(factor, factor)]))
+
+
+def multiplied(table: Tensor, factor: Tensor) -> Tensor:
+    return table.float() * factor.float()
 
 
 # ------------------------------------------------------------------ fold

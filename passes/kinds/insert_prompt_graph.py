@@ -39,8 +39,6 @@ class Ends:
 
 def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
     """Raises S0491 when the model is not a causal one with a cache, or takes what virtual tokens have no values for."""
-    from surgery.passes.kinds.insert import end_of_chain
-
     calls = calls_of(program, site) if site.op == "embedding" else []
     ids = looked_up(calls[0][1]) if len(calls) == 1 and not calls[0][0] else None
     if ids is None:
@@ -73,7 +71,7 @@ def ends_of(program: Program, op: Resolved, site: Site) -> Ends:
         elif node.users:
             raise refused(op, site, f"virtual tokens have no value for the input `{name}`", "")
     return Ends(
-        ids, end_of_chain(program.graph, calls[0][1]), tuple(same), found.get("attention_mask"), found.get("position_ids"), pasts, grown
+        ids, embedded_at(program, site, calls[0][1])[0], tuple(same), found.get("attention_mask"), found.get("position_ids"), pasts, grown
     )
 
 
@@ -83,6 +81,36 @@ def looked_up(node: fx.Node) -> fx.Node | None:
     while value.op == "call_function" and str(value.target).startswith(_MOVES) and isinstance(value.args[0], fx.Node):
         value = value.args[0]
     return value if value.op == "placeholder" else None
+
+
+def embedded_at(program: Program, site: Site, lookup: fx.Node) -> tuple[fx.Node, float | str]:
+    """Where the embeddings of tokens stand, and what the rows of the table were multiplied by until there (a number or a buffer's name).
+
+    A family whose embedding itself multiplies what it looks up has them behind that product: that is what such a model takes for embeddings
+    from outside, and what was trained there is stored in that size. One that multiplies later does so to virtual tokens, too.
+    """
+    from surgery.passes.kinds.insert import end_of_chain
+
+    value = end_of_chain(program.graph, lookup)
+    users = [u for u in value.users if u.op != "output"]
+    if len(users) != 1 or not str(users[0].target).startswith("aten.mul.") or users[0].args[0] is not value:
+        return value, 1.0
+    factor = users[0].args[1]
+    if isinstance(factor, fx.Node) and factor.op == "get_attr" and str(factor.target).startswith(f"{site.path}."):
+        return end_of_chain(program.graph, users[0]), str(factor.target)
+    if isinstance(factor, int | float) and _multiplies(program):
+        return end_of_chain(program.graph, users[0]), float(factor)
+    return value, 1.0
+
+
+def _multiplies(program: Program) -> bool:
+    """Whether the family has an embedding of its own that multiplies, by the name that all of them have."""
+    import sys
+
+    import transformers
+
+    family = getattr(transformers, program.info.architecture, None) if program.info.architecture else None
+    return family is not None and any(name.endswith("ScaledWordEmbedding") for name in vars(sys.modules[family.__module__]))
 
 
 def inputs_of(program: Program) -> list[tuple[str, bool]]:
@@ -108,8 +136,8 @@ def refused(op: Resolved, site: Site, why: str, help: str) -> Exception:
 # ------------------------------------------------------------------ the graph
 
 
-def write(program: Program, path: str, ends: Ends) -> NodeRef:
-    """The prompt pass and the edits of the model's own call; where the embeddings are made."""
+def write(program: Program, path: str, ends: Ends, stored: bool = False) -> NodeRef:
+    """The prompt pass and the edits of the model's own call; where the embeddings are made, or with ``stored`` the first keys that are joined."""
     graph = program.graph.graph
     n = program.module(path).method.entries()
     results = [graph.output_node().args[0][i] for i in ends.grown]  # type: ignore[index]
@@ -122,30 +150,16 @@ def write(program: Program, path: str, ends: Ends) -> NodeRef:
     def spec(node: fx.Node, *shape: Any) -> ValueSpec:
         return ValueSpec("tensor", node.meta["spec"].dtype, tuple(shape))
 
-    # the prompt pass: copies of what the grown caches are made of, with inputs of its own
+    inner: dict[fx.Node, Any] = {}
     with graph.inserting_before(graph.output_node()):
-        inner: dict[fx.Node, Any] = {i: call(i, IDS, spec(i, 1, n)) for i in (ends.ids, *ends.same)}
-        if ends.mask is not None:
-            inner[ends.mask] = call(ends.mask, ONES, spec(ends.mask, 1, n))
-        if ends.positions is not None:
-            inner[ends.positions] = call(ends.positions, STEPS, spec(ends.positions, 1, n))
-        for past in ends.pasts:
-            shape = past.meta["spec"].shape
-            inner[past] = call(past, EMPTY, spec(past, 1, shape[1], 0, shape[3]))
-        embedded = call(ends.embedded, EMBED, spec(ends.embedded, 1, n, ends.embedded.meta["spec"].shape[-1]))
-        inner[ends.embedded] = embedded
-        fixed = _sizes_in_pass(program, ends, n)
-        for node in ancestors(results, stop=set(inner)):
-            copy = graph.node_copy(node, lambda x: inner[x])
-            if "spec" in node.meta:
-                copy.meta["spec"] = _fixed_spec(node.meta["spec"], fixed)
-            inner[node] = copy
+        if not stored:
+            inner = _pass(program, ends, n, results, call, spec)
         # the model's own call
         fresh = set(inner.values())
         joined = []
-        for past, result in zip(ends.pasts, results, strict=True):
+        for i, (past, result) in enumerate(zip(ends.pasts, results, strict=True)):
             shape = past.meta["spec"].shape
-            joined.append((past, call(past, JOIN, spec(past, *shape[:2], shape[2] + n, shape[3]), inner[result])))
+            joined.append((past, call(past, JOIN, spec(past, *shape[:2], shape[2] + n, shape[3]), i if stored else inner[result])))
         if ends.mask is not None:
             rows, columns = ends.mask.meta["spec"].shape
             joined.append((ends.mask, call(ends.mask, MASK, spec(ends.mask, rows, columns + n))))
@@ -156,7 +170,28 @@ def write(program: Program, path: str, ends: Ends) -> NodeRef:
             user.replace_input_with(old, new)
     _cut_outputs(program, path, ends, n)
     _sort(graph)
-    return NodeRef("", embedded.name)
+    return NodeRef("", joined[0][1].name if stored else inner[ends.embedded].name)
+
+
+def _pass(program: Program, ends: Ends, n: int, results: list[fx.Node], call: Any, spec: Any) -> dict[fx.Node, Any]:
+    """The prompt pass: copies of what the grown caches are made of, with inputs of its own, by what they are copies of."""
+    graph = program.graph.graph
+    inner: dict[fx.Node, Any] = {i: call(i, IDS, spec(i, 1, n)) for i in (ends.ids, *ends.same)}
+    if ends.mask is not None:
+        inner[ends.mask] = call(ends.mask, ONES, spec(ends.mask, 1, n))
+    if ends.positions is not None:
+        inner[ends.positions] = call(ends.positions, STEPS, spec(ends.positions, 1, n))
+    for past in ends.pasts:
+        shape = past.meta["spec"].shape
+        inner[past] = call(past, EMPTY, spec(past, 1, shape[1], 0, shape[3]))
+    inner[ends.embedded] = call(ends.embedded, EMBED, spec(ends.embedded, 1, n, ends.embedded.meta["spec"].shape[-1]))
+    fixed = _sizes_in_pass(program, ends, n)
+    for node in ancestors(results, stop=set(inner)):
+        copy = graph.node_copy(node, lambda x: inner[x])
+        if "spec" in node.meta:
+            copy.meta["spec"] = _fixed_spec(node.meta["spec"], fixed)
+        inner[node] = copy
+    return inner
 
 
 def _cut_outputs(program: Program, path: str, ends: Ends, n: int) -> None:

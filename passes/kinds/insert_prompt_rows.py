@@ -22,7 +22,7 @@ from surgery.model.modules import register_module
 from surgery.model.program import Program, ValueSpec
 from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_prompt import PromptMethod, PromptModule
-from surgery.passes.kinds.insert_prompt_graph import inputs_of, looked_up, refused
+from surgery.passes.kinds.insert_prompt_graph import embedded_at, inputs_of, looked_up, refused
 from surgery.passes.operation import Resolved
 
 MODULE_TAG = "surgery.prompt_rows"
@@ -94,8 +94,6 @@ def stands_as_rows(program: Program) -> bool:
 
 def row_ends(program: Program, op: Resolved, site: Site) -> RowEnds:
     """Raises S0491 where the embedding is not that of the one sequence, or the model takes what virtual tokens have no values for."""
-    from surgery.passes.kinds.insert import end_of_chain
-
     calls = calls_of(program, site) if site.op == "embedding" else []
     help = "select the embedding of the tokens: `on embed.tokens`"
     if len(calls) > 1:
@@ -127,7 +125,7 @@ def row_ends(program: Program, op: Resolved, site: Site) -> RowEnds:
     for result in program.graph.graph.output_node().args[0]:  # type: ignore[union-attr]
         if isinstance(result, fx.Node) and any(_has(n, length) and n != length for n in result.meta["spec"].shape):
             raise refused(op, site, f"an output of the model has {result.meta['spec'].shape} entries, and not one a token", "")
-    return RowEnds(ids, end_of_chain(program.graph, calls[0][1]), tuple(grown), positions, length)
+    return RowEnds(ids, embedded_at(program, site, calls[0][1])[0], tuple(grown), positions, length)
 
 
 def _rooms(program: Program, op: Resolved, site: Site) -> None:

@@ -20,6 +20,7 @@ from surgery.core.near import quoted
 from surgery.core.source import Span
 from surgery.model.adapter_forms import KINDS, WHY_NOT, Dense, Kind
 from surgery.model.adapter_keys import LOW, Key, key_of, other_key
+from surgery.model.adapter_tokens import NAMES, VirtualTokens, fields_of, read_tokens
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import hub_cache
 from surgery.model.checkpoint_shards import refuse_pickle
@@ -84,13 +85,15 @@ class Adapter:
     base: str
     record: Mapping[str, Any] = field(default_factory=dict)
     dense: Mapping[str, Dense] = field(default_factory=dict)
+    tokens: VirtualTokens | None = None
 
     def stored(self) -> list[Load]:
         """The tensors of the parts as the file has them, each once."""
         found = {
             load.identity: load for low in self.parts.values() for e in (low.a, low.b, low.magnitude, low.shift) if e is not None for load in loads(e)
         }  # fmt: skip
-        return list((found | {load.identity: load for part in self.dense.values() for load in part.tensors}).values())
+        found |= {load.identity: load for part in self.dense.values() for load in part.tensors}
+        return [*found.values(), *([self.tokens.stored] if self.tokens else ())]
 
     def digest(self) -> str:
         """sha256 over both files: what a lock keeps."""
@@ -109,6 +112,12 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     config = _config(folder, ref, span)
     kind = _known(config, name, span)
     tensors = _tensors(folder, ref, span)
+    base_name, record = str(config.get("base_model_name_or_path") or ""), _record(folder)
+    if isinstance(kind, str):
+        tokens, saved = read_tokens(kind, config, tensors.values(), lambda message, help="save the adapter again, whole": fail(
+            "S0783", f"{name} cannot be read: {message}", span, "opened here", help=help
+        ))  # fmt: skip
+        return Adapter(name, folder, span, {}, {}, saved, frozenset(), 0.0, base_name, record, tokens=tokens)
     reader = _Reader(name, config, span, kind)
     for header in tensors.values():
         reader.take(header)
@@ -118,7 +127,7 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     return Adapter(
         name, folder, span, {} if kind else _flags(config), parts, reader.whole, frozenset(reader.copies),
         _number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
-        str(config.get("base_model_name_or_path") or ""), _record(folder), dense,
+        base_name, record, dense,
     )  # fmt: skip
 
 
@@ -196,8 +205,8 @@ def _record(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ the config
 
 
-def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | None:
-    """The kind of a folder that is no LoRA, None for one that is.
+def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | str | None:
+    """The kind of a folder that is no LoRA (its ``peft_type`` where it holds virtual tokens), None for one that is.
 
     Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here.
     """
@@ -205,11 +214,20 @@ def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | None:
     if kind in KINDS:
         _fields(config, KINDS[kind].fields, name, span)
         return KINDS[kind]
+    fields = fields_of(kind)
+    if fields is not None:
+        _fields(config, fields, name, span)
+        if config.get("num_transformer_submodules") not in (None, 1):
+            raise fail(
+                "S0782", f"{name} has virtual tokens for an encoder and a decoder, and they stand in front of one sequence here", span, "opened here",
+                help="`insert prefix(..)` on the attentions of both makes such keys and values, trained here",
+            )  # fmt: skip
+        return kind
     if kind != "LORA":
         raise fail(
             "S0782", f"{name} is an adapter of type {kind or 'unknown'}, which surgery does not read", span, "opened here",
             notes=(WHY_NOT[kind],) if kind in WHY_NOT else (),
-            help=f"known are LoRA, rsLoRA, DoRA, PiSSA, {', '.join(k.name for k in KINDS.values())}, with biases and whole modules beside them; "
+            help=f"known are LoRA, rsLoRA, DoRA, PiSSA, {', '.join(k.name for k in KINDS.values())}, {', '.join(NAMES.values())}, with biases and whole modules beside them; "
             "peft's `convert_to_lora` makes a LoRA of most other kinds",
         )  # fmt: skip
     start = str(config.get("init_lora_weights", True)).lower()

@@ -247,9 +247,7 @@ KINDS: Mapping[str, Kind] = {
 
 WHY_NOT: Mapping[str, str] = {
     "BOFT": "it turns weights by butterfly factors, whose permutations are not read here",
-    "PROMPT_TUNING": "it holds embeddings of virtual tokens and no change of a weight: `insert prompt` makes such tokens, trained here",
-    "PREFIX_TUNING": "it holds keys and values and no change of a weight: `insert prefix` makes such a table, trained here",
-    "P_TUNING": "it holds an encoder of virtual tokens and no change of a weight",
+    "MULTITASK_PROMPT_TUNING": "its virtual tokens are another product for every task that a call names",
     "ADAPTION_PROMPT": "its prompts pass gates inside of attention, which is no change of a weight",
 }
 """Kinds that are not read, with the reason, beside those that nobody here knows."""

@@ -1,0 +1,210 @@
+"""Virtual tokens from adapter files, in front of the model's own: embeddings as ``insert prompt`` has them, keys and values as it stores them.
+
+In peft a prefix is a cache that the model starts from: it moves the positions of what follows. A causal model with a cache here has the same, the
+form that a folded prompt has. An encoder gets the keys and values at its attentions, and its table of positions is read ``n`` rows later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.site import Site
+from surgery.model.adapter_tokens import VirtualTokens
+from surgery.model.dims.masks import to_ranges
+from surgery.model.program import Attachment, Program
+from surgery.model.weights import Concat, Expr, Load, Reshape, cast, select
+from surgery.passes.kinds import insert_memory, insert_prompt
+from surgery.passes.kinds.adapter_frames import frames_of
+from surgery.passes.kinds.adapter_join import Loaded, is_sum, listed
+from surgery.passes.kinds.calls import calls_of
+from surgery.passes.kinds.insert_memory import MemoryMethod
+from surgery.passes.kinds.insert_prompt import PromptMethod
+from surgery.passes.kinds.insert_prompt_graph import looked_up
+from surgery.passes.kinds.insert_prompt_rows import stands_as_rows
+from surgery.passes.kinds.merge import MergeMethod
+from surgery.passes.operation import Resolved, SiteChange
+from surgery.passes.resolve import within
+
+
+def put(program: Program, op: Resolved, loaded: Sequence[Loaded]) -> list[SiteChange]:
+    """Puts the virtual tokens of the one adapter that has some in front; nothing where none has.
+
+    Raises S0786 (several of them, a factor, a merge that is no sum), S0785 (a model of other sizes), S0789 (a cut that they cannot be carried
+    over), and what ``insert prompt`` and ``insert prefix`` raise.
+    """
+    mine = [item for item in loaded if item.adapter.tokens is not None]
+    if not mine:
+        return []
+    item = mine[0]
+    tokens = item.adapter.tokens
+    assert tokens is not None and isinstance(op.method, MergeMethod)
+    site = _embedding(program, item)
+    if op.sites and not any(s.role == site.role or within(site.role, s.role) for s in op.sites):
+        op.tell(f"left out by the selector: the virtual tokens of {item.adapter.name}, which stand on {site.role}")
+        return []
+    why = (
+        f"{listed([i.adapter.name for i in mine])} have virtual tokens" if len(mine) > 1
+        else f"virtual tokens have no factor, and {item.adapter.name} has {item.weight:g}" if item.weight != 1.0
+        else "" if is_sum(op.method) else f"{item.adapter.name} has virtual tokens, and it merges low-rank changes"
+    )  # fmt: skip
+    if why:
+        raise fail(
+            "S0786", f"merge {op.origin.method} cannot merge {listed([i.adapter.name for i in mine])}: {why}", item.span, "merged here",
+            help="`merge linear of NAME * 1` puts one in front, beside low-rank adapters of any factors",
+        )  # fmt: skip
+    if not tokens.layers:
+        return [_embeddings(program, op, item, tokens, site)]
+    return _rows_behind(program, op, item, tokens) if stands_as_rows(program) else [_tables(program, op, item, tokens, site)]
+
+
+def _method(kind: type[Any], **params: Any) -> Any:
+    """The method of that kind that trains its tensors themselves: the one whose files people exchange."""
+    from surgery.passes import registry
+
+    return next(cls for cls in registry.methods().values() if issubclass(cls, kind) and getattr(cls, "exchange", False))(**params)
+
+
+def _embedding(program: Program, item: Loaded) -> Site:
+    """The lookup of the model's token ids."""
+    for site in program.anatomy.sites:
+        calls = calls_of(program, site) if site.op == "embedding" and site.calls else []
+        if calls and not calls[0][0] and (ids := looked_up(calls[0][1])) is not None and str(ids.target) == "input_ids":
+            return site
+    raise fail(
+        "S0784", f"{item.adapter.name} has virtual tokens, and the model looks up no tokens", item.span, "merged here",
+        help="open the model that it was trained on",
+    )  # fmt: skip
+
+
+def _unlike(item: Loaded, text: str) -> SurgeryError:
+    notes = (f"the adapter says that it was trained on {item.adapter.base!r}",) if item.adapter.base else ()
+    return fail(
+        "S0785",
+        f"{item.adapter.name} does not fit: {text}",
+        item.span,
+        "merged here",
+        notes=notes,
+        help="open the model that it was trained on",
+    )
+
+
+def _given(program: Program, op: Resolved, made: dict[str, Expr]) -> Attachment:
+    """Writes values into the module that was attached last."""
+    attached = program.attachments[-1]
+    for name in attached.tensors:
+        program.weights[name] = cast(made[name.rpartition(".")[2]], program.weights[name].dtype)
+        program.journal.record(name, op.origin)
+    return attached
+
+
+# ------------------------------------------------------------------ embeddings
+
+
+def _embeddings(program: Program, op: Resolved, item: Loaded, tokens: VirtualTokens, site: Site) -> SiteChange:
+    width = program.weights[program.aliases.get(site.weight, site.weight)].shape[site.out_axis]
+    value = _carried(program, op, item, tokens.stored, site, width)
+    method = _method(PromptMethod, length=tokens.count)
+    inner = replace(op, verb=method.verb, methods=(method,), sites=(site,), place="on")
+    (change,) = insert_prompt.apply(program, inner)
+    _given(program, op, {"embeddings": value})
+    return change
+
+
+def _carried(program: Program, op: Resolved, item: Loaded, stored: Load, site: Site, width: int) -> Expr:
+    """The embeddings with the features that the model still has."""
+    had = stored.shape[1]
+    if had == width:
+        return stored
+    for frame in frames_of(program, item.adapter):
+        for now, was in frame.there.values():
+            if program.aliases.get(now, now) != program.aliases.get(site.weight, site.weight) or was.shape[site.out_axis] != had:
+                continue
+            kept = was.kept[site.out_axis] if was.kept and not was.why else None
+            if kept is None:
+                raise fail(
+                    "S0789", f"{item.adapter.name} cannot be carried over to `{site.path}`: {was.why or 'what is left of its features is not known'}",
+                    item.span, "merged here", help="merge the adapter above the statement that changed the model",
+                )  # fmt: skip
+            op.tell(f"{item.adapter.name} was trained before the cut and is carried over")
+            return select(stored, 1, to_ranges(kept))
+    raise _unlike(item, f"its tokens have {had} features, and those of the model {width}")
+
+
+# ------------------------------------------------------------------ keys and values
+
+
+def _table(tokens: VirtualTokens, number: int) -> Expr:
+    """Keys or values number ``number``, ``[heads, tokens, head]``."""
+    size = tokens.heads * tokens.head
+    flat = select(tokens.stored, 1, ((number * size, (number + 1) * size),))
+    dtype = tokens.stored.dtype
+    return Reshape(
+        (tokens.heads, tokens.count, tokens.head), dtype, Reshape((tokens.count, tokens.heads, tokens.head), dtype, flat), (1, 0, 2)
+    )
+
+
+def _tables(program: Program, op: Resolved, item: Loaded, tokens: VirtualTokens, site: Site) -> SiteChange:
+    """In front of every layer's past: what a prompt is when it is folded."""
+    method = _method(PromptMethod, length=tokens.count)
+    inner = replace(op, verb=method.verb, methods=(method,), sites=(site,), place="on")
+    shapes = insert_prompt.past_shapes(program, inner)
+    mine = ((tokens.heads, tokens.count, tokens.head),) * (2 * tokens.layers)
+    if len(shapes) != len(mine):
+        raise _unlike(item, f"it has keys and values of {tokens.layers} layers, and the model has {len(shapes) // 2}")
+    for i, (here, there) in enumerate(zip(shapes, mine, strict=True)):
+        if (here[0], here[1]) != (there[0], there[2]):
+            raise _unlike(
+                item,
+                f"layer {i % tokens.layers} has {here[0]} key heads of {here[1]} features here, and {there[0]} of {there[2]} in the adapter",
+            )
+    change = insert_prompt.apply_stored(program, inner, mine)
+    # a past is all keys and then all values, the file goes layer by layer
+    _given(
+        program, op, {f"table_{side * tokens.layers + i}": _table(tokens, 2 * i + side) for side in (0, 1) for i in range(tokens.layers)}
+    )
+    return change
+
+
+def _rows_behind(program: Program, op: Resolved, item: Loaded, tokens: VirtualTokens) -> list[SiteChange]:
+    """At the attentions of an encoder, whose tokens have positions behind those of the virtual ones."""
+    blocks = [s for s in program.anatomy.sites if s.is_region and "causal" in s.facts]
+    if len(blocks) != tokens.layers or any(s.facts.get("cross") for s in blocks):
+        raise _unlike(item, f"it has keys and values of {tokens.layers} layers, and the model has {len(blocks)} attentions")
+    method = _method(MemoryMethod, length=tokens.count, reparametrise=False)
+    _move_positions(program, op, item, tokens.count)
+    changes: list[SiteChange] = []
+    for i, site in enumerate(blocks):
+        inner = replace(op, verb=method.verb, methods=(method,), sites=(site,), place="on")
+        core, _ = insert_memory.core_of(program, inner, site)
+        if (core.heads, core.key, core.value) != (tokens.heads, tokens.head, tokens.head):
+            raise _unlike(
+                item, f"{site.role} has {core.heads} key heads of {core.key} features here, and the adapter {tokens.heads} of {tokens.head}"
+            )
+        (change,) = insert_memory.apply(program, inner)
+        _given(program, op, {"keys": _table(tokens, 2 * i), "values": _table(tokens, 2 * i + 1)})
+        changes.append(change)
+    return changes
+
+
+def _move_positions(program: Program, op: Resolved, item: Loaded, count: int) -> None:
+    """Row ``i`` of the table of positions becomes row ``i + count``; the last rows, which nothing reaches any more, stay."""
+    tables = [s for s in program.anatomy.sites if s.op == "embedding" and s.role.endswith("embed.positions")]
+    if len(tables) != 1 or not tables[0].weight or tables[0].in_axis != 0:
+        raise fail(
+            "S0786", f"merge {op.origin.method} cannot merge {item.adapter.name}: its keys and values move the positions of what follows, and the model "
+            "has no table of positions to move", item.span, "merged here", help="`insert prefix(..)` makes keys and values that move no position, trained here",
+        )  # fmt: skip
+    name = program.aliases.get(tables[0].weight, tables[0].weight)
+    old = program.weights[name]
+    rows = old.shape[0]
+    if count >= rows:
+        raise _unlike(item, f"the model has {rows} positions, and {count} virtual tokens leave none")
+    program.weights[name] = Concat(old.shape, old.dtype, (select(old, 0, ((count, rows),)), select(old, 0, ((rows - count, rows),))), 0)
+    program.journal.record(name, op.origin)
+    op.tell(f"positions of {tables[0].role} start at {count}, behind the virtual tokens")
+
+
+__all__ = ["put"]

@@ -1,0 +1,124 @@
+"""Adapter files that hold virtual tokens and no change of a weight, read into one form.
+
+===========================  ==========================================================================================================
+PROMPT_TUNING, P_TUNING, CPT  ``prompt_embeddings [tokens, width]``: what peft's encoder makes of its own tensors is computed when it saves
+PREFIX_TUNING, CARTRIDGE      ``prompt_embeddings [tokens, layers 2 heads head]``: keys and values of every layer, rotated by nothing
+===========================  ==========================================================================================================
+
+Beside them stand tensors of the base that were trained whole (``base_model.classifier.weight``).
+
+Sources: arXiv:2104.08691 (prompt), arXiv:2103.10385 (p-tuning), arXiv:2410.17222 (context-aware prompt), arXiv:2101.00190 (prefix),
+arXiv:2506.06266 (cartridges).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.core.diagnostics import SurgeryError
+from surgery.model.checkpoint_headers import TensorHeader
+from surgery.model.weights import Load, is_float
+
+Fault = Callable[..., SurgeryError]
+
+KEY = "prompt_embeddings"
+
+_ALL = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "num_attention_heads", "num_layers", "num_transformer_submodules",
+    "num_virtual_tokens", "peft_type", "peft_version", "revision", "task_type", "token_dim",
+})  # fmt: skip
+
+PROMPTS: Mapping[str, frozenset[str]] = {
+    "PROMPT_TUNING": _ALL | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+    "P_TUNING": _ALL | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
+    "CPT": _ALL | {
+        "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor", "opt_projection_epsilon",
+        "opt_projection_format_epsilon", "tokenizer_name_or_path",
+    },
+}  # fmt: skip
+"""Kinds that hold embeddings, with the fields of a config that are known or say nothing about a trained one."""
+
+PREFIXES: Mapping[str, frozenset[str]] = {
+    "PREFIX_TUNING": _ALL | {"encoder_hidden_size", "prefix_projection", "init_weights"},
+    "CARTRIDGE": _ALL | {"num_frozen_tokens"},
+}
+"""Kinds that hold keys and values."""
+
+NAMES = {
+    "PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "p-tuning",
+    "CPT": "context-aware prompts",
+    "PREFIX_TUNING": "prefix tuning",
+    "CARTRIDGE": "cartridges",
+}
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """``count`` virtual tokens: ``stored [count, width]`` are their embeddings, or with ``layers`` more than 0 the keys and values
+    ``[count, layers 2 heads head]`` that they have in every layer, keys first."""
+
+    stored: Load
+    count: int
+    layers: int = 0
+    heads: int = 0
+
+    @property
+    def head(self) -> int:
+        """The width of a key head."""
+        return self.stored.shape[1] // (2 * self.layers * self.heads)
+
+
+def fields_of(kind: str) -> frozenset[str] | None:
+    """The known fields of a kind of virtual tokens; None for any other kind."""
+    return PROMPTS.get(kind) or PREFIXES.get(kind)
+
+
+def read_tokens(
+    kind: str, config: Mapping[str, Any], tensors: Iterable[TensorHeader], fault: Fault
+) -> tuple[VirtualTokens, dict[str, Load]]:
+    """The tokens, and tensors of the base that were trained whole. ``fault(message, help)`` gives the diagnostic of what does not go together."""
+    found: TensorHeader | None = None
+    whole: dict[str, Load] = {}
+    stray = ""
+    for header in tensors:
+        if header.key == KEY:
+            found = header
+            continue
+        if header.key.startswith("base_model."):
+            whole[re.sub(r"\.modules_to_save(\.[^.]+)?\.", ".", header.key.removeprefix("base_model."))] = header.load()
+        else:
+            stray = header.key
+    if found is None:
+        raise fault(f"it has no `{KEY}`")
+    if stray:
+        raise fault(f"it has a tensor `{stray}`, which no folder of this kind has")
+    if not is_float(found.dtype):
+        raise fault(f"`{KEY}` is {found.dtype}, not a floating type")
+    if len(found.shape) != 2 or 0 in found.shape:
+        raise fault(f"`{KEY}` has the shape {list(found.shape)}, not [tokens, features]")
+    count = _size(config, "num_virtual_tokens", fault)
+    width = _size(config, "token_dim", fault, found.shape[1])
+    if count != found.shape[0]:
+        raise fault(f"its config says {count} virtual tokens, and `{KEY}` has {found.shape[0]}", "correct `num_virtual_tokens`")
+    if kind in PROMPTS:
+        if width != found.shape[1]:
+            raise fault(f"its config says {width} features a token, and `{KEY}` has {found.shape[1]}", "correct `token_dim`")
+        return VirtualTokens(found.load(), count), whole
+    layers, heads = _size(config, "num_layers", fault), _size(config, "num_attention_heads", fault)
+    if found.shape[1] != 2 * layers * width or width % heads:
+        raise fault(
+            f"its config says keys and values of {layers} layers with {heads} heads of together {width} features, and `{KEY}` has {found.shape[1]} a token",
+            "correct `num_layers`, `num_attention_heads` and `token_dim`",
+        )
+    return VirtualTokens(found.load(), count, layers, heads), whole
+
+
+def _size(config: Mapping[str, Any], key: str, fault: Fault, default: int | None = None) -> int:
+    value = config.get(key, default) if config.get(key) is not None else default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise fault(f"`{key}` is {value!r}, not a number of at least 1", "correct the config of the adapter")
+    return value
