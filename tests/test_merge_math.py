@@ -217,3 +217,47 @@ def test_many_equal_entries_are_ranked_without_gathering_them() -> None:
     spread = torch.randn(n, generator=torch.Generator().manual_seed(1))
     clean = top(lambda at: spread[at].clone(), (n, 1), keep)
     assert int((torch.cat([clean(spread[at].clone(), at) for at in chunks((n, 1))]) != 0).sum()) == keep
+
+
+def test_what_was_drawn_for_the_norm_is_what_drops() -> None:
+    """Over several chunks: the factor is that of the same draws, and the entries that stay are those of a stream drawn anew."""
+    shape = (3, 2 * merge_math.CHUNK // 5)
+    base, expert = torch.zeros(shape), torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    delta = delta_of(expert, base)
+    assert len(list(chunks(shape))) > 1
+    factor = norm_ratio(delta, shape, lambda: Drop(0.3, 1.0, 9))
+    kept, again = Drop(0.3, 1.0, 9).restore(delta, shape), Drop(0.3, factor, 9)
+    share = 0
+    for at in chunks(shape):
+        found = kept(delta(at), at).clone()
+        assert torch.equal(found, again(delta(at), at))
+        share += int(found.count_nonzero())
+    assert abs(share / expert.numel() - 0.3) < 0.005 and kept.factor == factor > 3
+
+
+def test_one_widened_chunk_serves_all_models_and_the_result() -> None:
+    base = torch.randn(4, merge_math.CHUNK // 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    wide = merge_math.Wide(base)
+    first, second = chunks(base.shape)
+    assert wide(first).data_ptr() == wide(first).data_ptr() and torch.equal(wide(first), base[:2].flatten().float())
+    assert torch.equal(wide(second), base[2:].flatten().float()) and torch.equal(wide(first), base[:2].flatten().float())
+    assert torch.equal(delta_of(base * 3, wide)(second), (base * 3)[2:].flatten().float() - base[2:].flatten().float())
+
+
+@pytest.mark.parametrize("zero", [1.0, -1.0])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, -0.25), (1.0, 3.0, 2.0)])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("by_weight", [True, False])
+def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float, ...], weighted: bool, by_weight: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randint(-2, 3, (400,), generator=generator).float() for _ in weights]
+    got = merge_math.elect([p.clone() for p in parts], weights, weighted=weighted, by_weight=by_weight, zero=zero)
+    scaled = [p * w for p, w in zip(parts, weights, strict=True)]
+    voting = scaled if weighted else parts
+    for i in range(400):
+        total = sum(float(p[i]) for p in voting)
+        sign = math.copysign(1, total) if total else zero
+        agree = [k for k, p in enumerate(voting) if float(p[i]) * sign > 0]
+        value = sum(float(scaled[k][i]) for k in agree)
+        count = sum(weights[k] for k in agree) if by_weight else len(agree)
+        assert float(got[i]) == pytest.approx(value / (count or 1), abs=1e-6), i

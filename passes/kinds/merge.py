@@ -24,7 +24,7 @@ from surgery.passes.kinds import attach
 from surgery.passes.kinds.merge_finite import finite, is_finite
 from surgery.passes.kinds.merge_fit import compatible, mixed
 from surgery.passes.kinds.merge_inputs import Inputs, Operands, Source, overlap
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, add_up, buffers, chunks, delta_of, keep_all
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, Wide, add_up, chunks, delta_of, keep_all
 from surgery.passes.operation import Resolved, SiteChange
 
 
@@ -91,20 +91,20 @@ class TaskMethod(MergeMethod):
         return add_up(parts, weights, reuse=True)
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
-        deltas = [delta_of(e, base) for e in experts]
+        start = Wide(base)
+        deltas = [delta_of(e, start) for e in experts]
         cleaners = [
             self.sparsify(d, tuple(base.shape), i, attach.seed_of(seed, str(i)), prepared) for i, d in enumerate(deltas)
         ]  # fmt: skip
         scale = float(getattr(self, "scale", 1.0))
-        out, flat = room(base.shape, base.dtype), base.reshape(-1)
+        out = room(base.shape, base.dtype)
         into = out.view(-1)
-        start = buffers(base.shape, 1)[0]
         for at in chunks(base.shape):
             parts = [clean(d(at), at) for clean, d in zip(cleaners, deltas, strict=True)]
             change = self.fuse(parts, weights, prepared)
             if scale != 1:
                 change.mul_(scale)
-            into[at] = start[: at.stop - at.start].copy_(flat[at]).add_(change)
+            into[at] = change.add_(start(at))
         return out
 
 

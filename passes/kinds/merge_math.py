@@ -8,6 +8,7 @@ do not depend on how many there are.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -45,17 +46,35 @@ def buffers(shape: Sequence[int], count: int) -> list[Tensor]:
     return [torch.empty(size) for _ in range(count)]
 
 
-def delta_of(expert: Tensor, base: Tensor) -> Delta:
-    """``expert - base``, chunk by chunk in float32."""
-    left, right = expert.reshape(-1), base.reshape(-1)
-    wide = torch.empty(0)
+class Wide:
+    """A tensor in float32, chunk by chunk, in one buffer: the chunk that was asked for last stands there for whoever asks for it again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.flat = tensor.reshape(-1)
+        self._last: slice | None = None
+        self._place = self._now = torch.empty(0)
+
+    def __call__(self, at: slice) -> Tensor:
+        """Not to be changed, and valid until another chunk is asked for."""
+        if at != self._last:
+            source = self.flat[at]
+            if self._place.numel() < source.numel():
+                self._place = torch.empty(source.numel())
+            self._now, self._last = self._place[: source.numel()].copy_(source), at
+        return self._now
+
+
+def delta_of(expert: Tensor, base: Tensor | Wide) -> Delta:
+    """``expert - base``, chunk by chunk in float32, in one buffer: what it gives may be changed, and is valid until the next chunk is asked for."""
+    left, right = expert.reshape(-1), base if isinstance(base, Wide) else Wide(base)
+    place = torch.empty(0)
 
     def run(at: slice) -> Tensor:
-        nonlocal wide
-        tau, other = left[at].to(torch.float32, copy=True), right[at]
-        if wide.numel() < tau.numel():
-            wide = torch.empty(tau.numel())
-        return tau.sub_(wide[: tau.numel()].copy_(other))
+        nonlocal place
+        source = left[at]
+        if place.numel() < source.numel():
+            place = torch.empty(source.numel())
+        return place[: source.numel()].copy_(source).sub_(right(at))
 
     return run
 
@@ -72,6 +91,17 @@ def keep_all(tau: Tensor, at: slice) -> Tensor:
 
 # ------------------------------------------------------------------ fusing
 
+SIGN_BIT = -(1 << 31)
+_places = threading.local()
+
+
+def scratch(like: Tensor, count: int) -> list[Tensor]:
+    """Float32 buffers of the size of ``like``, the same ones each time in a thread: nobody holds them longer than one chunk takes."""
+    n = like.numel()
+    if getattr(_places, "size", 0) < n or len(_places.buffers) < count:
+        _places.size, _places.buffers = n, [torch.empty(n) for _ in range(count)]
+    return [b[:n].view(like.shape) for b in _places.buffers[:count]]
+
 
 def elect(
     parts: Sequence[Tensor], weights: Sequence[float], *, weighted: bool, by_weight: bool, zero: float, reuse: bool = False
@@ -80,7 +110,7 @@ def elect(
 
     ``weighted``: entries are multiplied by their model's weight before the election, else after it. ``by_weight``: the mean divides by
     the weights of the agreeing models, else by their number. ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are
-    used up.
+    used up, and the result is valid until the next election of this thread.
     """
     parts = list(parts) if reuse else [p.clone() for p in parts]
     if weighted:
@@ -88,25 +118,34 @@ def elect(
         inner = [1.0] * len(parts)
     else:
         inner = list(weights)
-    total = parts[0].clone()
-    for p in parts[1:]:
-        total += p
-    # plus one where the elected sign is plus, minus one where it is minus: entries that agree are positive once multiplied by it
-    sign, agree = torch.ones_like(total), torch.empty_like(total)
-    if zero > 0:
-        torch.copysign(sign, total.add_(0.0), out=sign)  # adding zero makes every zero a positive one
-    else:
-        torch.copysign(sign, total.neg_().add_(0.0), out=sign).neg_()
-    summed, count = total.zero_(), torch.zeros_like(total)
-    for p, w, own in zip(parts, inner, weights, strict=True):
-        p.mul_(sign).clamp_min_(0)
-        summed.add_(p, alpha=w)
-        count.add_(torch.gt(p, 0, out=agree), alpha=own if by_weight else 1.0)
-    if by_weight:
-        count.add_(torch.eq(count, 0, out=agree))
-    else:
+    first = parts[0]
+    sign, agree, count, summed = scratch(first, 4)
+    total = torch.add(first, parts[1], out=summed) if len(parts) > 1 else summed.copy_(first)
+    for p in parts[2:]:
+        total.add_(p)
+    # the sign bit where the elected sign is minus: entries that agree are positive once it is turned in them. Adding zero makes every zero a
+    # positive one, and so does what is turned twice
+    signs = sign.view(torch.int32)
+    torch.bitwise_and((total.add_(0.0) if zero > 0 else total.neg_().add_(0.0).neg_()).view(torch.int32), SIGN_BIT, out=signs)
+    for i, (p, w, own) in enumerate(zip(parts, inner, weights, strict=True)):
+        p.view(torch.int32).bitwise_xor_(signs)
+        p.clamp_min_(0)
+        share = own if by_weight else 1.0
+        if i:
+            summed.add_(p, alpha=w)
+            count.add_(torch.gt(p, 0, out=agree), alpha=share)
+        else:
+            torch.gt(p, 0, out=count)
+            torch.mul(p, w, out=summed).add_(0.0)
+            if share != 1:
+                count.mul_(share)
+    if not by_weight or min(weights) >= 1:
         count.clamp_min_(1.0)
-    return summed.mul_(sign).div_(count)
+    else:
+        count.add_(torch.eq(count, 0, out=agree))
+    summed.view(torch.int32).bitwise_xor_(signs)
+    summed.div_(count)
+    return summed if reuse else summed.clone()
 
 
 def add_up(parts: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0, reuse: bool = False) -> Tensor:

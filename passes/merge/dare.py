@@ -28,8 +28,8 @@ class Dare(Refactored):
     Source: Yu et al., "Language Models are Super Mario", 2024, arXiv:2311.03099, section 3.
     """
 
-    version: ClassVar[int] = 2
-    """1 drew from torch's generator."""
+    version: ClassVar[int] = 3
+    """1 drew from torch's generator, 2 drew 16 bits an entry."""
 
     density: float = param(0.1, "probability that an entry of a task vector stays", min=0, max=1, unit="%", per_layer=True)
     rescale: Literal["inverse", "l1", "none"] = param("inverse", "how what stays is scaled up")
