@@ -96,7 +96,7 @@ class Shown:
         for s in self.program.anatomy.sites:
             tail = s.role.partition("]")[2] if "[" in s.role else s.role
             head = s.role.partition("[")[0] if "[" in s.role else ""
-            groups.setdefault((head, tail, s.op, s.shape, s.heads, s.kv_heads, s.rows), []).append(s)
+            groups.setdefault((head, tail, s.op, s.shape, s.heads, s.kv_heads, s.rows, "kv_of" in s.facts), []).append(s)
         rows = []
         for sites in groups.values():
             s = sites[0]
@@ -105,6 +105,8 @@ class Shown:
                 facts.append(
                     f"{s.heads} heads" + (f", {s.kv_heads} kv heads" if s.kv_heads not in (None, s.heads) else "") + f" of {s.head_dim}"
                 )
+            if s.facts.get("kv_of"):
+                facts.append(f"keys and values of {', '.join(group_roles(list(dict.fromkeys(str(x.facts['kv_of']) for x in sites))))}")
             if s.rows:
                 facts.append("rows " + ", ".join(f"{a}:{b}" for a, b in s.rows[:3]) + (" ..." if len(s.rows) > 3 else ""))
             if s.tied_to:

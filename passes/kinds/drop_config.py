@@ -27,6 +27,9 @@ NUMBERS = ("moe_layers", "mlp_only_layers", "cross_attention_layers", "full_attn
 THRESHOLDS = ("first_k_dense_replace", "max_window_layers")
 """Numbers of layers at the start that are of one kind."""
 
+TAILS = ("num_kv_shared_layers",)
+"""Numbers of layers at the end that are of one kind."""
+
 
 def drop_layers(program: Program, gone: Mapping[str, tuple[int, set[int]]]) -> None:
     """Write into the program's config that stacks lost layers: name of the stack to its layers before and those that are gone.
@@ -91,3 +94,7 @@ def _drop(owner: dict[str, Any], full: dict[str, Any], side: str, stack: str, co
         first = owner.get(name, full.get(name))
         if isinstance(first, int) and not isinstance(first, bool):
             owner[name] = first - sum(j < first for j in lost)
+    for name in TAILS:
+        last = owner.get(name, full.get(name))
+        if isinstance(last, int) and not isinstance(last, bool):
+            owner[name] = last - sum(j >= count - last for j in lost)

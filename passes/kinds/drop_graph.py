@@ -207,7 +207,7 @@ def sweep(program: Program, path: str, taken: Taken) -> bool:
     gm = program.module(path) if path else program.graph
     gone = False
     for node in reversed(list(gm.graph.nodes)):
-        if node.op in ("output", "placeholder") or node.users:
+        if node.op in ("output", "placeholder") or node.users or _writes_for_others(node):
             continue
         if node.op == "call_module":
             taken.called.add(attach.join(path, str(node.target)))
@@ -218,6 +218,37 @@ def sweep(program: Program, path: str, taken: Taken) -> bool:
     if gone:
         attach.recompile_later(gm)
     return gone
+
+
+def _alias(node: fx.Node, way: str) -> fx.Node | None:
+    """The value whose memory an operation's result is (``way`` read: a view; write: changed in place), None for one of its own."""
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if node.op == "call_function" and schema is not None else ()):
+        if argument.alias_info is not None and (way == "read" or argument.alias_info.is_write):
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            return value if isinstance(value, fx.Node) else None
+    return None
+
+
+def _writes_for_others(node: fx.Node) -> bool:
+    """Whether an operation changes memory in place that something else than views of it, or further writing into it, reads."""
+    root = _alias(node, "write")
+    if root is None:
+        return False
+    while (before := _alias(root, "read")) is not None:
+        root = before
+    if root.op != "call_function":
+        return True
+    known, stack = {root}, [root]
+    while stack:
+        for user in stack.pop().users:
+            if user in known:
+                continue
+            if _alias(user, "read") not in known:
+                return True
+            known.add(user)
+            stack.append(user)
+    return False
 
 
 def trim(program: Program, path: str) -> None:

@@ -66,16 +66,23 @@ class _Walk(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.into = into
         self.zero = zero
-        self.named: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
+        """What goes into bypassed layers, as it was then: a layer may change values in place, also after its result has a name."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return fx.node.map_arg(n.args[0], self._result)
         value = super().run_node(n)
         if n.name in self.into:
-            value = self.named[self.into[n.name]]
+            value = self.kept[self.into[n.name]].clone()
         elif n.name in self.zero:
             value = torch.zeros_like(value)
-        self.named[n.name] = value
+        if n.name in self.into.values():
+            self.kept[n.name] = value.clone()
         return value
+
+    def _result(self, n: fx.Node) -> Any:
+        return self.kept[self.into[n.name]] if n.name in self.into else self.env[n]
 
 
 def bypass_claim(bypassed: Bypassed, after: Program, inputs: Sequence[int], outputs: Sequence[int], span: Span) -> Claim:

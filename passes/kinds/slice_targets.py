@@ -145,9 +145,12 @@ def head_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | Non
 
     Heads are what queries and the output projection's inputs have in common and what the products of attention run over side by
     side; groups are the part of it that keys or values have, too. A block without grouping has its heads as groups, one with a single
-    group (multi-query) has none.
+    group (multi-query) has none. Of a block that reads another one's keys and values these are the other's.
     """
     parts = members(program, region)
+    lender = region.facts.get("kv_of")
+    if lender:
+        parts = {**members(program, next(s for s in program.anatomy.sites if s.role == lender)), **parts}
     if "q" not in parts or "o" not in parts:
         return None, None
     query, output = out_leaves(program, parts["q"]), in_leaves(program, parts["o"])
@@ -222,7 +225,8 @@ def same_everywhere(
 ) -> None:  # fmt: skip
     """Raises S0445 when a block outside of the statement, or one that it holds back, has units of a target. ``alone`` says
     that the method could make the blocks independent, where they only share a value."""
-    owner = {leaf: t for t in targets for leaf in t.units.leaves}
+    # of heads in groups only the inner class is cut: another block may read the same keys and values and keep its own query heads
+    owner = {t.units.inner: t for t in targets}
     own = {s.role for t in targets for s in t.sites}
     others: dict[int, list[str]] = {}
     for site in program.anatomy.sites:

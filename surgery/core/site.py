@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 
 class NodeRef(NamedTuple):
@@ -53,7 +55,8 @@ class Site:
     residual: NodeRef | None = None
     norm_output: NodeRef | None = None
     facts: dict[str, object] = field(default_factory=dict, compare=False, hash=False)
-    """Further facts for passes and ``show``: activation, causal, cross, stride, groups, experts, top_k, gated ..."""
+    """Further facts for passes and ``show``: activation, causal, cross, kv_of (the block whose keys and values are read), stride, groups,
+    experts, top_k, gated ..."""
 
     @property
     def is_region(self) -> bool:
@@ -77,6 +80,29 @@ class Stack:
     path: str = ""
 
 
+class Late(Sequence[Site]):
+    """Sites that are found when somebody first asks for them."""
+
+    def __init__(self, find: Callable[[], Sequence[Site]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> tuple[Site, ...]:
+        return tuple(self._find())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._found[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._found == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._found)
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """All sites of a program in model order, its stacks, and what has no role.
@@ -88,4 +114,4 @@ class Anatomy:
     sites: tuple[Site, ...]
     stacks: tuple[Stack, ...]
     unresolved: tuple[Unresolved, ...] = ()
-    modules: tuple[Site, ...] = ()
+    modules: Sequence[Site] = ()

@@ -39,7 +39,7 @@ def read_config(path: Path, span: Span | None = None) -> dict[str, Any]:
     except OSError as exc:
         raise unreadable(path, exc, span) from None
     try:
-        config = json.loads(raw.decode("utf-8"))
+        config = json.loads(raw.decode("utf-8"), object_hook=_tagged_float)
     except (UnicodeDecodeError, ValueError, RecursionError) as exc:
         raise fail(
             "S0702", f"{path.name} is not JSON: {exc}", span, notes=(f"file: {path}",), help="fetch it again from where the weights came"
@@ -161,6 +161,12 @@ def base_architecture(family: str, path: Path = Path("config.json"), span: Span 
             help="name the class in `architectures`",
         )
     return str(found[0] if isinstance(found, list | tuple) else found)
+
+
+def _tagged_float(entry: dict[str, Any]) -> Any:
+    """What transformers writes for a number that JSON has no word for, ``{"__float__": "Infinity"}``, as that number."""
+    tag = entry.get("__float__") if len(entry) == 1 else None
+    return float(tag) if tag in ("Infinity", "-Infinity", "NaN") else entry
 
 
 def hf_config(checkpoint: Checkpoint, span: Span | None = None) -> Any:

@@ -31,6 +31,8 @@ class Core:
     causal: bool
     scores: tuple[fx.Node, ...] = ()
     """The products that make the scores, where they stand apart from the rest."""
+    sinks: tuple[fx.Node, ...] = ()
+    """Parameters that the softmax counts as scores of a position without a value (Xiao et al., arXiv:2309.17453)."""
 
 
 @dataclass(eq=False)
@@ -51,6 +53,8 @@ class Attention:
     """Parameters added to the scores."""
     inner_norms: list[Norm] = field(default_factory=list)
     """Norms between the attention and its output projection."""
+    lender: Attention | None = None
+    """The earlier block whose keys and values this one reads: it has none of its own (Gemma 3n)."""
 
 
 class Attentions(Streams):
@@ -59,7 +63,15 @@ class Attentions(Streams):
     def __init__(self, view: GraphView, sources: Sources) -> None:
         super().__init__(view, sources)
         self._causal: dict[fx.Node, bool] = {}
-        self.found = [a for a in map(self._attention, self._cores()) if a is not None]
+        self._first: dict[Projection, Attention] = {}
+        self.found: list[Attention] = []
+        for core in self._cores():
+            found = self._attention(core)
+            if found is not None:
+                self.found.append(found)
+                for role in ("k", "v"):
+                    if role in found.parts:
+                        self._first.setdefault(found.parts[role].projection, found)
 
     def _cores(self) -> Iterator[Core]:
         for node in self.view.nodes:
@@ -84,33 +96,36 @@ class Attentions(Streams):
             context = next((u for u in users if ops.name_of(u) in ops.MATMUL and u not in self.view.by_node), None)
             if context is not None:
                 break
-            step = next((u for u in users if ops.name_of(u) in ops.SHAPE), None)
+            step = next((u for u in users if ops.name_of(u) in ops.SHAPE or ops.name_of(u) == "slice"), None)
             if step is None:
                 return None
             node = step
         if context is None:
             return None
-        operands = [n for n in ops.tensors(context) if n is not node]
+        operands = [n for n in self.view.inputs(context) if n is not node]
         if len(operands) != 1:
             return None
         scores = [n for n in self._score_products(softmax)]
         if not scores:
             return None
         mask: list[fx.Node] = []
-        node = ops.tensors(softmax)[0]
+        sinks: list[fx.Node] = []
+        node = self.view.inputs(softmax)[0]
         score = scores[0]
         for _ in range(12):
             if node is score:
                 break
-            inputs = ops.tensors(node)
-            if len(inputs) > 1:
+            inputs = self.view.inputs(node)
+            if ops.name_of(node) == "cat":
+                sinks += [p for p in map(self.view.parameter, inputs[1:]) if p is not None]
+            elif len(inputs) > 1 and not _is_maximum(inputs[1], inputs[0]):
                 mask += inputs[1:]
             if not inputs:
                 break
             node = inputs[0]
-        pair = ops.tensors(score)[-2:]
+        pair = self.view.inputs(score)[-2:]
         causal = any(map(self.is_causal, mask))
-        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores))
+        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores), tuple(sinks))
 
     def _score_products(self, softmax: fx.Node) -> list[fx.Node]:
         """Products behind a softmax through elementwise and shape ops; the one whose operands both come from data first."""
@@ -121,12 +136,13 @@ class Attentions(Streams):
             if node is softmax:
                 return False
             moves = name in ops.SHAPE or name in ops.PARTS or name in ops.GATHER or ops.is_pointwise(node)
+            moves = moves or (name == "cat" and sum(not self.view.constant[n] for n in self.view.inputs(node)) == 1)
             return not moves or self.view.constant[node] or node.op != "call_function"
 
         for node in self.view.backward(softmax, stop):
             if ops.name_of(node) in ops.MATMUL and node not in self.view.by_node:
                 found.append(node)
-        with_sources = [n for n in found if all(self.sources.reach(t) for t in ops.tensors(n)[-2:])]
+        with_sources = [n for n in found if all(self.sources.reach(t) for t in self.view.inputs(n)[-2:])]
         return sorted(with_sources, key=self.view.position.__getitem__)
 
     def is_causal(self, mask: fx.Node | None) -> bool:
@@ -145,7 +161,7 @@ class Attentions(Streams):
 
     def _compares_positions(self, node: fx.Node) -> bool:
         """Both sides of the comparison count positions along different axes."""
-        sides = ops.tensors(node)
+        sides = self.view.inputs(node)
         return len(sides) == 2 and sides[0] is not sides[1] and all(self._counts(s) for s in sides)
 
     def _counts(self, node: fx.Node) -> bool:
@@ -153,7 +169,7 @@ class Attentions(Streams):
             name = ops.name_of(node)
             if name in ("arange", "cumsum"):
                 return True
-            inputs = ops.tensors(node)
+            inputs = self.view.inputs(node)
             if not inputs:
                 return node.op == "placeholder" and not ops.is_activation(node)
             node = inputs[0]
@@ -177,20 +193,33 @@ class Attentions(Streams):
         if out is not None:
             parts["o"] = Part(out, out.rows)
         q = parts.get("q")
+        lender = self._lender(parts)
+        if lender is not None:
+            parts = {r: p for r, p in parts.items() if r in ("q", "o")}
         first = q or next(iter(parts.values()))
         target = self.view.strip(first.projection.x, gather=True, dropout=False)
         key = parts.get("k") or parts.get("v")
         memory = self.view.strip(key.projection.x, gather=True) if key else None
         cross = memory is not None and q is not None and self._stream(target) is not self._stream(memory)
-        trail = {r: self.sources.visited(v) for r, v in (("q", core.q), ("k", core.k))}
-        inside: dict[str, list[Norm]] = {}
+        trail = {r: self.sources.visited(v) for r, v in (("q", core.q), ("k", core.k)) if r == "q" or lender is None}
+        inside: dict[str, list[Norm]] = {"k": []}
         for role, nodes in trail.items():
             inside[role] = [n for n in dict.fromkeys(self.view.norm_of[x] for x in nodes if x in self.view.norm_of)]
         return Attention(
             core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
-            self._heads(q, core.q, width), self._heads(parts.get("k"), core.k, width), head_dim, value_dim, inside["q"], inside["k"],
-            self._tables(core), between,
+            self._heads(q, core.q, width), lender.kv_heads if lender else self._heads(parts.get("k"), core.k, width), head_dim, value_dim,
+            inside["q"], inside["k"], self._tables(core), between, lender,
         )  # fmt: skip
+
+    def _lender(self, parts: dict[str, Part]) -> Attention | None:
+        """The earlier self-attention whose keys and values, the very same products, a block with queries of its own reads. Several
+        attentions over one product's queries, keys and values are parts of one block and lend nothing."""
+        if not {"q", "k", "v"} <= parts.keys():
+            return None
+        first = self._first.get(parts["k"].projection)
+        if first is None or first.cross or first is not self._first.get(parts["v"].projection) or "q" not in first.parts:
+            return None
+        return None if parts["q"].projection in {p.projection for p in first.parts.values()} else first
 
     def _heads(self, part: Part | None, operand: fx.Node, width: Axis) -> int | None:
         return None if part is None else self.sources.heads(part, operand, width)
@@ -228,7 +257,7 @@ class Attentions(Streams):
                 node = projection.x
                 continue
             name = ops.name_of(node)
-            inputs = [n for n in ops.tensors(node) if not self.view.constant[n] and ops.is_activation(n)]
+            inputs = [n for n in self.view.inputs(node) if not self.view.constant[n] and ops.is_activation(n)]
             moves = name in ops.SHAPE or name in ops.PARTS or name in ops.GATHER or ops.is_pointwise(node)
             if name == "cat":  # a cache of what is projected to keys and values later (latent attention) grows by the stream's own part
                 inputs, moves = [n for n in inputs if n.op != "placeholder"], True
@@ -254,3 +283,10 @@ class Attentions(Streams):
         reached = (n for n in self.view.backward(core.mask, stop) if n.op == "get_attr" and n.meta.get("parameter"))
         found = dict.fromkeys(n for n in reached if n.meta["spec"].dtype.startswith(("float", "bfloat")))
         return list(found)
+
+
+def _is_maximum(node: fx.Node, of: fx.Node) -> bool:
+    """What is subtracted in front of a softmax so that no exponential overflows."""
+    while ops.name_of(node) == "getitem":
+        node = node.all_input_nodes[0]
+    return ops.name_of(node) in ("max", "amax") and node.args[0] is of

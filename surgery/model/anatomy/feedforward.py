@@ -52,7 +52,7 @@ class FeedForwards(Streams):
                 continue
             source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
             joined = self.exit(down.node, source)
-            if joined is None:
+            if joined is None or self._only_weighs(parts["up"].projection, down):
                 continue
             parts["down"] = Part(down, down.rows)
             self._taken |= {p.projection for p in parts.values()}
@@ -60,6 +60,12 @@ class FeedForwards(Streams):
             if down.kind == "experts":
                 block.experts = down.stored[0]
             yield block
+
+    def _only_weighs(self, up: Projection, down: Projection) -> bool:
+        """The last product gives no features of the stream that the first one reads: its outputs weigh other values, such as the streams
+        that a layer keeps side by side (AltUp, arXiv:2301.13310)."""
+        read, given = (set(self.dims.leaves(self.dims.parameter(p.weight)[axis])) for p, axis in ((up, up.in_axis), (down, down.out_axis)))
+        return bool(read and given) and not read & given
 
     def _trace(self, down: Projection) -> tuple[dict[str, Part], str, bool, list[Norm]] | None:
         node = down.x

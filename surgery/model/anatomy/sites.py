@@ -40,6 +40,7 @@ class Builder:
         self.claimed: dict[str, str] = {}
         self._first_role: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
         self._calls: dict[tuple[str, str], list[fx.Node]] | None = None
+        self._role_of: dict[Attention, str] = {}
 
     # ---------------------------------------------------------------- single sites
 
@@ -146,7 +147,12 @@ class Builder:
         tables = [t for t in block.tables if str(t.target) not in self.claimed or self._reads_own(t, graph)]
         for i, table in enumerate(tables):
             members.append(self.parameter(f"{base}.bias" + (f"[{i}]" if len(tables) > 1 else ""), table, "bias", graph, **where))
+        for i, sink in enumerate(block.core.sinks):
+            members.append(self.parameter(f"{base}.sinks" + (f"[{i}]" if len(block.core.sinks) > 1 else ""), sink, "bias", graph, **where))
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
+        self._role_of |= dict.fromkeys(calls, base)
+        if block.lender is not None:
+            facts["kv_of"] = self._role_of.get(block.lender, "")
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
         cores = origins(n for c in calls for n in (*c.core.scores, c.core.node))

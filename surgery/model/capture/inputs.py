@@ -103,9 +103,10 @@ def _learned_positions(model: Any) -> bool:
 
 def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
     text = model.config.get_text_config(decoder=True)
-    layers = int(text.num_hidden_layers)
+    borrowing = [mode == "reuse" for mode in getattr(text, "kv_sharing_modes", None) or ()]
+    layers = int(text.num_hidden_layers) - sum(borrowing)  # those at the end that read the keys and values of earlier ones keep none
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    by_layer = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text] * layers
+    by_layer = list(text.per_layer_config)[:layers] if getattr(text, "is_heterogeneous", False) else [text] * layers
 
     def one(of: Any) -> Tensor:
         heads = int(getattr(of, "num_key_value_heads", None) or of.num_attention_heads)

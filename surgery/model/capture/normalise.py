@@ -16,6 +16,18 @@ from surgery.model.program import ValueSpec
 
 aten = torch.ops.aten
 
+_SYNONYMS: dict[Any, Any] = {
+    getattr(getattr(aten, name), kind): getattr(getattr(aten, usual), kind)
+    for name, usual, kinds in (
+        ("multiply", "mul", "Tensor Scalar"), ("divide", "div", "Tensor Scalar Tensor_mode"), ("subtract", "sub", "Tensor Scalar"),
+        ("true_divide", "div", "Tensor Scalar"), ("negative", "neg", "default"), ("absolute", "abs", "default"), ("clip", "clamp", "default Tensor"),
+        ("greater", "gt", "Tensor Scalar"), ("greater_equal", "ge", "Tensor Scalar"), ("less", "lt", "Tensor Scalar"),
+        ("less_equal", "le", "Tensor Scalar"), ("not_equal", "ne", "Tensor Scalar"), ("concatenate", "cat", "default"),
+    )
+    for kind in kinds.split()
+}  # fmt: skip
+"""Second names of operations and the usual ones."""
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -82,6 +94,7 @@ class Normaliser:
         return False
 
     def _views(self, graph: fx.Graph, node: fx.Node) -> None:
+        node.target = _SYNONYMS.get(node.target, node.target)
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
         if node.target is aten.reshape.default:

@@ -16,6 +16,7 @@ from surgery.model.capture.errors import Fallback
 from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
 from surgery.model.capture.inputs import hf_call
 from surgery.model.capture.normalise import Normaliser, draws
+from surgery.model.capture.numbers import fold_scalars
 from surgery.model.capture.template import Cutter
 from surgery.model.capture.tree import Tensors, stand_up
 from surgery.model.graphnames import is_word
@@ -221,7 +222,6 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     lifted_names = dict(signature.inputs_to_lifted_tensor_constants)
     lifted = {ph: exported.constants[full].detach() for ph, full in lifted_names.items()}
     _refuse_lost_values(model, gm.graph, lifted)
-    lifted_targets = {ph: _attribute(i) for i, ph in enumerate(lifted)}
     parameters = {ph for ph in owners if ph in signature.inputs_to_parameters}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = traced.likes.restore(gm.graph, [n for n in placeholders if n.name not in owners and n.name not in lifted])
@@ -231,6 +231,8 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
     for name, node in zip(traced.names, inputs, strict=True):
         symbols.declare(name, node.meta["val"])
     flatten.attach_specs(gm.graph.nodes, symbols)
+    fold_scalars(gm.graph, lifted)
+    lifted_targets = {ph: _attribute(i) for i, ph in enumerate(lifted)}
     Normaliser(model, owners).run(gm.graph)
     flatten.drop_dead(gm.graph)
     _refuse_training_noise(model, call, gm.graph)

@@ -114,7 +114,7 @@ class Regions:
     def _run(self, path: str, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with_path, tree = pytree.tree_flatten_with_path((args, kwargs), is_leaf=_is_cache)
         leaves = [leaf for _, leaf in with_path]
-        caches = list({id(c): c for c in leaves if _is_cache(c)}.values())
+        caches = list({id(c): c for c in leaves if _is_cache(c) and not _keeps_nothing(c, module)}.values())
         slots = [_slot(c, module) for c in caches]
         if any(s is None for s in slots):
             return original(*args, **kwargs)
@@ -145,7 +145,7 @@ class Regions:
         self.regions.append(region)
         self._visits[region.index] = Visit(
             path, module, original, tree, [None if isinstance(leaf, Tensor) else plain(leaf) for leaf in leaves], places,
-            [layout(t) for t in tensors], [(i, caches.index(leaf)) for i, leaf in enumerate(leaves) if _is_cache(leaf)],
+            [layout(t) for t in tensors], [(i, caches.index(leaf)) for i, leaf in enumerate(leaves) if any(leaf is c for c in caches)],
             [_layer_index(module) for _ in slots],
             [([i for i, leaf in enumerate(leaves) if leaf is board], type(board), boards.shape_of(board)) for _, board in shared.values()],
         )  # fmt: skip
@@ -252,6 +252,12 @@ def _slot(cache: Any, module: nn.Module) -> Any:
         return None
     layer = cache.layers[index]
     return layer if getattr(layer, "keys", None) is not None else None
+
+
+def _keeps_nothing(cache: Any, module: nn.Module) -> bool:
+    """The layer is handed a cache that has no place for it, since it reads the keys and values of an earlier one."""
+    declared = any(m.__dict__.get("is_kv_shared_layer") is True for m in module.modules())
+    return declared and isinstance(cache.layers, list) and _layer_index(module) >= len(cache.layers)
 
 
 def _layer_index(module: nn.Module) -> int:

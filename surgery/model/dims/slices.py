@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.model.dims.algebra import CAT, LEAF, ONE, PROD, Axis, factors, find
+from surgery.model.dims.algebra import CAT, ONE, PROD, Axis, factors, find
 from surgery.model.dims.constants import Cut
 from surgery.model.dims.groups import Leaf
 from surgery.model.dims.masks import Ranges
@@ -28,19 +28,23 @@ def inside(axis: Axis) -> set[Axis]:
 
 def cuts_within(cut: Cut, parts: set[Axis]) -> list[Cut]:
     """A cut in terms of ``parts`` (of :func:`inside`); empty when it is of something else."""
-    root = find(cut.axis)
-    if root in parts:
-        return [cut]
-    if root.kind == LEAF:
-        return []
-    if root.kind == PROD:  # a run of factors of a longer product
-        return [cut] if all(f in parts for f in factors(root)) else []
     found: list[Cut] = []
-    start = 0
-    for part in map(find, root.parts) if root.kind == CAT and cut.step == 1 else ():
-        low, high = max(cut.start - start, 0), min(cut.stop - start, part.size)
-        found += cuts_within(Cut(part, min(low, high), high if high > low else min(low, high)), parts)
-        start += part.size
+    stack = [cut]  # no recursion: where windows slide over positions, a concatenation may be thousands of steps deep
+    while stack:
+        cut = stack.pop()
+        root = find(cut.axis)
+        if root in parts:
+            found.append(cut)
+        elif root.kind == PROD:  # a run of factors of a longer product
+            found += [cut] if all(f in parts for f in factors(root)) else []
+        elif root.kind == CAT and cut.step == 1:
+            start = 0
+            inner: list[Cut] = []
+            for part in map(find, root.parts):
+                low, high = max(cut.start - start, 0), min(cut.stop - start, part.size)
+                inner.append(Cut(part, min(low, high), high if high > low else min(low, high)))
+                start += part.size
+            stack += reversed(inner)
     return found
 
 
