@@ -13,15 +13,19 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common import table
 from benchmarks.inference_arms import FLOORS, ORDER, OTHERS, OURS, Work, calls, error, ours, quiet
 from benchmarks.inference_models import BERT_12, CASES, folder_of, seeded
-from surgery.benching_turns import Timing, take_turns
+from surgery.benching_turns import LONG, PAUSE, Timing, take_turns
 
 ALLOWED = 1e-4
 """Largest difference of an arm's first output to eager's."""
+
+SHAPE, FEWEST = 60.0, 5
+"""Seconds that the turns of one shape may take, and rounds that they take all the same: a part of two large shapes ends within four minutes."""
 
 
 def measured(name: str, work: Work, rounds: int, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -31,10 +35,22 @@ def measured(name: str, work: Work, rounds: int, wanted: tuple[str, ...]) -> lis
     for shape in case.shapes:
         found = calls(case, shape, work, wanted)
         reference = found["eager"]() if "eager" in found else None
-        errors = {n: error(reference, call()) for n, call in found.items() if reference is not None and n not in FLOORS}
-        times = take_turns(found, rounds if shape.batch * max(shape.length, 64) < 512 else max(9, rounds // 2))
+        errors, lasts = {}, {}
+        for n, call in found.items():
+            start = time.perf_counter()
+            value = call()
+            lasts[n] = time.perf_counter() - start
+            if reference is not None and n not in FLOORS:
+                errors[n] = error(reference, value)
+        times = take_turns(found, affordable(rounds, lasts.values()))
         rows += _rows(shape.label, times, errors)
     return rows
+
+
+def affordable(rounds: int, seconds: Iterable[float]) -> int:
+    """As many of the rounds asked for as fit into :data:`SHAPE` seconds, when one run of each arm takes so long; never fewer than :data:`FEWEST`."""
+    one = sum(t if t > LONG else 2 * t + PAUSE for t in seconds)
+    return min(rounds, max(FEWEST, int(SHAPE / one)))
 
 
 def _rows(label: str, times: dict[str, Timing], errors: dict[str, float]) -> list[tuple[str, ...]]:
@@ -127,7 +143,7 @@ def main() -> None:
                 if part == "export"
                 else [HEAD, *measured(part, work, args.rounds, wanted)]
             )
-            print(f"\n{part}, {args.threads} threads, {args.rounds} rounds\n\n{table(rows)}")
+            print(f"\n{part}, {args.threads} threads, {args.rounds} rounds at most\n\n{table(rows)}")
             for what, why in work.left_out.items():
                 print(f"left out: {what}: {why}")
 

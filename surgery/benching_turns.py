@@ -14,6 +14,10 @@ PAUSE = 0.004
 """Seconds between two arms: threads of the one before stop spinning for work and leave the processor alone."""
 
 
+LONG = 0.25
+"""Seconds of a run from which on what lies in the caches before it is nothing beside what it reads itself."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds: the median, and the quarter and three quarter points of all runs."""
@@ -43,16 +47,20 @@ def take_turns(
     step: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Timing]:
     """Runs every arm once a round, timed, right after a run that is not: an arm finds its own data in the caches and its threads awake, as in
-    serving. A busy moment of the machine hits all arms alike; every second round goes backwards, so that no arm always follows the same one."""
+    serving; one that takes longer than :data:`LONG` does without. A busy moment of the machine hits all arms alike; every second round goes backwards, so that no arm always follows the same one."""
     found: dict[str, list[float]] = {name: [] for name in arms}
-    for run in arms.values():
+    warm: dict[str, bool] = {}
+    for name, run in arms.items():
+        start = clock()
         run()
+        warm[name] = clock() - start < LONG
     for done in range(rounds):
         order = list(arms) if done % 2 == 0 else list(arms)[::-1]
         for name in order:
             run = arms[name]
             time.sleep(pause)
-            run()
+            if warm[name]:
+                run()
             start = clock()
             run()
             found[name].append(clock() - start)

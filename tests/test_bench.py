@@ -69,9 +69,10 @@ def test_arms_take_turns_and_every_timed_run_follows_one_that_is_not() -> None:
 
         return run
 
-    found = take_turns({"a": arm("a", 1.0), "b": arm("b", 3.0)}, 3, clock=lambda: now[0], pause=0.0)
-    assert "".join(ran) == "ab" + "aabb" + "bbaa" + "aabb"
-    assert (found["a"].median, found["b"].median, found["a"].rounds) == (1.0, 3.0, 3)
+    arms = {"a": arm("a", 0.125), "b": arm("b", 0.0625), "c": arm("c", 3.0)}
+    found = take_turns(arms, 3, clock=lambda: now[0], pause=0.0)
+    assert "".join(ran) == "abc" + "aabbc" + "cbbaa" + "aabbc", "a long run needs none before it"
+    assert (found["a"].median, found["b"].median, found["c"].median, found["a"].rounds) == (0.125, 0.0625, 3.0, 3)
     spread = timing([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (spread.low, spread.median, spread.high, spread.spread) == (2.0, 3.0, 4.0, pytest.approx(2 / 3))
 
