@@ -41,7 +41,7 @@ OURS = {
     "linear": "merge linear of one, two",
     "slerp": "merge slerp(t = 0.5) of one, two",
     "ties": "merge ties(density = 50%, trim = tensor, elect = weighted, divide = weight) of one, two",
-    "dare_ties": "merge dare_ties(density = 50%, rescale = l1, elect = weighted, divide = weight) of one, two",
+    "dare_ties": "merge dare_ties(density = 50%, rescale = l1, elect = weighted, divide = none) of one, two",
 }
 WITH_BASE = ("ties", "dare_ties")
 THEIRS = {

@@ -78,6 +78,9 @@ CASES = {
     "ties, factors": Case(
         f"ties(density = 3%, trim = tensor, {COMMON}, scale = 0.6) of one * 0.7, two * 0.4, three * 1.3", "ties", THREE, {"density": 0.03, "lambda": 0.6}
     ),
+    "ties, not normalized": Case(
+        "ties(density = 50%, trim = tensor, elect = weighted, divide = none) of one * 0.7, two * 0.4", "ties", UNEVEN, {"density": 0.5, "normalize": False}
+    ),
     "breadcrumbs": Case(
         "breadcrumbs(density = 60%, gamma = 5%, per = tensor, scale = 1) of one * 0.7, two * 0.4", "breadcrumbs", UNEVEN, {"density": 0.6, "gamma": 0.05}
     ),
@@ -89,6 +92,9 @@ CASES = {
     "dare_linear": Case("dare(density = 40%, rescale = l1) of one", "dare_linear", (("one", 1.0),), {"density": 0.4}, drawn=0.4),
     "dare_ties": Case(
         f"dare_ties(density = 40%, rescale = l1, {COMMON}) of one", "dare_ties", (("one", 1.0),), {"density": 0.4, "normalize": True}, drawn=0.4
+    ),
+    "dare_ties, not normalized": Case(
+        "dare_ties(density = 40%, rescale = l1, elect = weighted, divide = none) of one * 0.5", "dare_ties", (("one", 0.5),), {"density": 0.4}, drawn=0.4
     ),
     "della": Case(
         "della(density = 40%, epsilon = 15%, rescale = l1) of one", "della", (("one", 1.0),), {"density": 0.4, "epsilon": 0.15}, drawn=0.4
@@ -144,7 +150,7 @@ def by_mask(case: Case, base: dict[str, Tensor], one: dict[str, Tensor], theirs:
         tau = one[name] - start
         keep = theirs[name] != start
         left = torch.where(keep, tau, torch.zeros(()))
-        change = left * (tau.double().abs().sum() / left.double().abs().sum().clamp_min(1e-30)).float()
+        change = left * (tau.double().abs().sum() / left.double().abs().sum().clamp_min(1e-30)).float() * case.models[0][1]
         worst = max(worst, float((start + change - theirs[name]).abs().max()))
         stayed += int(keep.sum())
         mine += int((ours[name] != start).sum())

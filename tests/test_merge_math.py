@@ -247,11 +247,11 @@ def test_one_widened_chunk_serves_all_models_and_the_result() -> None:
 @pytest.mark.parametrize("zero", [1.0, -1.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, -0.25), (1.0, 3.0, 2.0)])
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("by_weight", [True, False])
-def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float, ...], weighted: bool, by_weight: bool) -> None:
+@pytest.mark.parametrize("divide", ["count", "weight", "none"])
+def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float, ...], weighted: bool, divide: str) -> None:
     generator = torch.Generator().manual_seed(2)
     parts = [torch.randint(-2, 3, (400,), generator=generator).float() for _ in weights]
-    got = merge_math.elect([p.clone() for p in parts], weights, weighted=weighted, by_weight=by_weight, zero=zero)
+    got = merge_math.elect([p.clone() for p in parts], weights, weighted=weighted, by_weight=divide == "weight", zero=zero, mean=divide != "none")
     scaled = [p * w for p, w in zip(parts, weights, strict=True)]
     voting = scaled if weighted else parts
     for i in range(400):
@@ -259,5 +259,5 @@ def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float
         sign = math.copysign(1, total) if total else zero
         agree = [k for k, p in enumerate(voting) if float(p[i]) * sign > 0]
         value = sum(float(scaled[k][i]) for k in agree)
-        count = sum(weights[k] for k in agree) if by_weight else len(agree)
+        count = sum(weights[k] for k in agree) if divide == "weight" else len(agree) if divide == "count" else 1.0
         assert float(got[i]) == pytest.approx(value / (count or 1), abs=1e-6), i

@@ -104,12 +104,19 @@ def scratch(like: Tensor, count: int) -> list[Tensor]:
 
 
 def elect(
-    parts: Sequence[Tensor], weights: Sequence[float], *, weighted: bool, by_weight: bool, zero: float, reuse: bool = False
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    weighted: bool,
+    by_weight: bool,
+    zero: float,
+    mean: bool = True,
+    reuse: bool = False,
 ) -> Tensor:
     """Sign election of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3): the mean of the entries that have the elected sign.
 
     ``weighted``: entries are multiplied by their model's weight before the election, else after it. ``by_weight``: the mean divides by
-    the weights of the agreeing models, else by their number. ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are
+    the weights of the agreeing models, else by their number; without ``mean`` nothing is divided, which gives their sum. ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are
     used up, and the result is valid until the next election of this thread.
     """
     parts = list(parts) if reuse else [p.clone() for p in parts]
@@ -139,12 +146,13 @@ def elect(
             torch.mul(p, w, out=summed).add_(0.0)
             if share != 1:
                 count.mul_(share)
-    if not by_weight or min(weights) >= 1:
-        count.clamp_min_(1.0)
-    else:
-        count.add_(torch.eq(count, 0, out=agree))
     summed.view(torch.int32).bitwise_xor_(signs)
-    summed.div_(count)
+    if mean:
+        if not by_weight or min(weights) >= 1:
+            count.clamp_min_(1.0)
+        else:
+            count.add_(torch.eq(count, 0, out=agree))
+        summed.div_(count)
     return summed if reuse else summed.clone()
 
 

@@ -16,7 +16,8 @@ from surgery.passes.kinds.merge_sparse import dropped
 class DareTies(Refactored):
     """Drops entries of task vectors at random, as ``merge dare`` does, and averages those whose sign is elected.
 
-    The election is that of ``merge ties``: ``elect`` and ``divide`` have the same meaning, a sum of zero counts as plus.
+    The election is that of ``merge ties``: ``elect`` and ``divide`` have the same meaning, a sum of zero counts as plus. ``rescale = l1,
+    elect = weighted, divide = none`` is what merging tools commonly call DARE-TIES.
 
         merge dare_ties(density = 20%) of code, math
 
@@ -31,7 +32,7 @@ class DareTies(Refactored):
     scale: float = param(1.0, "factor of the merged change", per_layer=True)
     seed: int = param(0, "changes which entries stay", min=0)
     elect: Literal["before", "weighted"] = param("before", "whether signs are elected before or after the factors are applied")
-    divide: Literal["count", "weight"] = param("count", "what the mean divides by")
+    divide: Literal["count", "weight", "none"] = param("count", "what the mean divides by; `none` leaves the sum of what agrees")
 
     def check(self, weights: Sequence[float]) -> str:
         return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
@@ -40,4 +41,12 @@ class DareTies(Refactored):
         return dropped(delta, shape, self.density, self.rescale, seed)
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=1.0, reuse=True)
+        return elect(
+            parts,
+            weights,
+            weighted=self.elect == "weighted",
+            by_weight=self.divide == "weight",
+            mean=self.divide != "none",
+            zero=1.0,
+            reuse=True,
+        )

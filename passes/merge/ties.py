@@ -24,7 +24,8 @@ class Ties(Refactored):
        paper) or of each tensor (``trim = tensor``)
     2. the sign of an entry is that of the summed ``tau_i`` (``elect = before``) or of the sum weighted by the factors (``elect = weighted``);
        where the sum is zero, a global trim takes the sign that most entries of the model have, a tensor's trim plus
-    3. the mean of the entries with that sign, divided by their number (``divide = count``) or by their factors (``divide = weight``)
+    3. the mean of the entries with that sign, divided by their number (``divide = count``) or by their factors (``divide = weight``), or their
+       sum (``divide = none``)
     4. ``theta = theta_0 + scale * mean``
 
     Exactly ``int(density * n)`` entries stay, of equal ones the first; of a tensor that is trimmed by itself at least one. The paper's method is the default; ``trim = tensor, elect = weighted,
@@ -45,7 +46,7 @@ class Ties(Refactored):
     scale: float = param(1.0, "factor of the merged change", per_layer=True)
     trim: Literal["global", "tensor"] = param("global", "what the fraction is of")
     elect: Literal["before", "weighted"] = param("before", "whether signs are elected before or after the factors are applied")
-    divide: Literal["count", "weight"] = param("count", "what the mean divides by")
+    divide: Literal["count", "weight", "none"] = param("count", "what the mean divides by; `none` leaves the sum of what agrees")
 
     def check(self, weights: Sequence[float]) -> str:
         return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
@@ -62,4 +63,12 @@ class Ties(Refactored):
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
         zero = prepared[1] if prepared else 1.0
-        return elect(parts, weights, weighted=self.elect == "weighted", by_weight=self.divide == "weight", zero=zero, reuse=True)
+        return elect(
+            parts,
+            weights,
+            weighted=self.elect == "weighted",
+            by_weight=self.divide == "weight",
+            mean=self.divide != "none",
+            zero=zero,
+            reuse=True,
+        )
