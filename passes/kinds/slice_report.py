@@ -161,6 +161,8 @@ def _width(program: Program, target: Target) -> int:
     widest = 1
     for name in tensors(dims, target):
         for expression in dims.parameter(name):
+            if dims.leaf(expression) is not None:
+                continue  # one column a unit
             times = sum(leaf == target.units.inner for leaf, _ in dims.occurrences(expression))
             if times:
                 widest = max(widest, int((positions(dims, expression, target.units) == 0).sum()) // times)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from surgery.core.site import Anatomy, NodeRef, Site, Stack, Unresolved
+from surgery.core.site import Anatomy, Late, NodeRef, Site, Stack, Unresolved
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
@@ -18,7 +18,7 @@ from surgery.model.anatomy.sites import Builder, Names, post_norm
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.trunks import Trunk, find_trunks
 from surgery.model.program import Program
-from surgery.model.walk import tensors
+from surgery.model.walk import edits, tensors
 
 
 def find_anatomy(program: Program) -> Anatomy:
@@ -87,11 +87,12 @@ class _Assembly:
         outside = find_outside(view, trunks, claimed, without, tables, inside)
         self.loose = _by_layer(view, stacks, [p for p in view.projections if p.kind == "conv" and p not in claimed])
         self._write(trunks, outside, within)
-        modules = module_sites(self.program, view, self.builder, self.names)
+        # from the flat graph alone, which stays as it is when the program changes
+        modules = Late(lambda: module_sites(view, self.builder, self.names))
         return Anatomy(
             tuple(self.builder.sites),
             tuple(Stack(s.name, len(s.layers), s.container) for s in stacks),
-            self._unresolved(modules),
+            self._unresolved(),
             modules,
         )
 
@@ -184,11 +185,11 @@ class _Assembly:
 
     # ---------------------------------------------------------------- what is left
 
-    def _unresolved(self, modules: tuple[Site, ...]) -> tuple[Unresolved, ...]:
+    def _unresolved(self) -> tuple[Unresolved, ...]:
         used = {str(n.target): n for n in self.view.nodes if n.op == "get_attr"}
         left = []
         for name in self.names.parameters:
-            if name in self.builder.claimed or hasattr(self.program.module(name.rpartition(".")[0]), "edits"):
+            if name in self.builder.claimed or edits(self.program.module(name.rpartition(".")[0])) is not None:
                 continue  # what stands on top of the model has no role in it
             node = used.get(name)
             if node is None or not self.view.users(node):

@@ -12,10 +12,9 @@ from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import whole
 from surgery.model.anatomy.graphview import GraphView
 from surgery.model.anatomy.sites import Builder, Names
-from surgery.model.program import Program
 
 
-def module_sites(program: Program, view: GraphView, builder: Builder, names: Names) -> tuple[Site, ...]:
+def module_sites(view: GraphView, builder: Builder, names: Names) -> tuple[Site, ...]:
     """One site for each module that holds parameters, in state-dict order; its role is its path in quotes.
 
     A module that runs one parametric operation is a site of that operation; one that holds bare parameters is a

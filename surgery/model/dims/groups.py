@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from surgery.model.dims.constants import Constant
 from surgery.model.dims.masks import Keep, Ranges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Leaf:
     """A class of units that live and go together.
 
@@ -25,12 +25,22 @@ class Leaf:
     """
 
     axis: Axis = field(repr=False)
-    name: str
-    letter: str
-    size: int
-    flags: frozenset[str]
-    frozen: str | None
-    node: fx.Node | None = field(repr=False)
+    size: int = field(compare=False)
+    flags: frozenset[str] = field(compare=False)
+    frozen: str | None = field(compare=False)
+    node: fx.Node | None = field(repr=False, compare=False)
+    _names: Callable[[Axis], tuple[str, str]] = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self._names(self.axis)[0]
+
+    @property
+    def letter(self) -> str:
+        return self._names(self.axis)[1]
+
+    def __repr__(self) -> str:
+        return f"Leaf({self.name}, size={self.size}, flags={sorted(self.flags)}, frozen={self.frozen!r})"
 
     @property
     def free(self) -> bool:

@@ -27,6 +27,7 @@ class Dims:
         self.unknown = tuple(unknown)
         """Nodes whose operator has no rule, with the operator's name."""
         self._leaves: dict[Axis, tuple[Axis, ...]] = {}
+        self._public: dict[Axis, Leaf] = {}
 
     # -- expressions ----------------------------------------------------------------------------------------------
 
@@ -97,28 +98,31 @@ class Dims:
 
     # -- leaves ---------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _public(self) -> dict[Axis, Leaf]:
-        out: dict[Axis, Leaf] = {}
-        for axis in self._all_leaves:
+    def _called(self, axis: Axis) -> tuple[str, str]:
+        """Name and letter: a reading aid that most leaves are never asked for."""
+        return self._names[axis], self._letters[axis]
+
+    def _leaf(self, axis: Axis) -> Leaf:
+        got = self._public.get(axis)
+        if got is None:
             why: Reason | None = axis.frozen
             flags = frozenset([f for f in axis.flags if f[0] != "~"])
             text, node = (None, None) if why is None else (why.text, why.node)
-            out[axis] = Leaf(axis, self._names[axis], self._letters[axis], axis.size, flags, text, node)
-        return out
+            got = self._public[axis] = Leaf(axis, axis.size, flags, text, node, self._called)
+        return got
 
     def leaves(self, axis: Axis) -> tuple[Leaf, ...]:
         """The distinct leaves of an expression in order of appearance; axes of size 1 have none."""
-        return tuple(self._public[leaf] for leaf in self._below(axis))
+        return tuple(self._leaf(leaf) for leaf in self._below(axis))
 
     def leaf(self, axis: Axis) -> Leaf | None:
         """The leaf that an axis is; None for a product, a concatenation or an axis of size 1."""
         root = find(axis)
-        return self._public[root] if root.kind == LEAF and root is not ONE else None
+        return self._leaf(root) if root.kind == LEAF and root is not ONE else None
 
     def all_leaves(self, *, stored: bool = True) -> tuple[Leaf, ...]:
         """All leaves in the order of the parameters; ``stored``: only those that a parameter or buffer holds."""
-        return tuple(self._public[a] for a in self._all_leaves if not stored or a in self._holders)
+        return tuple(self._leaf(a) for a in self._all_leaves if not stored or a in self._holders)
 
     @cached_property
     def _holders(self) -> dict[Axis, list[tuple[str, int, Axis]]]:
@@ -311,7 +315,7 @@ class Dims:
         for limited, least, node in self._cx.limits:
             if keep.size(limited) < min(least, find(limited).size):
                 refusals.append(f"{node.name} picks {least} of {self.text(limited)} and only {keep.size(limited)} would be left")
-        flags = frozenset(f for leaf in touched for f in self._public[leaf].flags)
+        flags = frozenset(f for leaf in touched for f in self._leaf(leaf).flags)
         return Group(root, tuple(members), tuple(changes), flags, "; ".join(refusals), keep, self)
 
     def coupled(self, parameter: str, axis: int, units: Iterable[int]) -> Group:
@@ -356,7 +360,7 @@ class Dims:
             if root is ONE:
                 continue
             if root.kind == LEAF:
-                out.append((self._public[root], index))
+                out.append((self._leaf(root), index))
             elif root.kind == CAT:
                 start, todo = 0, []
                 for part in map(find, root.parts):
