@@ -135,8 +135,8 @@ def test_what_is_not_in_the_folder_or_not_a_change_is_refused(world: Path) -> No
     head = 'surg 1\nmodel "bert"\nadapter one = load("one")\nmerge linear of one * 1\n'
     trained("one", "bert", peft.VeraConfig(r=4, target_modules=[Q], save_projection=False))
     assert refused(head).code == "S0783" and "projections" in refused(head).message
-    trained("one", "bert", peft.OFTConfig(r=0, oft_block_size=8, coft=True, target_modules=[Q]))
-    assert refused(head).code == "S0782" and "`coft`" in refused(head).message
+    adapters.write(world / "one", adapters.low(adapters.bert("query", layers=1), 4), use_bdlora=True)
+    assert refused(head).code == "S0782" and "`use_bdlora`" in refused(head).message
     adapters.write(world / "one", adapters.low(adapters.bert("query", layers=1), 4), target_parameters=["experts.gate_up_proj"])
     assert refused(head).code == "S0782" and "`experts.gate_up_proj`" in refused(head).message
     peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1).save_pretrained("one")

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = transformers.Gemma2Config(**small, num_hidden_layers=1, num_key_value_heads=2, head_dim=8, sliding_window=16, pad_token_id=0)
     models = {
         "gpt2": ZOO["gpt2"].make_model(n_layer=2),
-        "bert": ZOO["bert"].make_model(num_hidden_layers=2),
+        "bert": ZOO["bert"].make_model(num_hidden_layers=1),
         "gemma2": transformers.Gemma2ForCausalLM(config),
     }
     for name, model in models.items():
@@ -130,7 +130,7 @@ def test_prompts_go_back_to_peft_and_folded_ones_as_a_prefix(world: Path) -> Non
 def test_stands_beside_a_low_rank_adapter_of_any_factor(world: Path) -> None:
     """Both changes at once: peft's prompt on a base into which the other adapter is folded."""
     trained("one", "bert", KINDS[-2][1]())
-    adapters.write(world / "low", adapters.low(adapters.bert("value", layers=2), 4))
+    adapters.write(world / "low", adapters.low(adapters.bert("value", layers=1), 4))
     body = 'surg 1\nmodel "bert"\nadapter one = load("one")\nadapter low = load("low")\n'
     made = api.compile(body + "merge linear of one * 1, low * 0.5\n")
     api.compile('surg 1\nmodel "bert"\nadapter low = load("low")\nmerge linear of low * 0.5\nfold all\nemit transformers to "folded"\n')

@@ -94,7 +94,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         _shift(program, op, here)
     for gm in touched.values():
         attach.recompile_later(gm)
-    changes += [_replace(program, op, method, name, parts) for name, parts in whole.items()]
+    tied = {n for p in placements for n in p.tied}
+    changes += [_replace(program, op, method, name, parts, name in tied) for name, parts in whole.items()]
     tell_shares(op, shares)
     if before is not None and is_sum(method) and not shares and (places or whole):
         biases = [h.site.bias for h in places if any(p.shift is not None for p in h.parts)]
@@ -247,9 +248,12 @@ def _shift(program: Program, op: Resolved, here: Here) -> None:
     program.journal.record(name, op.origin)
 
 
-def _replace(program: Program, op: Resolved, method: MergeMethod, name: str, parts: Sequence[tuple[float, str, Expr]]) -> SiteChange:
-    """A tensor of the base that adapters trained whole: theirs, or the sum of their differences from the base."""
-    if ties_outside(program, (name,)):
+def _replace(
+    program: Program, op: Resolved, method: MergeMethod, name: str, parts: Sequence[tuple[float, str, Expr]], tied: bool
+) -> SiteChange:
+    """A tensor of the base that adapters trained whole: theirs, or the sum of their differences from the base. What is tied to it gets that, too, or
+    stays as it was."""
+    if not tied and ties_outside(program, (name,)):
         untie(program, (name,))
     first = program.aliases.get(name, name)
     old = program.weights[first]

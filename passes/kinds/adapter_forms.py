@@ -71,16 +71,20 @@ def stretched(weight: Tensor, gain: Tensor, *, axis: int) -> Tensor:
     return (weight.float() * gain.float().reshape(shape)).contiguous()
 
 
-def turned(weight: Tensor, entries: Tensor, *, axis: int, block: int, terms: int) -> Tensor:
+def turned(weight: Tensor, entries: Tensor, *, axis: int, block: int, terms: int, most: float = 0.0) -> Tensor:
     """The stored weight with its inputs (``axis``) turned block by block: ``W R^T``, ``R`` the Cayley transform of skew-symmetric blocks.
 
     ``entries [blocks, block (block - 1) / 2]`` are those above the diagonals, one row for all blocks where they are shared. ``terms``: the
-    transform as a Neumann sum of so many terms, as it was trained; 0: exactly ``(I + Q)^-1 (I - Q)``.
+    transform as a Neumann sum of so many terms, as it was trained; 0: exactly ``(I + Q)^-1 (I - Q)``. ``most`` is what a block may be long
+    at most where the turn is constrained (Frobenius norm; 0: any).
     """
     rows, columns = torch.triu_indices(block, block, 1)
     q = torch.zeros(entries.shape[0], block, block)
     q[:, rows, columns] = entries.float()
     q = q - q.transpose(1, 2)
+    if most:
+        length = q.norm(dim=(1, 2), keepdim=True)
+        q = torch.where(length <= most, q, q * (most / length))
     r = _cayley(q, terms)
     moved = weight.float().movedim(axis, -1)
     count = moved.shape[-1] // block

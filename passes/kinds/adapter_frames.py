@@ -111,6 +111,15 @@ def faults_of(program: Program, adapter: Adapter, frame: Frame, sites: Mapping[s
             out += _missing(frame, name, part.path, replaced)
         elif not here[1].why and (text := _unturned(program, part, sites.get(here[0].removesuffix(".weight")), here[1].shape)):
             out.append(Fault("S0785", part.path, text))
+    for rows in adapter.rows.values():
+        here = frame.find(f"{rows.path}.weight")
+        if here is None:
+            out += _missing(frame, f"{rows.path}.weight", rows.path, replaced)
+        elif not here[1].why and (
+            len(here[1].shape) != 2 or here[1].shape[1] != rows.stored.shape[1] or max(rows.indices, default=0) >= here[1].shape[0]
+        ):
+            text = f"`{rows.path}` is {list(here[1].shape)} here, and rows up to {max(rows.indices, default=0)} of {rows.stored.shape[1]} features were trained"
+            out.append(Fault("S0785", rows.path, text))
     for key, load in adapter.whole.items():
         here = frame.find(key)
         if here is None:
@@ -163,12 +172,22 @@ def _unlike(program: Program, low: Low, site: Site, shape: tuple[int, ...]) -> s
 def _unturned(program: Program, part: Dense, site: Site | None, shape: tuple[int, ...]) -> str:
     """Why a weight cannot become that function of itself, or an empty text."""
     geometry = geometry_then(program, site, shape) if site is not None else None
+    verb = {"stretched": "stretch", "turned": "turn"}.get(part.function, "change")
     if (
         geometry is None
         or geometry.op not in ("linear", "conv")
         or (geometry.op == "conv" and (part.function != "stretched" or geometry.groups > 1))
     ):
-        return f"`{part.path}` is no layer here that such an adapter can {'stretch' if part.function == 'stretched' else 'turn'}"
+        return f"`{part.path}` is no layer here that such an adapter can {verb}"
+    given = dict(part.params)
+    wrong = (
+        (part.out and part.out != geometry.out)
+        or any(n % int(given.get("multiple", 1)) for n in (geometry.out, geometry.inp)) or geometry.out % int(given.get("repeats", 1))
+        or int(given.get("smaller", 0)) not in (0, min(geometry.out, geometry.inp)) or int(given.get("larger", 1 << 62)) < max(geometry.out, geometry.inp)
+        or int(given.get("count", 0)) > geometry.out * geometry.inp
+    )  # fmt: skip
+    if wrong:
+        return f"`{part.path}` is [{geometry.out}, {geometry.inp}] here, and the adapter is for a layer of another size"
     have = geometry.inp if part.axis == "in" else geometry.out
     block = dict(part.params).get("block", 1)
     if (part.size and part.size != have) or have % block:

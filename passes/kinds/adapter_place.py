@@ -9,13 +9,13 @@ from typing import Any
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.site import Site
 from surgery.core.source import Span
-from surgery.model.adapter import Adapter, Low
+from surgery.model.adapter import Adapter, Low, Rows
 from surgery.model.adapter_forms import FUNCTIONS, Dense
 from surgery.model.cut_attached import Around
 from surgery.model.dims.masks import to_ranges
 from surgery.model.past import Ancestor
 from surgery.model.program import Program
-from surgery.model.weights import Apply, Concat, Expr, Reshape, Scale, cast, select
+from surgery.model.weights import Apply, Concat, Expr, Reshape, Scale, Update, cast, select
 from surgery.passes.kinds.adapter_frames import Frame, by_path, faults_of, fitted, frames_of, geometry_then, named_otherwise, refusal
 from surgery.passes.kinds.adapter_variant import Variant, plain, variant
 from surgery.passes.kinds.delta_method import DeltaMethod
@@ -70,13 +70,15 @@ def _beside(parts: tuple[Expr, ...], axis: int) -> Expr:
 @dataclass
 class Placement:
     """All of one adapter: its ``parts`` by path in the program, tensors of the base that it replaces by name, and what was ``dropped``:
-    modules of the base that earlier statements took away. ``carried`` says that something was cut on the way."""
+    modules of the base that earlier statements took away. ``carried`` says that something was cut on the way, ``tied`` are those that stay one
+    tensor with what they are tied to."""
 
     adapter: Adapter
     parts: dict[str, Placed] = field(default_factory=dict)
     whole: dict[str, Expr] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     carried: bool = False
+    tied: set[str] = field(default_factory=set)
 
 
 def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, list[Any]]:
@@ -104,6 +106,14 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
     for part in adapter.dense.values():
         if not _dense(program, adapter, part, found, sites, out, span):
             out.dropped.append(part.path)
+    for rows in adapter.rows.values():
+        here = found.find(f"{rows.path}.weight")
+        if here is None:
+            out.dropped.append(rows.path)
+            continue
+        out.whole[here[0]] = _rows(program, adapter, rows, *here, span)
+        out.tied.add(here[0])
+        out.carried |= here[1].cut
     for key, load in adapter.whole.items():
         here = found.find(key)
         if here is None:
@@ -131,14 +141,21 @@ def _dense(program: Program, adapter: Adapter, part: Dense, frame: Frame, sites:
         raise _stuck(adapter, part.path, was.why, span)
     axis = site.out_axis if part.axis == "out" else site.in_axis
     kept = was.kept[axis] if was.cut else None
-    if kept is not None and part.function != "stretched":
-        raise _stuck(adapter, part.path, "its inputs are turned together, and some of them are gone", span)
+    whole = ":" in part.function
+    if (kept is not None and part.function != "stretched") or (whole and was.cut):
+        why = (
+            "it changes the weight as a whole, and a part of it is gone"
+            if whole
+            else "its inputs are turned together, and some of them are gone"
+        )
+        raise _stuck(adapter, part.path, why, span)
 
     def changed(first: str, tensors: Iterable[Expr], at: int, function: str, params: tuple[tuple[str, Any], ...]) -> Expr:
         old = program.weights[program.aliases.get(first, first)]
         given = [Reshape((part.size,), t.dtype, t) if function == "stretched" else t for t in tensors]
         given = [t if kept is None else select(t, 0, to_ranges(kept)) for t in given]
-        return Apply(old.shape, "float32", f"{FUNCTIONS}:{function}", (old, *given), (("axis", at), *params))
+        named = function if ":" in function else f"{FUNCTIONS}:{function}"
+        return Apply(old.shape, "float32", named, (old, *given), (("axis", at), *params))
 
     out.whole[name] = changed(name, part.tensors, axis, part.function, part.params)
     out.carried |= was.cut
@@ -146,7 +163,25 @@ def _dense(program: Program, adapter: Adapter, part: Dense, frame: Frame, sites:
         bias = frame.find(f"{part.path}.bias")
         if bias is not None:
             out.whole[bias[0]] = changed(bias[0], (part.stretch,), 0, "stretched", ())
+    if part.bias and site.bias:
+        bias = frame.find(f"{part.path}.bias")
+        if bias is not None:
+            out.whole[bias[0]] = changed(bias[0], part.tensors, 0, part.bias, part.params)
     return True
+
+
+def _rows(program: Program, adapter: Adapter, rows: Rows, name: str, was: Ancestor, span: Span) -> Expr:
+    """A table with some rows in the place of its own."""
+    if was.why or (was.kept and was.kept[0] is not None):
+        raise _stuck(adapter, rows.path, was.why or "rows of the table are gone", span)
+    old = program.weights[program.aliases.get(name, name)]
+    part: Expr = cast(rows.stored, "float32")
+    if was.kept and was.kept[1] is not None:
+        part = select(part, 1, to_ranges(was.kept[1]))
+    order = sorted(range(len(rows.indices)), key=rows.indices.__getitem__)
+    if order != list(range(len(order))):
+        part = select(part, 0, tuple((i, i + 1) for i in order))
+    return Update(old.shape, "float32", cast(old, "float32"), part, 0, tuple((rows.indices[i], rows.indices[i] + 1) for i in order))
 
 
 def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:

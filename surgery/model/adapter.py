@@ -18,7 +18,9 @@ from typing import Any
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.near import quoted
 from surgery.core.source import Span
-from surgery.model.adapter_forms import KINDS, WHY_NOT, Dense, Kind
+from surgery.model.adapter_dense import DENSE_KINDS
+from surgery.model.adapter_forms import KINDS as THIN_KINDS
+from surgery.model.adapter_forms import WHY_NOT, Dense, Kind
 from surgery.model.adapter_keys import LOW, Key, key_of, other_key
 from surgery.model.adapter_tokens import NAMES, VirtualTokens, fields_of, read_tokens
 from surgery.model.checkpoint_headers import TensorHeader, read_header
@@ -31,6 +33,9 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "surgery-export.json"
 
+KINDS = {**THIN_KINDS, **DENSE_KINDS}
+"""Kinds of folders beside LoRA that change weights, by ``peft_type``."""
+
 UNCHANGED = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "none", "")
 """Ways to start an adapter that leave the base as it is: they say nothing about a trained one."""
 
@@ -38,7 +43,7 @@ QUIET = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
+    "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
     "use_rslora",
 })  # fmt: skip
 """Fields of a config whose meaning is known here, or that say nothing about what a trained adapter computes."""
@@ -66,6 +71,15 @@ class Low:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of the table of module ``path`` that were trained: row ``indices[i]`` is row ``i`` of ``stored [rows, width]``."""
+
+    path: str
+    stored: Load
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One opened folder.
 
@@ -86,13 +100,16 @@ class Adapter:
     record: Mapping[str, Any] = field(default_factory=dict)
     dense: Mapping[str, Dense] = field(default_factory=dict)
     tokens: VirtualTokens | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def stored(self) -> list[Load]:
         """The tensors of the parts as the file has them, each once."""
         found = {
             load.identity: load for low in self.parts.values() for e in (low.a, low.b, low.magnitude, low.shift) if e is not None for load in loads(e)
         }  # fmt: skip
-        found |= {load.identity: load for part in self.dense.values() for load in part.tensors}
+        found |= {load.identity: load for part in self.dense.values() for load in part.tensors} | {
+            r.stored.identity: r.stored for r in self.rows.values()
+        }
         return [*found.values(), *([self.tokens.stored] if self.tokens else ())]
 
     def digest(self) -> str:
@@ -122,12 +139,13 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     for header in tensors.values():
         reader.take(header)
     parts, dense = reader.parts()
-    if not parts and not dense and not reader.whole:
+    rows = reader.rows()
+    if not parts and not dense and not reader.whole and not rows:
         raise fail("S0783", f"{name} holds no tensor", span, "opened here", notes=(f"folder: {folder}",), help="save the adapter again")
     return Adapter(
         name, folder, span, {} if kind else _flags(config), parts, reader.whole, frozenset(reader.copies),
         _number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
-        base_name, record, dense,
+        base_name, record, dense, rows=rows,
     )  # fmt: skip
 
 
@@ -283,6 +301,7 @@ class _Reader:
         self.found: dict[str, dict[str, TensorHeader]] = {}
         self.whole: dict[str, Load] = {}
         self.copies: set[str] = set()
+        self.tables: dict[str, TensorHeader] = {}
 
     def fault(self, message: str, help: str = "save the adapter again, whole") -> SurgeryError:
         return fail("S0783", message, self.span, "opened here", help=help)
@@ -291,6 +310,9 @@ class _Reader:
         key: Key = key_of(header.key) if self.kind is None else other_key(header.key, self.kind)
         if key.problem:
             raise fail("S0782", f"{self.name} has {key.problem}", self.span, "opened here", notes=(f"tensor: {header.key}",), help=key.help)
+        if key.role == "rows":
+            self.tables[key.path] = header
+            return
         if key.role == "shared":
             self.shared[key.path] = header
             return
@@ -319,6 +341,22 @@ class _Reader:
             else:
                 low[path] = Low(path, made.a, made.b, made.rank, made.scale, made=True, shared=made.shared)
         return low, dense
+
+    def rows(self) -> dict[str, Rows]:
+        """Rows of tables that were trained one by one, by path."""
+        return {path: Rows(path, header.load(), self._indices(path, header)) for path, header in self.tables.items()}
+
+    def _indices(self, path: str, header: TensorHeader) -> tuple[int, ...]:
+        said = self.config.get("token_indices") or self.config.get("trainable_token_indices")
+        if isinstance(said, Mapping):
+            said = next((v for k, v in said.items() if path == k or path.endswith(f".{k}")), None)
+        fine = isinstance(said, list) and all(type(i) is int and i >= 0 for i in said) and len(set(said)) == len(said)
+        if not fine or len(header.shape) != 2 or header.shape[0] != len(said or ()):
+            raise self.fault(
+                f"`{path}` of {self.name} has {header.shape[0] if header.shape else 0} trained rows, and its config names {len(said or ()) if fine else 'no list of them'}",
+                "correct `token_indices` or `trainable_token_indices`",
+            )
+        return tuple(said or ())
 
     def _because(self, message: str, help: str = "save the adapter again, whole") -> SurgeryError:
         return self.fault(f"{self.name} cannot be read: {message}", help)

@@ -50,7 +50,8 @@ class Thin:
 @dataclass(frozen=True)
 class Dense:
     """A weight that is a function of itself: ``function`` of the stored weight and ``tensors``, ``params`` for it; ``stretch`` what the bias is
-    multiplied by, if it is. ``size`` is the length that ``axis`` (``out`` or ``in``) of the weight must have."""
+    multiplied by, if it is. ``size`` is the length that ``axis`` (``out`` or ``in``) of the weight must have, ``out`` how many outputs it must have (0: any).
+    A ``function`` of another module than :data:`FUNCTIONS` is named in full, and so is that of the ``bias``, if it has one."""
 
     path: str
     function: str
@@ -59,6 +60,8 @@ class Dense:
     axis: str
     size: int
     stretch: Load | None = None
+    out: int = 0
+    bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,20 +93,20 @@ def _thin(path: str, form: str, tensors: tuple[Load, ...], rank: int, out: int, 
     return Thin(made[0], made[1], rank, scale, shared)
 
 
-def _need(path: str, roles: Roles, names: tuple[str, ...], fault: Fault) -> list[TensorHeader]:
+def need(path: str, roles: Roles, names: tuple[str, ...], fault: Fault) -> list[TensorHeader]:
     missing = next((n for n in names if n not in roles), None)
     if missing:
         raise fault(f"`{path}` has no `{missing}`")
     return [roles[n] for n in names]
 
 
-def _matrices(path: str, headers: list[TensorHeader], fault: Fault) -> None:
+def matrices(path: str, headers: list[TensorHeader], fault: Fault) -> None:
     bad = next((h for h in headers if len(h.shape) != 2 or 0 in h.shape), None)
     if bad is not None:
         raise fault(f"`{bad.key}` has the shape {list(bad.shape)}, not that of a factor")
 
 
-def _number(config: Mapping[str, Any], key: str, default: float, fault: Fault) -> float:
+def number(config: Mapping[str, Any], key: str, default: float, fault: Fault) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise fault(f"`{key}` is {value!r}, not a number", "correct the config of the adapter")
@@ -111,26 +114,26 @@ def _number(config: Mapping[str, Any], key: str, default: float, fault: Fault) -
 
 
 def _adalora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
-    a, e, b = _need(path, roles, ("lora_A", "lora_E", "lora_B"), fault)
-    _matrices(path, [a, e, b], fault)
+    a, e, b = need(path, roles, ("lora_A", "lora_E", "lora_B"), fault)
+    matrices(path, [a, e, b], fault)
     rank = a.shape[0]
     if e.shape != (rank, 1) or b.shape[1] != rank:
         raise fault(f"`{path}` has factors and singular values of the shapes {list(a.shape)}, {list(e.shape)} and {list(b.shape)}")
-    first = _number(config, "init_r", 12, fault)
-    alpha = _number(config, "lora_alpha", 8, fault)
+    first = number(config, "init_r", 12, fault)
+    alpha = number(config, "lora_alpha", 8, fault)
     scale = (alpha if alpha > 0 else first) / (first + 1e-5)
     return _thin(path, "adalora", (a.load(), e.load(), b.load()), rank, b.shape[0], a.shape[1], scale)
 
 
 def _vera(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
-    b, d = _need(path, roles, ("vera_lambda_b", "vera_lambda_d"), fault)
+    b, d = need(path, roles, ("vera_lambda_b", "vera_lambda_d"), fault)
     if "vera_A" not in shared or "vera_B" not in shared:
         raise fault(
             "the random projections of the adapter are not in its folder (`save_projection = false`)",
             "save it with `save_projection = True`",
         )
     first, second = shared["vera_A"], shared["vera_B"]
-    _matrices(path, [first, second], fault)
+    matrices(path, [first, second], fault)
     rank = d.shape[0]
     if first.shape[0] != rank or second.shape[1] != rank or len(b.shape) != 1 or b.shape[0] > second.shape[0]:
         raise fault(
@@ -141,12 +144,12 @@ def _vera(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
 
 
 def _loha(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
-    found = _need(path, roles, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), fault)
-    _matrices(path, found, fault)
+    found = need(path, roles, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), fault)
+    matrices(path, found, fault)
     rank, out, inp = found[0].shape[1], found[0].shape[0], found[1].shape[1]
     if any(h.shape != s for h, s in zip(found, ((out, rank), (rank, inp)) * 2, strict=True)):
         raise fault(f"`{path}` has factors of the shapes {', '.join(str(list(h.shape)) for h in found)}, which do not go together")
-    scale = _patterned(config, "alpha_pattern", path, _number(config, "alpha", 8, fault)) / rank
+    scale = _patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / rank
     return _thin(path, "loha", tuple(h.load() for h in found), rank * rank, out, inp, scale)
 
 
@@ -161,8 +164,8 @@ def _lokr(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
             sides.append((header.load(),))
             rank *= min(out, inp)
         else:
-            a, b = _need(path, roles, (f"{side}_a", f"{side}_b"), fault)
-            _matrices(path, [a, b], fault)
+            a, b = need(path, roles, (f"{side}_a", f"{side}_b"), fault)
+            matrices(path, [a, b], fault)
             if a.shape[1] != b.shape[0]:
                 raise fault(f"`{path}` has factors of the shapes {list(a.shape)} and {list(b.shape)}, which do not go together")
             out, inp = a.shape[0], b.shape[1]
@@ -170,8 +173,8 @@ def _lokr(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
             rank *= a.shape[1]
         sizes.append((out, inp))
     # the scale is that of the rank which the config says, whatever side has factors
-    own = _patterned(config, "rank_pattern", path, _number(config, "r", 8, fault))
-    scale = _patterned(config, "alpha_pattern", path, _number(config, "alpha", 8, fault)) / own
+    own = _patterned(config, "rank_pattern", path, number(config, "r", 8, fault))
+    scale = _patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / own
     form = "lokr_" + "".join("f" if len(s) == 1 else "t" for s in sides)
     loads = tuple(t for s in sides for t in s)
     return _thin(path, form, loads, rank, sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1], scale)
@@ -193,7 +196,7 @@ def _patterned(config: Mapping[str, Any], field: str, path: str, default: float)
 
 
 def _ia3(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Dense:
-    (gain,) = _need(path, roles, ("ia3_l",), fault)
+    (gain,) = need(path, roles, ("ia3_l",), fault)
     given = config.get("feedforward_modules") or []
     inner = bool(re.fullmatch(given, path)) if isinstance(given, str) else any(path.endswith(str(g)) for g in given)
     size, load = math.prod(gain.shape), gain.load()
@@ -202,14 +205,15 @@ def _ia3(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, faul
 
 
 def _oft(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Dense:
-    (turn,) = _need(path, roles, ("oft_R",), fault)
+    (turn,) = need(path, roles, ("oft_R",), fault)
     blocks, entries = turn.shape if len(turn.shape) == 2 else (0, 0)
     block = round((1 + math.sqrt(1 + 8 * entries)) / 2)
     if not entries or block * (block - 1) // 2 != entries:
         raise fault(f"`{turn.key}` has the shape {list(turn.shape)}, not that of skew-symmetric blocks")
     alone = bool(config.get("block_share"))
-    terms = int(_number(config, "num_cayley_neumann_terms", 5, fault)) if config.get("use_cayley_neumann", True) else 0
-    params = (("block", block), ("terms", terms))
+    terms = int(number(config, "num_cayley_neumann_terms", 5, fault)) if config.get("use_cayley_neumann", True) else 0
+    bound = (("most", number(config, "eps", 6e-5, fault) / math.sqrt(blocks)),) if config.get("coft") else ()
+    params = (("block", block), ("terms", terms), *bound)
     return Dense(path, "turned", (turn.load(),), params, "in", 0 if alone else blocks * block)
 
 
@@ -240,13 +244,24 @@ KINDS: Mapping[str, Kind] = {
     "IA3": Kind("IA3", {"ia3_l": "ia3_l"}, QUIET | {"feedforward_modules", "init_ia3_weights"}, _ia3),
     "OFT": Kind(
         "OFT", {"oft_R": "oft_R"},
-        QUIET | {"oft_block_size", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"}, _oft,
+        QUIET | {"oft_block_size", "eps", "coft", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"}, _oft,
     ),
 }  # fmt: skip
 """The kinds by ``peft_type``."""
 
 WHY_NOT: Mapping[str, str] = {
-    "BOFT": "it turns weights by butterfly factors, whose permutations are not read here",
+    "WAVEFT": "its changes are wavelets of a family, which are not computed here",
+    "ADAMSS": "its parts of a weight come from a clustering of the base that the folder does not hold",
+    "OSF": "it holds a part of the base's own singular vectors, and not the rest",
+    "PSOFT": "it turns singular vectors of the base, which are computed anew on every machine",
+    "TINYLORA": "its factors come from singular vectors of the base, which are computed anew on every machine",
+    "UNILORA": "its factors are drawn at random in the order in which peft visits the layers, and the folder does not hold them",
+    "PVERA": "its factors are drawn at random for every call",
+    "POLY": "its mixture is another one for every task that a call names",
+    "XLORA": "its mixture is another one for every input, which no weight has",
+    "LILY": "its mixture is another one for every input, which no weight has",
+    "SHADOW": "it runs a model of its own beside the base",
+    "PEANUT": "its change runs through a function of the base's weight that is no part of the folder",
     "MULTITASK_PROMPT_TUNING": "its virtual tokens are another product for every task that a call names",
     "ADAPTION_PROMPT": "its prompts pass gates inside of attention, which is no change of a weight",
 }

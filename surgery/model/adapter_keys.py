@@ -15,12 +15,14 @@ LOW = ("A", "B", "embedding_A", "embedding_B", "magnitude", "shift")
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>A|B)(?:\.(?P<name>[^.]+))?\.(?P<leaf>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_(?P<role>embedding_A|embedding_B)(?:\.(?P<name>[^.]+))?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<name>[^.]+))??(?:\.weight)?")
+_ROWS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_NORM = re.compile(r"(?P<path>.+)\.ln_tuning_layers(?:\.[^.]+)??\.(?P<leaf>weight|bias)")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.[^.]+)?\.(?P<leaf>.+)")
 
 
 @dataclass(frozen=True)
 class Key:
-    """``role`` is one of :data:`LOW`, ``whole`` (a tensor of the base that was trained) or ``copy`` (one that is saved along); ``path`` the
+    """``role`` is one of :data:`LOW`, ``whole`` (a tensor of the base that was trained), ``rows`` (some rows of a table) or ``copy`` (one that is saved along); ``path`` the
     module, of the last two the tensor's name. ``problem`` says what kind of tensor it is that cannot be read."""
 
     role: str
@@ -32,10 +34,8 @@ class Key:
 def key_of(key: str) -> Key:
     """What a tensor's key says."""
     text = key.removeprefix(PREFIX)
-    if "token_adapter" in text:
-        return Key(
-            "", text, "tokens that were trained one by one", "train the embedding with `modules_to_save`, or give it a LoRA of its own"
-        )
+    if m := _ROWS.fullmatch(text):
+        return Key("rows", m["path"])
     if m := _FACTOR.fullmatch(text):
         return _low(m["path"], "shift" if m["leaf"] == "bias" else m["role"], m["role"] == "A" and m["leaf"] == "bias")
     if m := _EMBEDDING.fullmatch(text) or (_MAGNITUDE.fullmatch(text)):
@@ -63,6 +63,10 @@ def other_key(key: str, kind: Kind) -> Key:
 
 def _beside(text: str) -> Key:
     """Tensors of the base that stand beside the parts."""
+    if m := _ROWS.fullmatch(text):
+        return Key("rows", m["path"])
+    if m := _NORM.fullmatch(text):
+        return Key("whole", f"{m['path']}.{m['leaf']}")
     if m := _SAVED.fullmatch(text):
         return Key("whole", f"{m['path']}.{m['leaf']}")
     if ".base_layer." in text:
