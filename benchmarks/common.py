@@ -30,10 +30,15 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def child(module: str, *args: str) -> dict[str, Any]:
-    """Runs ``python -m benchmarks.<module> --child ARGS`` and reads the JSON of its last line."""
+def child(module: str, *args: str, timeout: float | None = None) -> dict[str, Any]:
+    """Runs ``python -m benchmarks.<module> --child ARGS`` and reads the JSON of its last line. Raises TimeoutExpired after ``timeout`` seconds."""
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", "--child", *args], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", f"benchmarks.{module}", "--child", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

@@ -1,12 +1,17 @@
 """Pruning: the cut beside torch-pruning's, and a sharded checkpoint beside a plain copy of it.
 
     python -m benchmarks.prune cut [--rounds 7] [--threads 2]
+    python -m benchmarks.prune whole [--rounds 5] [--threads 2] [--limit 300]
     python -m benchmarks.prune shards [--rounds 3] [--layers 12] [--without-compile]
 
 ``cut`` removes a quarter of the hidden units of every feed-forward block, on three models with random weights. Ours is the analysis of a captured program and the rewriting
 of graph and weights, with and without computing the new tensors. Theirs (``pip install torch-pruning``; left out without it) is measured twice: its pruner as
 it is meant to be used (``MagnitudePruner`` with everything else ignored, which scores as well), and the dependency graph with one group asked for
 by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Garbage is collected as seldom in all arms as the command line does.
+
+``whole`` removes a quarter of everything: hidden units, heads (whole key-value groups) and the residual width, which takes us three statements with an
+analysis each and torch-pruning one ``MagnitudePruner`` over all layers. Both sides choose their own units, so outputs are not compared; the share of the parameters
+that is left is printed. A model that takes the peer longer than ``--limit`` seconds is given up.
 
 ``shards`` writes a Llama-shaped checkpoint in bf16 and prunes it without data, by magnitude. Each figure is of a process of its own: a plain copy
 of the files (read and written); a compile that chooses, cuts, hashes what it reads and writes, and checks what was written (loaded = program: every byte
@@ -21,6 +26,7 @@ import gc
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +41,7 @@ from torch import nn
 from benchmarks.common import child, peak_mib, table
 from surgery.model.weights import Select
 
+WHOLE = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\nprune {heads}(ratio = 25%) on layers[*].attn\nprune width(ratio = 25%)\n"
 SPEC = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\n"
 
 
@@ -180,6 +187,73 @@ def module_of(program: Any) -> nn.Module:
     return build_module(program, Tensors(no_functions).all(program)).eval()
 
 
+# ---------------------------------------------------------------- everything
+
+
+def whole_by_peer(at: int, rounds: int, threads: int) -> dict[str, float]:
+    """In this process: median seconds of torch-pruning's pruner over the whole of one model, and the share of its parameters that is left."""
+    import torch_pruning as tp
+
+    gc.set_threshold(200_000, 20, 100)
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    model, inputs, _ = list(models().values())[at]
+    times = []
+    for _ in range(rounds):
+        live = deepcopy(model)
+        heads: dict[nn.Module, int] = {}
+        for name, module in live.named_modules():
+            if name.endswith(("query", "key", "value", "q_proj", "k_proj", "v_proj")):
+                count = "num_key_value_heads" if name.endswith(("k_proj", "v_proj")) else "num_attention_heads"
+                heads[module] = getattr(live.config, count, live.config.num_attention_heads)
+        start = time.perf_counter()
+        tp.pruner.MagnitudePruner(
+            live, inputs, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.25, num_heads=heads, prune_num_heads=True,
+            head_pruning_ratio=0.25, ignored_layers=[m for n, m in live.named_modules() if n == "lm_head"],
+        ).step()  # fmt: skip
+        times.append(time.perf_counter() - start)
+    left = sum(p.numel() for p in live.parameters()) / sum(p.numel() for p in model.parameters())
+    return {"seconds": statistics.median(times), "left": left}
+
+
+def compare_whole(rounds: int, threads: int, limit: int) -> None:
+    from surgery.driver import load_spec
+    from surgery.model.cost import parameters
+
+    gc.set_threshold(200_000, 20, 100)
+    rows: list[tuple[str, ...]] = [
+        ("model", "ours: analyses + cuts", "with tensors", "left", "torch-pruning", "left", "ratio", "ratio with tensors")
+    ]
+    for at, (name, (model, inputs, _)) in enumerate(models().items()):
+        program, _ = ours(model, inputs)
+        heads = "kv_groups" if "Llama" in name else "heads"
+        statements = load_spec(WHOLE.format(heads=heads)).statements
+        times: dict[str, list[float]] = {"cut": [], "tensors": []}
+        for _ in range(rounds):
+            mine = program.copy()
+            start = time.perf_counter()
+            for statement in statements:
+                cut(mine, statement)
+            times["cut"].append(time.perf_counter() - start)
+            realised(mine, program)
+            times["tensors"].append(time.perf_counter() - start)
+        middle = {k: statistics.median(v) for k, v in times.items()}
+        row = [name, f"{middle['cut']:.3f} s", f"{middle['tensors']:.3f} s", f"{parameters(mine) / parameters(program):.1%}"]
+        try:
+            theirs = child("prune", str(at), str(rounds), str(threads), timeout=limit)
+        except subprocess.TimeoutExpired:
+            row += [f"more than {limit} s", "", *(f"> {limit / rounds / middle[k]:.0f}" for k in ("cut", "tensors"))]
+        else:
+            row += [
+                f"{theirs['seconds']:.3f} s",
+                f"{theirs['left']:.1%}",
+                *(f"{theirs['seconds'] / middle[k]:.1f}" for k in ("cut", "tensors")),
+            ]
+        rows.append(tuple(row))
+        print(row, file=sys.stderr)
+    print(table(rows))
+
+
 # ---------------------------------------------------------------- a sharded checkpoint
 
 
@@ -287,18 +361,24 @@ def compare_shards(rounds: int, layers: int, whole: bool) -> None:
 def main() -> None:
     if "--child" in sys.argv:
         which, source, target = sys.argv[sys.argv.index("--child") + 1 :]
+        if which.isdigit():
+            print(json.dumps(whole_by_peer(int(which), int(source), int(target))))
+            return
         print(json.dumps(arm(which, Path(source), Path(target))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cut", "shards"))
+    parser.add_argument("what", choices=("cut", "whole", "shards"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=300, help="seconds that the peer may take with a whole model, all rounds together")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--without-compile", action="store_true", help="leave out the arm that measures claims")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "cut":
         compare_cuts(args.rounds)
+    elif args.what == "whole":
+        compare_whole(args.rounds, args.threads, args.limit)
     else:
         compare_shards(args.rounds, args.layers, not args.without_compile)
 
