@@ -19,6 +19,7 @@ from surgery.core.source import Span
 from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
 from surgery.model.dims import Change
 from surgery.model.dims.context import name_of
+from surgery.model.lazygraph import LazyGraphModule
 from surgery.model.program import Program, ValueSpec
 from surgery.model.walk import edits, graphs, inside
 
@@ -28,6 +29,10 @@ _VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: at
 
 def recompile_later(gm: fx.GraphModule) -> None:
     """The module's code is made anew when it is first called: most programs are planned and copied, and never run themselves."""
+
+    if isinstance(gm, LazyGraphModule):
+        gm.recompile()
+        return
 
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         self.recompile()  # puts the new code in the place of this function
