@@ -10,7 +10,7 @@ import time
 import pytest
 
 from surgery.core import ast
-from surgery.core.catalogue import Catalogue
+from surgery.core.catalogue import Catalogue, load_catalogue
 from surgery.core.checker_ranges import overlapping
 from surgery.core.diagnostics import Diagnostic
 from surgery.core.source import Source
@@ -259,3 +259,15 @@ def test_catalogue_is_fresh() -> None:
 
     assert catalogue.CATALOGUE_FILE.read_text("utf-8") == catalogue.render(registry.catalogue()), "run `python -m surgery.dev generate`"
     assert Catalogue.of(registry.catalogue()).methods == catalogue.load().methods
+
+
+def test_a_statement_without_a_place_is_shown_one_that_fits_its_method() -> None:
+    """From the method's own example, and the statement with that place is right."""
+    for method in load_catalogue().methods.values():
+        if not method.needs_sites or any(p.required for p in method.params):
+            continue
+        call = f"{method.verb} {method.name}"
+        (found,) = [d for d in run(call)[1] if d.code == "S0229"]
+        place = found.help.removeprefix("add for example `").removesuffix("`")
+        assert "S0228" not in codes(f"{call} {place}") and "S0229" not in codes(f"{call} {place}"), (call, place)
+    assert "on embed.tokens`" in run("insert prompt")[1][0].help

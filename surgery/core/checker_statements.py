@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 from surgery.core import ast
@@ -20,6 +21,14 @@ from surgery.core.spec import Checked
 KEEPERS = frozenset({"prune", "share", "convert", "replace", "factorize", "skip"})
 """Verbs under which a selected site can be held back as it is."""
 PLACE_MEANING = {"on": "the site itself", "after": "behind it", "before": "in front of it", "beside": "parallel to it"}
+
+
+def _somewhere(info: MethodInfo) -> str:
+    """A place where a method goes, from the example of its own page."""
+    places = "|".join(info.places or ("on",))
+    line = rf"^\s*{info.verb} {info.name}\b.*?\s((?:{places}) \S.*?)(?:\s+(?:as|using|keep|with)\s.*|\s+#.*)?$"
+    found = re.search(line, info.doc, re.MULTILINE)
+    return found.group(1) if found else f"{info.places[0] if info.places else 'on'} layers[*].ffn"
 
 
 class Statements:
@@ -93,10 +102,9 @@ class Statements:
     def _place(self, node: ast.Operation, info: MethodInfo) -> None:
         if not node.selectors:
             if info.needs_sites:
-                word = info.places[0] if info.places else "on"
                 self.sink.error(
                     "S0229", f"`{node.verb} {info.name}` does not say where", place(node), "no selector",
-                    help=f"add for example `{word} layers[*].attn.{{q, v}}`" if word == "on" else f"add for example `{word} layers[*].ffn`",
+                    help=f"add for example `{_somewhere(info)}`",
                 )  # fmt: skip
             return
         if node.place in info.places:
