@@ -125,6 +125,15 @@ def test_the_exported_graph_is_fused_and_equal(made: dict[str, Any], family: str
             assert difference(want, torch.from_numpy(got), None) < 1e-5
 
 
+def test_sums_before_norms_without_a_mean_stay(made: dict[str, Any]) -> None:
+    """Measured: in a decoder without biases nothing is gained by adding the shortcut in the product."""
+    result = fused(made, "llama")[2]
+    found = entry(result, "product_sum")
+    assert found.fired == entry(result, "flat_rows").fired == 0
+    condition = "the norm behind it is the root of the mean square, where a sum of its own is no slower"
+    assert Counter(m.condition for m in found.misses) == {condition: 6}
+
+
 def test_same_graph_every_time(made: dict[str, Any]) -> None:
     program, root, first = fused(made, "bert")
     again = fuse(program, root, Target())

@@ -127,6 +127,13 @@ def test_other_targets(target: Target, counts: tuple[int, ...], said: str) -> No
     assert target.precision != "int8" or (misses(result, "flat_rows")[said] and misses(result, "spread_gelu")[said] == 5)
 
 
+def test_rows_gain_nothing_where_few_products_add_something() -> None:
+    torch.manual_seed(1)
+    layers = (nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 24, bias=False), nn.ReLU(), nn.Linear(24, 16, bias=False))
+    result = fused(Target(), capture(nn.Sequential(*layers).eval(), {"input": torch.randn(2, 6, 16)}))
+    assert fired(result)["flat_rows"] == 0 and misses(result, "flat_rows") == {"most products beside it add nothing": 1}
+
+
 class Every(nn.Module):
     def forward(self, x: Tensor, w: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         rows, added = x.reshape(-1, 16), y.reshape(-1, 24)

@@ -30,7 +30,8 @@ SPLIT = aten.split_with_sizes.default
 class FlatRows:
     """Products, norms, activations and sums between two attentions do not look at other steps. On [batch, steps, width] onnxruntime adds the bias of
     a product in a pass of its own; on [batch * steps, width] the product is a Gemm, which adds a bias or a shortcut while it sums up. The values
-    change their axes once where such operations begin and once where they end, which moves nothing in memory."""
+    change their axes once where such operations begin and once where they end, which moves nothing in memory. Where most products add nothing there
+    is nothing to gain."""
 
     name: str = "flat_rows"
     doc: str = "on processors, operations that look at one step at a time work on a matrix of all steps"
@@ -43,6 +44,9 @@ class FlatRows:
         for group in _groups(view):
             seeds = [n for n in group if _gains(n)]
             if not seeds:
+                continue
+            if 2 * len(seeds) < sum(is_call(n, LINEAR, PRODUCT_SUM) for n in group):
+                yield Miss(view.where(seeds[0]), "most products beside it add nothing", f"{len(seeds)} do")
                 continue
             if view.target.precision == "int8":
                 yield Miss(view.where(seeds[0]), "products of integers add nothing to their result")
