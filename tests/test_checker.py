@@ -268,6 +268,6 @@ def test_a_statement_without_a_place_is_shown_one_that_fits_its_method() -> None
             continue
         call = f"{method.verb} {method.name}"
         (found,) = [d for d in run(call)[1] if d.code == "S0229"]
-        place = found.help.removeprefix("add for example `").removesuffix("`")
+        place = found.help[0].removeprefix("add for example `").removesuffix("`")
         assert "S0228" not in codes(f"{call} {place}") and "S0229" not in codes(f"{call} {place}"), (call, place)
-    assert "on embed.tokens`" in run("insert prompt")[1][0].help
+    assert "on embed.tokens`" in run("insert prompt")[1][0].help[0]
