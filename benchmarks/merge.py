@@ -56,7 +56,11 @@ THEIRS = {
         "models": [{"model": "one"}, {"model": "two"}],
     },
 }  # fmt: skip
-IMPORTS = "surgery.cli.main surgery.driver surgery.backends.to_transformers transformers.models.llama.modeling_llama"
+IMPORTS = (
+    "surgery.cli.main surgery.cli.compile_ surgery.cli.progress surgery.driver surgery.backends.to_transformers surgery.merging_adapters "
+    "surgery.model.capture.cache surgery.model.checkpoint_bind surgery.passes.merge surgery.passes.adapt surgery.passes.kinds.fold "
+    "sympy.tensor.tensor sympy.combinatorics transformers.models.llama.modeling_llama"
+)
 
 
 class Bench:

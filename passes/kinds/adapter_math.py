@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.lowrank import factor_shapes
 
@@ -28,7 +29,8 @@ def changes(tensors: Sequence[Tensor], parts: Sequence[Part], site: Geometry) ->
     for part in parts:
         if part[0] == "low":
             a, b = rest.pop(0).float(), rest.pop(0).float()
-            yield float(part[1]) * (b.flatten(1) @ a.flatten(1))
+            b, a = b.flatten(1), a.flatten(1)
+            yield torch.mm(b, a, out=room((b.shape[0], a.shape[1]), torch.float32)).mul_(float(part[1]))
             continue
         from surgery.passes import registry
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from surgery.model import masked
 from surgery.model.live import Tensors
 from surgery.model.program import Attachment, Program
+from surgery.model.room import widened
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.kinds.delta import DeltaModule
 
@@ -75,7 +76,7 @@ def _output(program: Program, tensors: Tensors, probe: Probe, seed: int, beside:
 
     def read(name: str) -> Tensor:
         value = tensors.fresh(program, program.aliases.get(name, name), memo)
-        return value.float() if value.is_floating_point() else value
+        return widened(value, torch.float32) if value.is_floating_point() else value
 
     stored = read(probe.name)
     weight = stored.T if probe.transposed else stored

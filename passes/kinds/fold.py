@@ -35,12 +35,14 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     changes: list[SiteChange] = []
     groups: dict[tuple[str, ...], list[Attachment]] = {}
     held: dict[str, str] = {}
+    structural = False  # changes of weights leave the model's own structure, and what is known of it, as they are
     for a in chosen:
         if not any(b is a for b in program.attachments):
             continue  # folded with another that it is one with
         shared = tie_fold.shared_weight(program, a)
         common = tie_fold.common_adapters(program, shared, chosen) if shared else None
         if common is not None:
+            structural = True
             _together(program, common, op, changes)
         elif shared:
             held[a.module] = tie_fold.refuse_or_reason(program, op, a, shared)
@@ -53,6 +55,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         sizes = {a.module: _count(program, a) for a in group}
         total = sum(sizes.values()) - cost.parameters(program) if group[0].method.kind == "insert" else 0
         tied = group[0].method.kind == "delta" and bool(ties_outside(program, names))
+        structural |= tied or group[0].method.kind != "delta"
         reason = "" if hasattr(kind, "fold_attachments") else "its kind has no fold"
         if group[0].method.fold_class == "none":
             reason = f"{group[0].method.name} has no place in an existing weight"
@@ -71,7 +74,8 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
                 note += f"; {names[0]} is no longer tied, {copied:,} parameters more"
             removed = 0 if reason else sizes[a.module]
             changes.append(SiteChange(a.site.role, a.site.path, a.site.rows, shape, shape, added=copied, removed=removed, note=note))
-    program.touch()
+    if structural:
+        program.touch()
     return changes
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from surgery.core.diagnostics import fail
+from surgery.model.room import widened
 from surgery.model.stored import MANY, initial_value, read, read_part, take, torch_dtype
 from surgery.model.threads import one_thread
 from surgery.model.weights import (
@@ -191,14 +192,14 @@ class Realiser(Mapping[str, torch.Tensor]):
         dtype = torch_dtype(expr.dtype)
         wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
         first = expr.parts[0]
-        total = self._value(first).to(wide)
+        total = widened(self._value(first), wide)
         if not (_is_fresh(first) or total.dtype != torch_dtype(first.dtype)) or tuple(total.shape) != expr.shape:
             total = total.broadcast_to(expr.shape).clone(memory_format=torch.contiguous_format)
         for part in expr.parts[1:]:
             value = self._value(part)
             # A narrower float is widened as it is added, without a copy of it.
             total += value if value.is_floating_point() and value.element_size() <= total.element_size() else value.to(wide)
-        return total.to(dtype)
+        return widened(total, dtype)
 
     def _update(self, expr: Update) -> torch.Tensor:
         out = self._value(expr.source).clone(memory_format=torch.contiguous_format)

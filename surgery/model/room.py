@@ -72,6 +72,11 @@ def _block(size: int) -> mmap.mmap:
 spare = Spare()
 
 
+def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The value in another type; itself where it has that type."""
+    return value if value.dtype == dtype else room(value.shape, dtype).copy_(value)
+
+
 def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised contiguous CPU tensor; its memory is used again when nothing refers to it any more."""
     size = math.prod(shape) * dtype.itemsize
