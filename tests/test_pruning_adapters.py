@@ -183,3 +183,29 @@ def test_a_part_of_a_block_cannot_go():
         cut(program, group, Origin(verb="prune"))
     assert caught.value.diagnostics[0].code == "S0431" and "blocks of 4" in str(caught.value)
     assert structure(program.dims).keys() == shapes.keys() and program.weights["up.weight"].shape == (HIDDEN, STREAM)
+
+
+def test_parallel_convolutions_leave_folded(tmp_path, monkeypatch):
+    """The central taps stand in the kernels that onnxruntime and transformers load."""
+    from transformers import ResNetConfig, ResNetModel
+
+    import surgery as api
+
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", image_size=16)
+    model = ResNetModel(config).eval()
+    model.save_pretrained("base")
+    made = api.compile(
+        'surg 1\nmodel "base"\nadapt sppara(init_range = 0.3) on **.conv\nemit onnx(optimize = none) to "out.onnx"\nemit transformers to "out"\n'
+    )
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        want, plain = made.module(pixel_values=x)[0], model(pixel_values=x)[0]
+        loaded = ResNetModel.from_pretrained("out").eval()(pixel_values=x)[0]
+    served = torch.from_numpy(ort.InferenceSession("out.onnx").run(None, {"pixel_values": x.numpy()})[0])
+    scale = want.abs().max()
+    assert (plain - want).abs().max() > 1e-2 * scale
+    assert (loaded - want).abs().max() <= 1e-5 * scale and (served - want).abs().max() <= 1e-5 * scale
+    assert any("sppara" in n for n, _ in made.module.named_parameters())

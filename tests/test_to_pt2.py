@@ -25,7 +25,10 @@ from surgery.model.sample import sample_inputs
 from surgery.passes import registry
 from tests.programs import LM, live, padded, program_for
 
-SPEC = 'surg 1\nprune heads(ratio = 50%) on layers[*].attn\nadapt lora(rank = 2) on layers[*].attn.q\nemit pt2 to "model.pt2"\n'
+SPEC = (
+    "surg 1\nprune heads(ratio = 50%) on layers[*].attn\nadapt lora(rank = 2) on layers[*].attn.q\ninsert prompt(length = 2, std = 1) on embed.tokens\n"
+    'insert prefix(length = 3, width = 4) on layers[*].attn\nemit pt2 to "model.pt2"\n'
+)
 SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
 
 
