@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from surgery.core import ast
-from surgery.core.diagnostics import Severity, fail
+from surgery.core.diagnostics import Severity, SurgeryError, fail
 from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
+from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
 from surgery.folding import fold_all as fold_all
 from surgery.folding import live_modules, live_names, widened
@@ -31,12 +32,17 @@ from surgery.model.threads import one_thread
 from surgery.passes import registry
 from surgery.passes.expect import measure
 from surgery.passes.kinds import delta_probe
-from surgery.session import Emission, Session, failed, judge
+from surgery.session import Emission, Session, failed, judge, placed
 
 SAMPLES = (("random", 2, 16, False), ("padded", 3, 11, True))
 """(name, batch, length, padding) of the inputs on which equal outputs are measured."""
 
 DEFAULT_TOLERANCE = {"init": 1e-5, "fold": 1e-5}
+
+
+def _computes(program: Program) -> Span | None:
+    """The first statement that divides blocks into experts: what it makes of weights is computed when they are written."""
+    return next((o.span for entries in program.journal.entries.values() for o in entries if o.verb == "convert"), None)
 
 
 @dataclass
@@ -64,14 +70,20 @@ class Compilation:
         """Claims first, then outputs: a claim that fails stops everything before the first byte is written."""
         self.identity()
         for claim in self.session.claims:
-            self.settle(claim)
+            try:
+                self.settle(claim)
+            except SurgeryError as fault:
+                raise placed(fault, claim.span) from fault
         for _, before, after in self.session.folds:
             self.zeros_kept(before, after)
         for checked, program, index in self.session.checks:
             self.check(checked, program, index)
         self.session.sink.raise_if_failed()
         for emission in self.session.emissions:
-            self.emit(emission)
+            try:
+                self.emit(emission)
+            except SurgeryError as fault:  # weights that are computed from others late, when they are written
+                raise placed(fault, _computes(emission.program) or emission.checked.node.span) from fault
 
     # ------------------------------------------------------------ claims
 

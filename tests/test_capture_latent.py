@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import surgery
 from surgery.core.diagnostics import SurgeryError
 from surgery.model.capture import materialise, pipeline
 from surgery.opening import open_program
@@ -52,3 +53,13 @@ def test_its_attention_attends_to_its_own_stream(here: Path) -> None:
     assert sites["layers[2].attn.q"].weight == "model.layers.2.self_attn.q_b_proj.weight"
     rows = [slice(12 * head + 6, 12 * head + 12) for head in range(4)]  # of each head six for keys, then six for values
     assert sites["layers[2].attn.v"].rows == tuple((r.start, r.stop) for r in rows)
+    rows = [slice(12 * head, 12 * head + 6) for head in range(4)]  # copied, with the rotary part, into memory without values
+    assert sites["layers[2].attn.k"].rows == tuple((r.start, r.stop) for r in rows)
+
+
+def test_heads_whose_keys_are_written_into_empty_memory(here: Path) -> None:
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    Path("config.json").write_text(json.dumps({"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], **sizes}))
+    result = surgery.compile('surg 1\nprune heads(ratio = 25%) on layers[*].attn\nemit torch to "out"\n', "config:config.json")
+    found = next(c for c in result.certificates if c["claim"] == "removed = masked")
+    assert found["ok"] and 0 < found["max_abs_error"] < 1e-5

@@ -229,3 +229,16 @@ def test_the_plan_says_what_compile_does(work: Any) -> None:
     strip = [(s.role, s.shape_before, s.shape_after, s.added, s.trainable, s.note) for step in plan.steps for s in step.sites]
     done = [(s.role, s.shape_before, s.shape_after, s.added, s.trainable, s.note) for step in work.result.plan.steps for s in step.sites]
     assert strip == done and strip[0][:4] == ("layers[0].ffn", (24,), (4, 24), 3 * (2 * 16 * 24 + 24 + 16) + 4 * 16)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])  # with all experts on the claim meets the weight, else the writer does
+def test_clusters_of_weights_that_are_not_finite_point_at_the_statement(work: Any, tmp_path: Path, top_k: int) -> None:
+    model = ENTRY.make_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight[3, 2] = float("nan")  # type: ignore[index,union-attr]
+    model.save_pretrained(tmp_path / "bad")  # type: ignore[operator]
+    spec = f'surg 1\nconvert moe(experts = 4, top_k = {top_k}, split = moefication) on layers[1].ffn\nemit torch to "out"\n'
+    with pytest.raises(SurgeryError) as caught:
+        surgery.compile(spec, str(tmp_path / "bad"), out=tmp_path)
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.labels[0].span.line) == ("S0752", 2) and not (tmp_path / "out").exists()

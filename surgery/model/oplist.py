@@ -51,7 +51,7 @@ PURE = frozenset(
     mul.Scalar mul.Tensor multinomial.default mv.default nan_to_num.default narrow.default native_group_norm.default native_layer_norm.default
     ne.Scalar ne.Tensor neg.default new_empty.default new_full.default new_ones.default new_zeros.default nonzero.default norm.ScalarOpt_dim
     numpy_T.default one_hot.default ones.default ones_like.default outer.default pad.default permute.default pixel_shuffle.default
-    pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int rand.default rand_like.default
+    pixel_unshuffle.default polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int rand.default rand_like.default
     randn.default randn_like.default reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor repeat.default
     repeat_interleave.Tensor repeat_interleave.self_Tensor repeat_interleave.self_int reshape.default rms_norm.default roll.default round.default
     rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default
@@ -63,7 +63,7 @@ PURE = frozenset(
     triu.default trunc.default type_as.default unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.default
     upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.default upsample_linear1d.vec
     upsample_nearest1d.default upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec var.correction var.dim var_mean.correction
-    vdot.default view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf where.default where.self xlogy.Tensor zeros.default
+    vdot.default view.default view_as.default view_as_complex.default view_as_real.default where.Scalar where.ScalarOther where.ScalarSelf where.default where.self xlogy.Tensor zeros.default
     zeros_like.default
     """.split()
 )

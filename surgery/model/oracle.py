@@ -106,15 +106,20 @@ class MaskedRun(FlatRun):
         axes = self.axes(node)
         if isinstance(axes, list) and isinstance(value, (tuple, list)):
             return [self._masked(a, v) for a, v in zip(axes, value, strict=True)]
-        return self._masked(axes, value)
+        written = node.op == "call_function" and any(user.args[:1] == (node,) and _writes(user) for user in node.users)
+        return self._masked(axes, value, written)
 
-    def _masked(self, axes: Any, value: Any) -> Any:
+    def _masked(self, axes: Any, value: Any, written: bool = False) -> Any:
+        """``written``: the value is a place to write to, and what it is a part of is to see it."""
         if type(axes) is not tuple or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         for i, mask in masks_of(self.dims, self.keep, axes, value.shape):
             shape = [1] * value.dim()
             shape[i] = -1
-            value = torch.where(mask.view(shape), value, torch.zeros((), dtype=value.dtype))
+            if written:
+                value.masked_fill_(~mask.view(shape), 0)
+            else:
+                value = torch.where(mask.view(shape), value, torch.zeros((), dtype=value.dtype))
         return value
 
     def special(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,6 +129,10 @@ class MaskedRun(FlatRun):
         sources = [*node.args]
         masks = [dict(self.masks(s, a)) for s, a in zip(sources, args, strict=True)]
         return run(node.target, args, kwargs, masks) if any(masks) else None
+
+
+def _writes(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def masks_of(dims: Dims, keep: Keep, axes: Iterable[Any], shape: Sequence[int]) -> Masks:

@@ -24,6 +24,10 @@ Reach = dict[Projection, dict[tuple[Cut, ...], None]]
 """The projections behind a value, each with the different chains of cuts between them, outermost last."""
 
 
+_FRESH = frozenset(("new_empty", "empty", "empty_like", "empty_strided"))
+"""Operations that give memory without values."""
+
+
 @dataclass(eq=False)
 class Part:
     """A projection, or the rows of it, in one role."""
@@ -116,9 +120,22 @@ class Sources:
             return node.all_input_nodes[:1]
         if name in ("cat", "stack", "concat", "copy", "slice_scatter"):
             return self.view.inputs(node)
+        if name in _FRESH:
+            return self._written(node)
         if ops.is_pointwise(node):
             return self.view.activations(node)
         return []
+
+    def _written(self, fresh: fx.Node) -> list[fx.Node]:
+        """What is copied into the parts of memory that was asked for without values, as some models put heads together (DeepSeek's keys);
+        nothing where one of these values is made of the memory itself."""
+        parts = [u for u in self.view.users(fresh) if ops.name_of(u) in ops.PARTS]
+        copies = [c for p in parts for c in self.view.users(p) if ops.name_of(c) == "copy" and c.args[0] is p]
+        values = [c.args[1] for c in copies if isinstance(c.args[1], fx.Node)]
+        for value in values:
+            if any(n is fresh for n in self.view.backward(value, lambda n: n in self.view.by_node)):
+                return []
+        return values
 
     def _join(self, node: fx.Node, needs: list[fx.Node]) -> Reach:
         projection = self.view.by_node.get(node)
@@ -126,7 +143,7 @@ class Sources:
             return {projection: {(): None}}
         reached = [n for n in needs if self._reach[n]]
         name = ops.name_of(node)
-        if name in ("cat", "stack", "concat", "slice_scatter"):
+        if name in ("cat", "stack", "concat", "slice_scatter") or name in _FRESH:
             joined: Reach = {}
             for n in reached:
                 for p, chains in self._reach[n].items():

@@ -33,13 +33,15 @@ def hf_call(model: Any) -> Call:
             values[name] = torch.ones(BATCH, length, dtype=torch.long, device="meta")
             axes[name] = {0: "batch", 1: size}
 
-    causal = _is_causal(model, taken)
+    causal = _is_causal(model, taken) and not other_states(model.config)
     both = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in taken
     features = _features(model, taken)
     if ("input_ids" in taken and features is None) or ("pixel_values" in taken and "input_ids" in taken):
         text = getattr(config, "text_config", None) or config
         longest = getattr(text, "max_position_embeddings", None) or LENGTH
         length = min(LENGTH, longest)
+        block = getattr(text, "local_radius", None)  # LongT5 fills up to whole blocks, by code that whole blocks do not run
+        length += int(isinstance(block, int) and length % (block + 1) == 0)
         if causal:
             values["input_ids"] = torch.ones(BATCH, QUERY, dtype=torch.long, device="meta")
             axes["input_ids"] = {0: "batch", 1: "query"}
@@ -88,6 +90,21 @@ def _is_causal(model: Any, taken: Any) -> bool:
     return getattr(text, "is_decoder", None) is not False or _always_causal(config)
 
 
+_KEPT = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dummy")
+
+
+def other_states(config: Any) -> tuple[str, ...]:
+    """Types of layers that keep states between calls which are no keys and values (linear attention, recurrence, convolution): no graph that
+    takes a past of keys and values can continue them."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    try:
+        types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    except Exception:  # configs of old families say nothing by layer; their own cache is tried
+        return ()
+    return tuple(dict.fromkeys(t for t in types if t not in _KEPT))
+
+
 def _always_causal(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -120,6 +137,14 @@ def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
     for i in range(layers):
         for what in ("key", "value"):
             axes[f"past_key_values_{what}_{i}"] = {0: "batch", 2: "past"}
+
+
+def note_of_cache(model: Any) -> tuple[str, ...]:
+    """What to say of a model that could cache and is captured without one."""
+    states = other_states(model.config) if _is_causal(model, inspect.signature(type(model).forward).parameters) else ()
+    if not states:
+        return ()
+    return (f"captured without a past: layers of type {' and '.join(states)} keep states between calls that are no keys and values",)
 
 
 def _kept(model: Any, layers: int) -> tuple[list[Tensor], list[Tensor]]:

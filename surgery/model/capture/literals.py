@@ -29,6 +29,8 @@ class Literals(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and (part := _one_position(args[1])) is not None:
+            return func(args[0], part).clone()
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
             return func(args[0], _index(args[1], True), *args[2:], **kwargs)
         if func in MADE:
@@ -47,6 +49,17 @@ def _index(index: Any, top: bool) -> Any:
         if all(type(i) is int for i in flat) or all(type(i) is bool for i in flat):
             return torch.tensor(index, device="cpu")
     return index
+
+
+def _one_position(index: Any) -> tuple[Any, ...] | None:
+    """``x[..., [-2]]`` takes a part, which a slice says better than a list of one number: analyses see which one. None for anything else."""
+    if not isinstance(index, tuple) or any(not (i is None or i is ... or isinstance(i, (slice, list))) for i in index):
+        return None
+    lists = [i for i in index if isinstance(i, list)]
+    if len(lists) != 1 or len(lists[0]) != 1 or type(lists[0][0]) is not int:
+        return None
+    at = lists[0][0]
+    return tuple(slice(at, at + 1 if at != -1 else None) if isinstance(i, list) else i for i in index)
 
 
 def _made(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from surgery.core.diagnostics import SurgeryError, fail
 from surgery.model.capture import build, flatten
 from surgery.model.capture.errors import Fallback
 from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
-from surgery.model.capture.inputs import hf_call
+from surgery.model.capture.inputs import hf_call, note_of_cache
 from surgery.model.capture.normalise import Normaliser, draws
 from surgery.model.capture.numbers import fold_scalars
 from surgery.model.capture.template import Cutter
@@ -60,6 +60,7 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
 def _capture_hf(config: Any, cls: type[Any]) -> Captured:
     model, values = build.hf_model(config, cls)
     captured = capture_traced(model, hf_call(model), values)
+    captured.notes += note_of_cache(model)
     if build.draws_spec_augment(config):
         captured.notes += (
             "SpecAugment is drawn outside the graph: in training this module masks no features (apply_spec_augment = false)",

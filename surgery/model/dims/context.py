@@ -84,6 +84,8 @@ class Context:
         """Inputs of the current node whose value domains its rule took care of; the driver gives up those of all others."""
         self.limits: list[tuple[Axis, int, fx.Node]] = []
         """Axes of which a node picks so many: no fewer may be left."""
+        self.windows: dict[tuple[fx.Node, int, int], int] = {}
+        """Where the first slice of a length was taken of an axis of a value: (the value, its axis, the length) to the start."""
         self.inner: list[Axis] = []
         """Axes contracted by the score product of attention; only names of leaves depend on them."""
 
@@ -125,6 +127,12 @@ class Context:
             and not isinstance(spec, tuple)
             and any(type(s) is not int and sympy.sympify(s).free_symbols for s in spec.shape)
         )
+
+    def open(self, node: fx.Node, axis: int) -> bool:
+        """Whether an axis of a node's value has no fixed size."""
+        spec = node.meta.get("spec")
+        shape = getattr(spec, "shape", ())
+        return axis < len(shape) and type(shape[axis]) is not int and bool(sympy.sympify(shape[axis]).free_symbols)
 
     # -- algebra, shortened ---------------------------------------------------------------------------------------
 

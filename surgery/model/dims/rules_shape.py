@@ -182,6 +182,12 @@ def slice_(cx: Context, node: fx.Node) -> Axes:
         return done(cx.frozen(size, "a slice with a symbolic bound"))
     if cx.symbolic(first) or cx.symbolic(last):  # the numbers are stand-ins: nobody knows which stored positions they are
         cx.freeze(axis, "a slice with a symbolic bound")
+    source = node.args[0]
+    if step == 1 and isinstance(source, fx.Node) and cx.open(source, dim):
+        before = cx.windows.setdefault((source, dim, size), start)
+        if 0 < abs(start - before) < size:  # windows that overlap: made one, every position would be the next one
+            cx.freeze(axis, "windows that slide over it")
+            return done(cx.frozen(size, "windows that slide over it"))
     cx.cut(axis, start, stop, step)
     if step != 1:
         if axis.size % step == 0 and start < step and stop == axis.size:
