@@ -271,3 +271,16 @@ def test_a_statement_without_a_place_is_shown_one_that_fits_its_method() -> None
         place = found.help[0].removeprefix("add for example `").removesuffix("`")
         assert "S0228" not in codes(f"{call} {place}") and "S0229" not in codes(f"{call} {place}"), (call, place)
     assert "on embed.tokens`" in run("insert prompt")[1][0].help[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("prune heads(ratio = 25%, keep = 3) on layers[*].attn", "`ratio` and `keep` both say how much `prune heads` removes"),
+        ("skip bypass(keep = 1, count = 2) on layers", "`count` and `keep` both say how much `skip bypass` removes"),
+    ],
+)
+def test_two_amounts_are_one_too_many_without_a_model(call: str, said: str) -> None:
+    (found,) = run(call)[1]
+    assert (found.code, found.message) == ("S0272", said)
+    assert codes("prune heads(ratio = 25%) on layers[*].attn") == []

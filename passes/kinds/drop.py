@@ -33,6 +33,7 @@ class DropMethod(Method):
     kind: ClassVar[str] = "drop"
     fold_class: ClassVar[str] = "slice"
     identity: ClassVar[str] = "changed"
+    one_of: ClassVar[tuple[str, ...]] = ("count", "ratio", "keep")
     branches: ClassVar[bool] = False
     every: ClassVar[bool] = False
 

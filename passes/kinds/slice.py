@@ -34,6 +34,7 @@ class SliceMethod(Method):
     fold_class: ClassVar[str] = "slice"
     identity: ClassVar[str] = "changed"
     takes_data: ClassVar[bool] = True
+    one_of: ClassVar[tuple[str, ...]] = ("ratio", "keep", "to")
     noun: ClassVar[str] = "unit"
     """What one unit is called."""
     block: ClassVar[str] = "block"

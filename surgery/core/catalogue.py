@@ -236,7 +236,7 @@ def _info(record: dict[str, Any]) -> MethodInfo:
         ParamInfo(**{**p, "choices": tuple(p["choices"]), "also": tuple(p.get("also", ())), "default": _frozen(p["default"])})
         for p in record["params"]
     )
-    return MethodInfo(**{**record, "places": tuple(record["places"]), "params": params})
+    return MethodInfo(**{**record, "places": tuple(record["places"]), "params": params, "one_of": tuple(record.get("one_of", ()))})
 
 
 def _frozen(value: Any) -> Any:

@@ -99,7 +99,18 @@ class Calls:
         missing = [p for p in info.params if p.required and p.name not in seen]
         if missing and not misplaced:
             self._missing(call, missing, positional)
+        if isinstance(info, MethodInfo):
+            self._amounts(info, spans)
         return Bound(call.name, info, args, spans, call.span)
+
+    def _amounts(self, info: MethodInfo, spans: Mapping[str, Span]) -> None:
+        given = [n for n in info.one_of if n in spans]
+        if len(given) > 1:
+            both = quoted(given, "and")
+            self.sink.error(
+                "S0272", f"{both} both say how much `{info.verb} {info.name}` removes", spans[given[1]], "said again here",
+                also=[(spans[given[0]], "said here")], help=f"keep one of {both}",
+            )  # fmt: skip
 
     def _positional(self, call: ast.Call, arg: ast.Arg, known: dict[str, ParamInfo], seen: dict[str, Span]) -> None:
         free = [p for n, p in known.items() if n not in seen and not any(a.name == n for a in call.args)]

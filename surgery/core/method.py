@@ -63,6 +63,7 @@ class MethodInfo:
     summary: str
     doc: str
     takes_data: bool = False
+    one_of: tuple[str, ...] = ()
 
     def param(self, name: str) -> ParamInfo | None:
         return next((p for p in self.params if p.name == name), None)
@@ -95,7 +96,8 @@ class Method:
     ``identity_bound`` holds the stated relative bound) or ``changed``. ``kind`` names the module ``passes/kinds/<kind>.py``
     that owns the graph machinery; the method file holds mathematics only. ``needs_data`` methods cannot do without a ``using``
     clause, ``takes_data`` methods read one for some values of their parameters. ``stands`` says what methods of a kind with several sorts of
-    places stand at (inserted modules: ``stream``, ``attention``, ``tokens``).
+    places stand at (inserted modules: ``stream``, ``attention``, ``tokens``). Of the parameters ``one_of``, which say the same thing in
+    several ways, a statement gives at most one.
     """
 
     verb: ClassVar[str] = ""
@@ -110,6 +112,7 @@ class Method:
     needs_sites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     takes_data: ClassVar[bool] = False
+    one_of: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def info(cls) -> MethodInfo:
@@ -118,7 +121,7 @@ class Method:
             verb=cls.verb, name=cls.name, kind=cls.kind, fold=cls.fold_class, identity=cls.identity,
             version=cls.version, places=cls.places, needs_sites=cls.needs_sites, needs_data=cls.needs_data,
             params=tuple(_param_info(cls, f) for f in _fields(cls)),
-            summary=doc.split("\n", 1)[0], doc=doc, takes_data=cls.takes_data or cls.needs_data,
+            summary=doc.split("\n", 1)[0], doc=doc, takes_data=cls.takes_data or cls.needs_data, one_of=cls.one_of,
         )  # fmt: skip
 
     def params(self) -> dict[str, Any]:
