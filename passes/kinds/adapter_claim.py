@@ -74,5 +74,5 @@ def _change(here: Here, i: int, method: str, part: Expr) -> Expr:
     if site.op == "conv":
         delta = Reshape(part.shape, "float32", delta)
     elif site.transposed:
-        delta = Reshape(part.shape, "float32", delta, (1, 0))
+        delta = Reshape(part.shape, "float32", delta, (0, 2, 1) if site.experts else (1, 0))
     return Scale(part.shape, "float32", delta, here.weights[i])

@@ -93,6 +93,9 @@ def faults_of(program: Program, adapter: Adapter, frame: Frame, sites: Mapping[s
     out: list[Fault] = []
     replaced = _replaced(program)
     for low in adapter.parts.values():
+        if low.experts:
+            out += experts_faults(program, adapter, frame, low)
+            continue
         name = f"{low.path}.weight"
         here = frame.find(name)
         if here is None:
@@ -127,6 +130,51 @@ def faults_of(program: Program, adapter: Adapter, frame: Frame, sites: Mapping[s
         elif not here[1].why and tuple(load.shape) != here[1].shape:
             out.append(Fault("S0785", key, f"`{key}` is {list(load.shape)} in the adapter and {list(here[1].shape)} in the model"))
     return out
+
+
+def bare_parameter(program: Program, adapter: Adapter, frame: Frame, low: Low) -> tuple[str, Ancestor] | None:
+    """The parameter that factors of a module's bare parameters are for. Of several in one module the first one is wrapped first, so that the last
+    one has the outermost name; a module's parameters have the order in which it defines them."""
+    module = re.sub(r"(\.base_layer)+$", "", low.path)
+    depth = (len(low.path) - len(module)) // len(".base_layer")
+    mine = [
+        at for name, at in frame.there.items()
+        if name.rpartition(".")[0] == module and any(name == t or name.endswith(f".{t}") for t in adapter.bare)
+    ]  # fmt: skip
+    order = {name: i for i, name in enumerate(program.weights)}
+    mine.sort(key=lambda at: order.get(program.aliases.get(at[0], at[0]), len(order)))
+    return mine[-1 - depth] if depth < len(mine) else None
+
+
+def expert_sites(program: Program, name: str) -> list[Site]:
+    """The parts of a tensor of experts."""
+    return [s for s in program.anatomy.sites if s.op == "experts" and s.weight == name]
+
+
+def experts_faults(program: Program, adapter: Adapter, frame: Frame, low: Low) -> list[Fault]:
+    found = bare_parameter(program, adapter, frame, low)
+    if found is None:
+        return [Fault("S0784", low.path, f"`{low.path}` has no such parameter here ({', '.join(adapter.bare[:3])})")]
+    name, was = found
+    if was.why:
+        return []
+    sites = expert_sites(program, name)
+    if not sites or len(was.shape) != 3:
+        return [Fault("S0784", low.path, f"`{name}` is no tensor of experts here")]
+    have = (low.experts, low.a.shape[1], low.b.shape[0])
+    if have not in ((was.shape[0], was.shape[1], was.shape[2]), (was.shape[0], was.shape[2], was.shape[1])):
+        return [
+            Fault(
+                "S0785",
+                low.path,
+                f"`{name}` is {list(was.shape)} here, and the adapter is for {have[0]} experts with {have[1]} and {have[2]} features",
+            )
+        ]
+    out, inp = was.shape[sites[0].out_axis], was.shape[sites[0].in_axis]
+    if out == inp and sites[0].out_axis > sites[0].in_axis:
+        text = f"`{name}` is {list(was.shape)}, inputs first, and the file does not say which of its factors is for the inputs"
+        return [Fault("S0785", low.path, text)]
+    return []
 
 
 def _missing(frame: Frame, name: str, path: str, replaced: Mapping[str, Any]) -> list[Fault]:

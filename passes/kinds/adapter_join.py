@@ -84,6 +84,13 @@ def join(op: Resolved, method: MergeMethod, here: Here, prepared: tuple[Any, ...
         part = here.parts[0]
         if part.direct or not part.method.rebase(part.geometry):  # type: ignore[arg-type]
             return Joined(part.method, part.tensors)
+    if here.geometry.experts and (kind_of(method) != "sum" or getattr(method, "factorwise", False)):
+        raise refuse(
+            op,
+            here,
+            "it is a tensor of experts, whose changes are added and not merged otherwise",
+            "`merge linear` and `merge cat` add them",
+        )
     if getattr(method, "factorwise", False):
         return _factorwise(op, method, here)
     if kind_of(method) == "sum":
@@ -137,9 +144,10 @@ def _side(parts: Sequence[Expr], axis: int) -> Expr:
 def _sum(op: Resolved, here: Here) -> Joined:
     """The weighted sum: ``A = [w_i s_i A_i]``, ``B = [B_1, B_2, ...]``, scale 1."""
     lows = _lows(op, here)
-    a = _side([scaled(a, s) for a, _, s in lows], 0)
-    b = _side([b for _, b, _ in lows], 1)
-    return Joined(plain(a.shape[0], 1.0, _dropout(here)), {"A": a, "B": b})
+    axis = 1 if here.geometry.experts else 0
+    a = _side([scaled(a, s) for a, _, s in lows], axis)
+    b = _side([b for _, b, _ in lows], axis + 1)
+    return Joined(plain(a.shape[axis], 1.0, _dropout(here)), {"A": a, "B": b})
 
 
 def _equal_ranks(op: Resolved, here: Here, lows: Sequence[tuple[Expr, Expr, float]]) -> int:

@@ -29,6 +29,9 @@ def changes(tensors: Sequence[Tensor], parts: Sequence[Part], site: Geometry) ->
     for part in parts:
         if part[0] == "low":
             a, b = rest.pop(0).float(), rest.pop(0).float()
+            if site.experts:
+                yield torch.bmm(b, a).mul_(float(part[1]))
+                continue
             b, a = b.flatten(1), a.flatten(1)
             yield torch.mm(b, a, out=room((b.shape[0], a.shape[1]), torch.float32)).mul_(float(part[1]))
             continue

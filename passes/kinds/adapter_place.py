@@ -16,7 +16,18 @@ from surgery.model.dims.masks import to_ranges
 from surgery.model.past import Ancestor
 from surgery.model.program import Program
 from surgery.model.weights import Apply, Concat, Expr, Reshape, Scale, Update, cast, select
-from surgery.passes.kinds.adapter_frames import Frame, by_path, faults_of, fitted, frames_of, geometry_then, named_otherwise, refusal
+from surgery.passes.kinds.adapter_frames import (
+    Frame,
+    bare_parameter,
+    by_path,
+    expert_sites,
+    faults_of,
+    fitted,
+    frames_of,
+    geometry_then,
+    named_otherwise,
+    refusal,
+)
 from surgery.passes.kinds.adapter_variant import Variant, plain, variant
 from surgery.passes.kinds.delta_method import DeltaMethod
 from surgery.passes.kinds.follow import follow_delta
@@ -95,6 +106,9 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
         raise refusal(adapter, problems, span, list(sites))
     out = Placement(adapter)
     for low in adapter.parts.values():
+        if low.experts:
+            _experts(program, adapter, low, found, out, span)
+            continue
         here = found.find(f"{low.path}.weight")
         if here is None:
             out.dropped.append(low.path)
@@ -168,6 +182,30 @@ def _dense(program: Program, adapter: Adapter, part: Dense, frame: Frame, sites:
         if bias is not None:
             out.whole[bias[0]] = changed(bias[0], part.tensors, 0, part.bias, part.params)
     return True
+
+
+def _experts(program: Program, adapter: Adapter, low: Low, frame: Frame, out: Placement, span: Span) -> None:
+    """Factors of a tensor of experts, at every part of it: ``A [experts, r, in]``, ``B [experts, out, r]``."""
+    here = bare_parameter(program, adapter, frame, low)
+    assert here is not None
+    name, was = here
+    if was.why or was.cut:
+        raise _stuck(adapter, low.path, was.why or "some of its experts, or of their features, are gone", span)
+    e, r = low.experts, low.a.shape[0] // low.experts
+    a: Expr = Reshape((e, r, low.a.shape[1]), low.a.dtype, low.a)
+    rows = low.b.shape[0]
+    b: Expr = Reshape((e, rows, r), low.b.dtype, Reshape((rows, r, e), low.b.dtype, low.b), (2, 0, 1))
+    weight = program.weights[program.aliases.get(name, name)]
+    for site in expert_sites(program, name):
+        geometry = geometry_then(program, site, was.shape)
+        first, second = a, b
+        if low.a.shape[1] != geometry.inp:  # trained on the parameter as it is stored, inputs first
+            first, second = Reshape((e, r, rows), b.dtype, b, (0, 2, 1)), Reshape((e, a.shape[2], r), a.dtype, a, (0, 2, 1))
+        if site.rows:
+            second = select(second, 1, tuple(site.rows))
+        chosen = variant(adapter, replace(low, a=first, b=second), span)
+        tensors = {n: cast(x, "float32") for n, x in chosen.tensors.items()}
+        out.parts[site.role] = Placed(site, geometry, chosen.method, tensors, weight, None, was.source, was.source is weight)
 
 
 def _rows(program: Program, adapter: Adapter, rows: Rows, name: str, was: Ancestor, span: Span) -> Expr:
@@ -259,6 +297,8 @@ def within_selection(program: Program, placed: Placed, sites: Iterable[Site]) ->
         site.role == s.role or within(site.role, s.role) or (s.path == site.path and s.weight == site.weight and not s.rows) for s in chosen
     ):
         return [placed]
+    if site.rows:
+        return []  # a slice itself
     slices = [s for s in program.anatomy.sites if s.weight == site.weight and s.rows and s.path == site.path]
     some = [s for s in slices if any(s.role == c.role or within(s.role, c.role) for c in chosen)]
     if not some:

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.diagnostics import SurgeryError, fail
-from surgery.core.near import quoted
 from surgery.core.source import Span
-from surgery.model.adapter_dense import DENSE_KINDS
-from surgery.model.adapter_forms import KINDS as THIN_KINDS
-from surgery.model.adapter_forms import WHY_NOT, Dense, Kind
+from surgery.model.adapter_config import flags, known, number
+from surgery.model.adapter_forms import Dense, Kind
 from surgery.model.adapter_keys import LOW, Key, key_of, other_key
-from surgery.model.adapter_tokens import NAMES, VirtualTokens, fields_of, read_tokens
+from surgery.model.adapter_tokens import VirtualTokens, read_tokens
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import hub_cache
 from surgery.model.checkpoint_shards import refuse_pickle
@@ -33,21 +31,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "surgery-export.json"
 
-KINDS = {**THIN_KINDS, **DENSE_KINDS}
-"""Kinds of folders beside LoRA that change weights, by ``peft_type``."""
-
-UNCHANGED = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "none", "")
-"""Ways to start an adapter that leave the base as it is: they say nothing about a trained one."""
-
-QUIET = frozenset({
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
-    "use_rslora",
-})  # fmt: skip
-"""Fields of a config whose meaning is known here, or that say nothing about what a trained adapter computes."""
-
 
 @dataclass(frozen=True)
 class Low:
@@ -55,7 +38,8 @@ class Low:
 
     ``A [r, in]``, ``B [out, r]``; of a convolution with the kernel behind, of an embedding ``A [r, rows]``, ``B [width, r]``.
     ``magnitude [out]`` is there for weight-decomposed parts, ``shift [out]`` where ``B`` has a bias. ``made`` says that the factors are computed from
-    what another kind of folder stores: flat for convolutions, too; ``shared`` that ``A`` is as long as the longest layer.
+    what another kind of folder stores: flat for convolutions, too; ``shared`` that ``A`` is as long as the longest layer. ``experts`` counts those of a bare parameter ``[experts, ., .]`` in the module:
+    ``A [r experts, .]``, ``B [., r experts]``; a ``path`` that ends in ``.base_layer`` (several times) is that of an inner one of several.
     """
 
     path: str
@@ -68,6 +52,7 @@ class Low:
     shift: Load | None = None
     made: bool = False
     shared: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +86,7 @@ class Adapter:
     dense: Mapping[str, Dense] = field(default_factory=dict)
     tokens: VirtualTokens | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    bare: tuple[str, ...] = ()
 
     def stored(self) -> list[Load]:
         """The tensors of the parts as the file has them, each once."""
@@ -127,7 +113,7 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     """
     folder = _folder(ref, base, span)
     config = _config(folder, ref, span)
-    kind = _known(config, name, span)
+    kind = known(config, name, span)
     tensors = _tensors(folder, ref, span)
     base_name, record = str(config.get("base_model_name_or_path") or ""), _record(folder)
     if isinstance(kind, str):
@@ -143,9 +129,9 @@ def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
     if not parts and not dense and not reader.whole and not rows:
         raise fail("S0783", f"{name} holds no tensor", span, "opened here", notes=(f"folder: {folder}",), help="save the adapter again")
     return Adapter(
-        name, folder, span, {} if kind else _flags(config), parts, reader.whole, frozenset(reader.copies),
-        _number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
-        base_name, record, dense, rows=rows,
+        name, folder, span, {} if kind else flags(config), parts, reader.whole, frozenset(reader.copies),
+        number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
+        base_name, record, dense, rows=rows, bare=() if kind else tuple(config.get("target_parameters") or ()),
     )  # fmt: skip
 
 
@@ -218,75 +204,6 @@ def _record(folder: Path) -> dict[str, Any]:
         return {}
     base = found.get("base") if isinstance(found, dict) else None
     return dict(base) if isinstance(base, dict) else {}
-
-
-# ------------------------------------------------------------------ the config
-
-
-def _known(config: Mapping[str, Any], name: str, span: Span) -> Kind | str | None:
-    """The kind of a folder that is no LoRA (its ``peft_type`` where it holds virtual tokens), None for one that is.
-
-    Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here.
-    """
-    kind = str(config.get("peft_type") or "").rpartition(".")[2].upper()
-    if kind in KINDS:
-        _fields(config, KINDS[kind].fields, name, span)
-        return KINDS[kind]
-    fields = fields_of(kind)
-    if fields is not None:
-        _fields(config, fields, name, span)
-        if config.get("num_transformer_submodules") not in (None, 1):
-            raise fail(
-                "S0782", f"{name} has virtual tokens for an encoder and a decoder, and they stand in front of one sequence here", span, "opened here",
-                help="`insert prefix(..)` on the attentions of both makes such keys and values, trained here",
-            )  # fmt: skip
-        return kind
-    if kind != "LORA":
-        raise fail(
-            "S0782", f"{name} is an adapter of type {kind or 'unknown'}, which surgery does not read", span, "opened here",
-            notes=(WHY_NOT[kind],) if kind in WHY_NOT else (),
-            help=f"known are LoRA, rsLoRA, DoRA, PiSSA, {', '.join(k.name for k in KINDS.values())}, {', '.join(NAMES.values())}, with biases and whole modules beside them; "
-            "peft's `convert_to_lora` makes a LoRA of most other kinds",
-        )  # fmt: skip
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start not in UNCHANGED and not start.startswith("pissa"):
-        raise fail(
-            "S0782", f"{name} was trained on a base that its start ({start}) rewrote, and the folder does not hold that base", span, "opened here",
-            help="save it with `path_initial_model_for_weight_conversion`: peft then writes a LoRA for the original base",
-        )  # fmt: skip
-    if config.get("target_parameters"):
-        some = ", ".join(f"`{p}`" for p in list(config["target_parameters"])[:3])
-        raise fail(
-            "S0782", f"{name} has factors for bare parameters ({some}), which belong to no layer", span, "opened here",
-            help="their file does not say which parameter of a module each belongs to; fused experts take a LoRA by "
-            "`adapt lora on layers[*].ffn.experts`, trained here",
-        )  # fmt: skip
-    _fields(config, QUIET, name, span)
-    if config.get("lora_bias") and config.get("use_dora"):
-        raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
-    return None
-
-
-def _fields(config: Mapping[str, Any], known: frozenset[str], name: str, span: Span) -> None:
-    other = [k for k, v in config.items() if k not in known and v not in (None, False, [], {}, "", 0)]
-    if other:
-        raise fail(
-            "S0782", f"{name} uses {quoted(sorted(other)[:4], 'and')}, which surgery does not know", span, "opened here",
-            help="what it means for the tensors is not known here: save the adapter without it, or as a plain LoRA",
-        )  # fmt: skip
-
-
-def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {k: True for k in ("use_rslora", "use_dora") if config.get(k)}
-    start = str(config.get("init_lora_weights", True)).lower()
-    return out | ({"init_lora_weights": start} if start.startswith("pissa") else {})
-
-
-def _number(config: Mapping[str, Any], key: str, default: float, name: str, span: Span) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise fail("S0783", f"`{key}` of {name} is {value!r}, not a number", span, "opened here", help="correct the config of the adapter")
-    return float(value)
 
 
 # ------------------------------------------------------------------ tensors
@@ -368,14 +285,22 @@ class _Reader:
         if missing or (embedding and ("A" in roles or "B" in roles)):
             raise self.fault(f"`{path}` of {self.name} has no `lora_{missing[0] if missing else first}`")
         a, b = roles[first], roles[second]
-        rank = int(self._pattern("rank_pattern", path, _number(self.config, "r", 8, self.name, self.span)))
-        alpha = self._pattern("alpha_pattern", path, _number(self.config, "lora_alpha", 8, self.name, self.span))
+        rank = int(self._pattern("rank_pattern", path, number(self.config, "r", 8, self.name, self.span)))
+        alpha = self._pattern("alpha_pattern", path, number(self.config, "lora_alpha", 8, self.name, self.span))
         if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
             raise self.fault(
                 f"`{path}` of {self.name} has the factors {list(a.shape)} and {list(b.shape)}",
                 "a sharded training saved pieces: gather the parameters before saving",
             )
-        if rank < 1 or a.shape[0] != rank:
+        bare = bool(self.config.get("target_parameters")) and len(a.shape) == 2 and rank > 0 and a.shape[0] % rank == 0
+        experts = a.shape[0] // rank if bare and (a.shape[0] > rank or path.endswith(".base_layer")) else 0
+        if path.endswith(".base_layer") and not experts:
+            raise self.fault(
+                f"`{path}` of {self.name} has factors for a bare parameter that its config does not name (`target_parameters`)"
+            )
+        if experts and b.shape[1] != a.shape[0]:
+            raise self.fault(f"`{path}` of {self.name} has the factors {list(a.shape)} and {list(b.shape)}")
+        if rank < 1 or (a.shape[0] != rank and not experts):
             raise self.fault(
                 f"`{path}` of {self.name} has rank {rank} by its config and {a.shape[0]} by its tensor", "correct `r` or `rank_pattern`"
             )
@@ -388,7 +313,7 @@ class _Reader:
             raise self.fault(f"`{path}` of {self.name} has {which}")
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         load = {role: roles[role].load() for role in ("magnitude", "shift") if role in roles}
-        return Low(path, a.load(), b.load(), rank, scale, embedding, load.get("magnitude"), load.get("shift"))
+        return Low(path, a.load(), b.load(), rank, scale, embedding, load.get("magnitude"), load.get("shift"), experts=experts)
 
     def _pattern(self, field: str, path: str, default: float) -> float:
         """The value of the first pattern that the end of a path matches, as peft looks it up."""
@@ -403,5 +328,5 @@ class _Reader:
                     f"`{field}` of {self.name} has a pattern that cannot be read: {pattern!r} ({exc})", "correct the pattern"
                 ) from None
             if match:
-                return _number(table, pattern, default, self.name, self.span)
+                return number(table, pattern, default, self.name, self.span)
         return default

@@ -78,11 +78,6 @@ def _beside(text: str) -> Key:
 def _low(path: str, role: str, wrong: bool = False) -> Key:
     if wrong:
         return Key("", path, "a bias behind its first factor", "save the adapter as a plain LoRA")
-    if path == "base_layer" or path.endswith(".base_layer"):
-        return Key(
-            "", path, "factors for a bare parameter (`target_parameters`)",
-            "fused experts take a LoRA by `adapt lora on layers[*].ffn.experts`, trained here",
-        )  # fmt: skip
     return Key(role, path)
 
 
