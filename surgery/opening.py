@@ -46,7 +46,7 @@ def open_program(
 
     No weight is read: parameters are meta tensors with expressions over the stored tensors. ``hash_content`` says that the hash of
     the weight files will be asked for, so that they are read while the model is traced. ``captures`` keeps what was captured, by config, for
-    whoever opens several checkpoints.
+    whoever opens several checkpoints; the first of a config may be changed, the graphs of further ones only be read.
     """
     if isinstance(ref, nn.Module):
         return capture(ref, inputs, dynamic=dynamic), None
@@ -79,13 +79,14 @@ def open_program(
 
 
 def _captured(checkpoint: Any, folder: Path | None, key: str, captures: dict[str, Any] | None) -> Any:
-    """The capture of a checkpoint's config; a second one of equal config is a copy of the first."""
+    """The capture of a checkpoint's config. Further ones of equal config share one graph, which nobody changes: they are opened to be read."""
     from surgery.model.capture import capture_config
 
     if captures is None:
         return capture_config(checkpoint.config, checkpoint.architecture, cache_dir=folder)
-    if key not in captures:
-        captures[key] = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=folder)
+    if key in captures:
+        return captures[key]
+    captures[key] = capture_config(checkpoint.config, checkpoint.architecture, cache_dir=folder)
     return replace(captures[key], graph=copy_tree(captures[key].graph))
 
 
