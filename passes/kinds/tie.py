@@ -19,7 +19,7 @@ from surgery.core.roles import split_role
 from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.claims import Claim
-from surgery.model.program import Program
+from surgery.model.program import Origin, Program
 from surgery.model.running import outputs_of
 from surgery.model.weights import Add, Cast, Expr, Scale, cast
 from surgery.passes.kinds import attach
@@ -162,12 +162,14 @@ def _agree(program: Program, op: Resolved, group: Sequence[Site], names: Sequenc
         exprs = [program.weights[program.aliases.get(own[s.role][name], own[s.role][name])] for s in group]
         for site, expr in zip(group, exprs, strict=True):
             if (expr.shape, expr.dtype) != (exprs[0].shape, exprs[0].dtype):
-                raise _differ(op, first, site, name, _form(exprs[0]), _form(expr))
+                made = _changed(program, [own[s.role][name] for s in (first, site)])
+                raise _differ(op, first, site, name, _form(exprs[0]), _form(expr), made)
     for site in group[1:]:
         for a, b in _blocks(program, first, site):
             mine, other = (a.heads, a.kv_heads), (b.heads, b.kv_heads)
             if mine != other:
-                raise _differ(op, first, site, a.role.removeprefix(first.role + "."), f"heads {mine}", f"heads {other}")
+                made = _changed(program, [*a.parameters, *b.parameters])
+                raise _differ(op, first, site, a.role.removeprefix(first.role + "."), f"heads {mine}", f"heads {other}", made)
     inside = dict.fromkeys(own[s.role][n] for s in group for n in names)
     for full in inside:
         others = _names_of(program, full) - inside.keys()
@@ -192,9 +194,16 @@ def _agree(program: Program, op: Resolved, group: Sequence[Site], names: Sequenc
         )  # fmt: skip
 
 
-def _differ(op: Resolved, a: Site, b: Site, name: str, first: str, second: str) -> Exception:
+def _changed(program: Program, names: Iterable[str]) -> Origin | None:
+    """The last statement of this spec that made one of some tensors what it is."""
+    every = [o for n in names for o in program.journal.of(program.aliases.get(n, n)) if o.span.end]
+    return max(every, key=lambda o: o.span.start, default=None)
+
+
+def _differ(op: Resolved, a: Site, b: Site, name: str, first: str, second: str, made: Origin | None) -> Exception:
     return fail(
         "S0484", f"{a.role} and {b.role} cannot share: {name} is {first} in one and {second} in the other", op.origin.span, "one group",
+        also=[(made.span, f"`{made.verb} {made.method}` changes one of them here")] if made is not None else (),
         help="share layers of equal shape, prune them alike first, or keep the part apart with `keep own`",
     )  # fmt: skip
 
