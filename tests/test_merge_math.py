@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.passes import registry
-from surgery.passes.kinds import merge_math, merge_sparse
+from surgery.passes.kinds import merge_global, merge_math, merge_sparse
 from surgery.passes.kinds.merge_angles import arc
 from surgery.passes.kinds.merge_math import chunks, delta_of
 from surgery.passes.kinds.merge_sparse import Drop, Ranking, norm_ratio, ranks, top
@@ -251,7 +252,9 @@ def test_one_widened_chunk_serves_all_models_and_the_result() -> None:
 def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float, ...], weighted: bool, divide: str) -> None:
     generator = torch.Generator().manual_seed(2)
     parts = [torch.randint(-2, 3, (400,), generator=generator).float() for _ in weights]
-    got = merge_math.elect([p.clone() for p in parts], weights, weighted=weighted, by_weight=divide == "weight", zero=zero, mean=divide != "none")
+    got = merge_math.elect(
+        [p.clone() for p in parts], weights, weighted=weighted, by_weight=divide == "weight", zero=zero, mean=divide != "none"
+    )
     scaled = [p * w for p, w in zip(parts, weights, strict=True)]
     voting = scaled if weighted else parts
     for i in range(400):
@@ -261,3 +264,43 @@ def test_elections_are_those_of_the_definition(zero: float, weights: tuple[float
         value = sum(float(scaled[k][i]) for k in agree)
         count = sum(weights[k] for k in agree) if divide == "weight" else len(agree) if divide == "count" else 1.0
         assert float(got[i]) == pytest.approx(value / (count or 1), abs=1e-6), i
+
+
+def sparse(seed: int, moved: int = 900, shape: tuple[int, int] = (5, 9001)) -> Tensor:
+    """A task vector most of whose entries did not change."""
+    generator = torch.Generator().manual_seed(seed)
+    tau = torch.zeros(math.prod(shape))
+    tau[torch.randperm(tau.numel(), generator=generator)[:moved]] = torch.randn(moved, generator=generator)
+    return tau.view(shape)
+
+
+@pytest.mark.parametrize("keep", [1, 300, 899, 900, 901, 20000])
+def test_entries_that_did_not_change_are_not_ranked(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_sparse, "Ranking", lambda: pytest.fail("two more passes"))
+    tau = sparse(1)
+    delta = delta_of(tau, torch.zeros(tau.shape))
+    clean = top(delta, tau.shape, keep)
+    found = torch.cat([clean(delta(at), at).clone() for at in chunks(tau.shape)])
+    order = tau.flatten().abs().argsort(descending=True, stable=True)[: min(keep, 900)]
+    assert int(found.count_nonzero()) == min(keep, 900) and torch.equal(found[order], tau.flatten()[order])
+
+
+@pytest.mark.parametrize("held", [merge_global.HELD, 10])
+@pytest.mark.parametrize("keep", [5, 1000, 1800, 30000])
+def test_a_threshold_of_the_whole_model_ignores_what_did_not_change(keep: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors, two models, one of which hardly moved; with little room the same thresholds are counted."""
+    monkeypatch.setattr(merge_global, "HELD", held)
+    experts = [[sparse(1), sparse(2)], [sparse(3), torch.randn(5, 9001, generator=torch.Generator().manual_seed(4))]]
+
+    def walk() -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+        for i in range(2):
+            yield str(i), torch.zeros(5, 9001), [e[i] for e in experts]
+
+    found = merge_global._thresholds(walk, 2, keep, 2 * 5 * 9001)
+    for mine, (key, ties) in zip(experts, found, strict=True):
+        clean = merge_sparse.Top(key, ties)
+        left = torch.cat([clean(t.flatten().clone(), slice(0, t.numel())) for t in mine])
+        every = torch.cat([t.flatten() for t in mine])
+        moved = min(keep, int(every.count_nonzero()))
+        order = every.abs().argsort(descending=True, stable=True)[:moved]
+        assert int(left.count_nonzero()) == moved and torch.equal(left[order], every[order])

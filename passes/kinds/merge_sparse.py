@@ -34,7 +34,7 @@ class Ranking:
         self.total = 0
         self.bin = 0
         self.rest = 0
-        self.inside: list[np.ndarray] = []
+        self.low = np.zeros(1 << 16, np.int64)
 
     def count(self, tau: Tensor) -> None:
         keys = keys_of(tau)
@@ -50,12 +50,11 @@ class Ranking:
 
     def gather(self, tau: Tensor) -> None:
         keys = keys_of(tau)
-        self.inside.append((keys[(keys >> 16) == self.bin] & 0xFFFF).astype(np.uint16))
+        self.low += np.bincount(keys[(keys >> 16) == self.bin] & 0xFFFF, minlength=1 << 16)
 
     def threshold(self) -> tuple[int, int]:
         """The key of the last entry that is kept, and how many entries of exactly this key are kept."""
-        low = np.concatenate(self.inside) if self.inside else np.zeros(0, np.uint16)
-        counts = np.cumsum(np.bincount(low, minlength=1 << 16)[::-1])
+        counts = np.cumsum(self.low[::-1])
         at = int(np.searchsorted(counts, self.rest))
         taken = self.rest - (int(counts[at - 1]) if at else 0)
         return (self.bin << 16) | ((1 << 16) - 1 - at), taken
@@ -100,7 +99,8 @@ def top(delta: Delta, shape: Sequence[int], keep: int) -> Sparsifier:
     """Keeps exactly the ``keep`` entries of largest magnitude of one tensor; of equal ones the first.
 
     A sample says between which two magnitudes the last entry that stays lies; one pass counts what is above and gathers what is between, where
-    the entry is then found exactly. Should the sample have been wrong, two passes over all entries find it.
+    the entry is then found exactly. Should the sample have been wrong, two passes over all entries find it. Where no more than ``keep`` entries
+    differ from zero all stay.
     """
     count = math.prod(shape)
     if keep <= 0:
@@ -110,6 +110,10 @@ def top(delta: Delta, shape: Sequence[int], keep: int) -> Sparsifier:
     limits = (0, 0x7FFFFFFF)
     if count > SAMPLE:
         limits = edges(keys_of(delta(slice(0, count, -(-count // SAMPLE)))), keep / count)
+    if limits[0] == 0:  # most entries did not change at all: that these stay or go is the same
+        if sum(int(torch.count_nonzero(delta(at))) for at in chunks(shape)) <= keep:
+            return keep_all
+        limits = (1, limits[1])
     above, parts, held, room = 0, [np.zeros(0, np.int32)], 0, max(4 * SAMPLE, count // 8)
     for at in chunks(shape):
         large, middle = between(delta(at), *limits)
