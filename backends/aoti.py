@@ -105,6 +105,7 @@ def defaults(place: Path) -> dict[str, Any]:
         "aot_inductor.model_name_for_generated_files": NAME,
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, which are compiled at -O3: runs as fast, compiles in two thirds
         "cpp.march": f"native -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
         "size_asserts": False,  # their texts hold addresses of this process
         "alignment_asserts": False,
