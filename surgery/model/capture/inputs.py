@@ -174,7 +174,7 @@ def _kept(model: Any, layers: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
-    """Pixels (batch, channels, height, width) or audio features, None for a text model."""
+    """Pixels (batch, channels, height, width; for a video the frames behind the batch) or audio features, None for a text model."""
     config = model.config
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if "pixel_values" in taken:
@@ -182,7 +182,14 @@ def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
         size = getattr(vision, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         channels = int(getattr(vision, "num_channels", 3))
-        return "pixel_values", torch.zeros(BATCH, channels, height, width, dtype=dtype, device="meta"), {0: "batch"}
+        frames = getattr(vision, "num_frames", None)
+        video = isinstance(frames, int) and (hasattr(vision, "tubelet_size") or hasattr(vision, "attention_type"))
+        shape = (frames,) if video else ()
+        return "pixel_values", torch.zeros(BATCH, *shape, channels, height, width, dtype=dtype, device="meta"), {0: "batch"}
+    if "pixel_values_videos" in taken and isinstance(getattr(config, "frames_per_clip", None), int):
+        size = getattr(config, "crop_size", None) or getattr(config, "image_size", 224)
+        shape = (BATCH, int(config.frames_per_clip), int(getattr(config, "in_chans", 3)), size, size)
+        return "pixel_values_videos", torch.zeros(*shape, dtype=dtype, device="meta"), {0: "batch"}
     if "input_features" in taken:
         bins = int(getattr(config, "num_mel_bins", 80))
         frames = 2 * int(getattr(config, "max_source_positions", 1500))

@@ -20,6 +20,10 @@ MADE = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 PRODUCTS = tuple(f for f in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)) if f is not None)
 
 
+FOURIER = tuple(getattr(torch.fft, name) for name in ("fft", "fft2", "fftn"))
+PARTS_OF_COMPLEX = (Tensor.real, Tensor.imag)
+
+
 class Literals(TorchFunctionMode):
     """Lists in indices and literal tensors keep their values. A literal in bfloat16, which stands for the model's own dtype, is held in
     double precision and cast in the graph, so that it is not rounded in a model of another dtype. Products of sorted rows become ours
@@ -33,6 +37,10 @@ class Literals(TorchFunctionMode):
             return func(args[0], part).clone()
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
             return func(args[0], _index(args[1], True), *args[2:], **kwargs)
+        if func in FOURIER:
+            return _transform(func, args, kwargs)
+        if getattr(func, "__self__", None) in PARTS_OF_COMPLEX and getattr(args[0], "was_half", False):
+            return func(*args, **kwargs).to(torch.bfloat16)
         if func in MADE:
             return _made(func, args, kwargs)
         if func in PRODUCTS:
@@ -49,6 +57,14 @@ def _index(index: Any, top: bool) -> Any:
         if all(type(i) is int for i in flat) or all(type(i) is bool for i in flat):
             return torch.tensor(index, device="cpu")
     return index
+
+
+def _transform(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fourier transforms know no bfloat16, which stands for the model's own dtype here: they run in single precision, in any model."""
+    half = isinstance(args[0], Tensor) and args[0].dtype is torch.bfloat16
+    result = func(args[0].float() if half else args[0], *args[1:], **kwargs)
+    result.was_half = half
+    return result
 
 
 def _one_position(index: Any) -> tuple[Any, ...] | None:
