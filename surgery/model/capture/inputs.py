@@ -184,12 +184,13 @@ def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
         channels = int(getattr(vision, "num_channels", 3))
         frames = getattr(vision, "num_frames", None)
         video = isinstance(frames, int) and (hasattr(vision, "tubelet_size") or hasattr(vision, "attention_type"))
-        shape = (frames,) if video else ()
-        return "pixel_values", torch.zeros(BATCH, *shape, channels, height, width, dtype=dtype, device="meta"), {0: "batch"}
-    if "pixel_values_videos" in taken and isinstance(getattr(config, "frames_per_clip", None), int):
-        size = getattr(config, "crop_size", None) or getattr(config, "image_size", 224)
-        shape = (BATCH, int(config.frames_per_clip), int(getattr(config, "in_chans", 3)), size, size)
-        return "pixel_values_videos", torch.zeros(*shape, dtype=dtype, device="meta"), {0: "batch"}
+        times = (frames,) if video else ()
+        return "pixel_values", torch.zeros(BATCH, *times, channels, height, width, dtype=dtype, device="meta"), {0: "batch"}
+    length = getattr(config, "frames_per_clip", None)
+    if "pixel_values_videos" in taken and isinstance(length, int):
+        side = int(getattr(config, "crop_size", 0) or getattr(config, "image_size", 224))
+        clip = torch.zeros(BATCH, length, int(getattr(config, "in_chans", 3)), side, side, dtype=dtype, device="meta")
+        return "pixel_values_videos", clip, {0: "batch"}
     if "input_features" in taken:
         bins = int(getattr(config, "num_mel_bins", 80))
         frames = 2 * int(getattr(config, "max_source_positions", 1500))
