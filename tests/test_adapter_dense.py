@@ -187,3 +187,30 @@ def test_what_does_not_fit_or_is_no_change_says_so(world: Path, tmp_path: Path) 
     for kind, why in WHY_NOT.items():
         config.write_text(json.dumps({"peft_type": kind}), "utf-8")
         assert refused().code == "S0782" and refused().notes == (why,)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "words"),
+    [
+        ("gralora hybrid", "A_general", None, "no `gralora_A_general`"),
+        ("miss", "miss_block", lambda t: t[:3], "blocks of 5"),
+        ("miss bat", "miss_block", lambda t: t.long(), "int64"),
+        ("fourierft", "spectrum", lambda t: t[:7], "says 20"),
+        ("coft shared, exact", "oft_R", lambda t: torch.cat([t, t]), "block_share"),
+        ("vblora", "vector_bank", lambda t: t.long(), "int64"),
+        ("randlora", "randlora_B", lambda t: t.reshape(-1), "do not go together"),
+        ("boft", "boft_s", lambda t: t[:0], "[0, 1]"),
+        ("delora", "delora_w_norm", lambda t: t[:3], "do not go together"),
+        ("road 4", "road_theta", lambda t: t[:9], "do not go together"),
+    ],
+)
+def test_damaged_folders_are_refused_when_they_are_opened(name: str, part: str, change: Any, words: str, tmp_path: Path) -> None:
+    stirred(KINDS[name]()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = {k: change(v).clone() if part in k and change else v for k, v in tensors.items() if change or part not in k}
+    save_file(kept, file)
+    with pytest.raises(SurgeryError) as caught:
+        open_adapter(str(tmp_path), "one", tmp_path, NOWHERE)
+    found = caught.value.diagnostics[0]
+    assert found.code == "S0783" and words in found.message, found.message

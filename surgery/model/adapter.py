@@ -250,7 +250,7 @@ class _Reader:
         low: dict[str, Low] = {}
         dense: dict[str, Dense] = {}
         for path, roles in self.found.items():
-            if all(0 in h.shape for h in roles.values()):
+            if len(roles) > 1 and all(0 in h.shape for h in roles.values()):
                 continue  # a rank that was pruned to nothing
             made = self.kind.read(path, roles, self.config, self.shared, self._because)
             if isinstance(made, Dense):

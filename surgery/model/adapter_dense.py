@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.model.adapter_forms import QUIET, Dense, Fault, Kind, Roles, Thin, matrices, need, number
+from surgery.model.adapter_forms import QUIET, Dense, Fault, Kind, Roles, Thin, matrices, need, number, patterned
 from surgery.model.checkpoint_headers import TensorHeader
 from surgery.model.weights import Apply
 
@@ -79,6 +79,9 @@ def _hra(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, faul
 def _miss(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Dense:
     (block,) = need(path, roles, ("miss_block",), fault)
     start = str(config.get("init_weights", True)).lower()
+    rank = int(number(config, "r", 64, fault))
+    if rank not in (block.shape[1:2] if start == "bat" else block.shape[:1]):
+        raise fault(f"`{block.key}` is {list(block.shape)}, and its config says blocks of {rank}", "correct `r`")
     if start == "bat":
         _shaped(path, len(block.shape) == 3 and block.shape[1] == block.shape[2] and 0 not in block.shape, [block], fault)
         return _changed(path, "block_product", [block], block.shape[0] * block.shape[1], 0, (("multiple", block.shape[1]),))
@@ -108,7 +111,9 @@ def _gralora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, 
     fine = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] and 0 not in (*a.shape, *b.shape)
     _shaped(path, fine and a.shape[2] % a.shape[0] == 0, [a, b], fault)
     blocks, rows, rank = a.shape
-    hybrid = need(path, roles, ("gralora_A_general", "gralora_B_general"), fault) if "gralora_A_general" in roles else []
+    general = ("gralora_A_general", "gralora_B_general")
+    hybrid = need(path, roles, general, fault) if config.get("hybrid_r") or any(n in roles for n in general) else []
+    matrices(path, hybrid, fault)
     more = hybrid[0].shape[0] if hybrid else 0
     if hybrid and (hybrid[0].shape != (more, blocks * rows) or hybrid[1].shape != (blocks * b.shape[2], more)):
         _shaped(path, False, hybrid, fault)
@@ -131,7 +136,7 @@ def _randlora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles,
         raise fault(
             "the random bases of the adapter are not in its folder (`save_projection = false`)", "save it with `save_projection = True`"
         )
-    found = [strength, gain, first, second]
+    found = [strength, gain, *need(path, {BASES[0]: first, BASES[1]: second}, BASES, fault)]
     fine = len(strength.shape) == len(gain.shape) == 2 and len(first.shape) == len(second.shape) == 3 and strength.shape[1] == gain.shape[0]
     _shaped(path, fine and first.shape[0] == second.shape[2] == strength.shape[0] and strength.shape[1] <= second.shape[1], found, fault)
     scale = number(config, "randlora_alpha", 640, fault) / strength.shape[0]
@@ -152,7 +157,7 @@ def _vblora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, f
     bank = shared.get("vblora_vector_bank")
     if bank is None:
         raise fault("its bank of vectors is not in the folder")
-    found = [first, second, bank]
+    found = [first, second, *need(path, shared, ("vblora_vector_bank",), fault)]
     fine = len(first.shape) == len(second.shape) == 3 and len(bank.shape) == 2 and first.shape[0] == second.shape[1]
     _shaped(path, fine and first.shape[2] == second.shape[2] == bank.shape[0] and 0 not in first.shape, found, fault)
     top, width, rank = int(number(config, "topk", 2, fault)), bank.shape[1], first.shape[0]
@@ -180,6 +185,9 @@ def _road(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
 def _fourier(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Dense:
     (spectrum,) = need(path, roles, ("fourierft_spectrum",), fault)
     _shaped(path, len(spectrum.shape) == 1 and 0 not in spectrum.shape, [spectrum], fault)
+    said = patterned(config, "n_frequency_pattern", path, number(config, "n_frequency", 1000, fault))
+    if said != spectrum.shape[0]:
+        raise fault(f"`{spectrum.key}` has {spectrum.shape[0]} frequencies, and its config says {said:g}", "correct `n_frequency`")
     params = (
         ("scale", number(config, "scaling", 150.0, fault)),
         ("places", int(number(config, "random_loc_seed", 777, fault))),

@@ -26,7 +26,7 @@ from typing import Any
 
 from surgery.core.diagnostics import SurgeryError
 from surgery.model.checkpoint_headers import TensorHeader
-from surgery.model.weights import Apply, Expr, Load
+from surgery.model.weights import Apply, Expr, Load, is_float
 
 FUNCTIONS = "kinds/adapter_forms"
 """Where the functions of these expressions are, for the resolver of functions."""
@@ -97,6 +97,9 @@ def need(path: str, roles: Roles, names: tuple[str, ...], fault: Fault) -> list[
     missing = next((n for n in names if n not in roles), None)
     if missing:
         raise fault(f"`{path}` has no `{missing}`")
+    odd = next((roles[n] for n in names if (not is_float(roles[n].dtype) and not n.endswith("indices")) or 0 in roles[n].shape), None)
+    if odd is not None:
+        raise fault(f"`{odd.key}` is {odd.dtype} {list(odd.shape)}, where a trained tensor is expected")
     return [roles[n] for n in names]
 
 
@@ -149,7 +152,7 @@ def _loha(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
     rank, out, inp = found[0].shape[1], found[0].shape[0], found[1].shape[1]
     if any(h.shape != s for h, s in zip(found, ((out, rank), (rank, inp)) * 2, strict=True)):
         raise fault(f"`{path}` has factors of the shapes {', '.join(str(list(h.shape)) for h in found)}, which do not go together")
-    scale = _patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / rank
+    scale = patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / rank
     return _thin(path, "loha", tuple(h.load() for h in found), rank * rank, out, inp, scale)
 
 
@@ -173,14 +176,14 @@ def _lokr(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
             rank *= a.shape[1]
         sizes.append((out, inp))
     # the scale is that of the rank which the config says, whatever side has factors
-    own = _patterned(config, "rank_pattern", path, number(config, "r", 8, fault))
-    scale = _patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / own
+    own = patterned(config, "rank_pattern", path, number(config, "r", 8, fault))
+    scale = patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / own
     form = "lokr_" + "".join("f" if len(s) == 1 else "t" for s in sides)
     loads = tuple(t for s in sides for t in s)
     return _thin(path, form, loads, rank, sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1], scale)
 
 
-def _patterned(config: Mapping[str, Any], field: str, path: str, default: float) -> float:
+def patterned(config: Mapping[str, Any], field: str, path: str, default: float) -> float:
     """The value of the first pattern that the end of a path matches."""
     table = config.get(field) or {}
     for pattern, value in table.items() if isinstance(table, Mapping) else ():
@@ -211,6 +214,8 @@ def _oft(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, faul
     if not entries or block * (block - 1) // 2 != entries:
         raise fault(f"`{turn.key}` has the shape {list(turn.shape)}, not that of skew-symmetric blocks")
     alone = bool(config.get("block_share"))
+    if alone and blocks != 1:
+        raise fault(f"`{turn.key}` has {blocks} blocks, and its config says that all are one (`block_share`)")
     terms = int(number(config, "num_cayley_neumann_terms", 5, fault)) if config.get("use_cayley_neumann", True) else 0
     bound = (("most", number(config, "eps", 6e-5, fault) / math.sqrt(blocks)),) if config.get("coft") else ()
     params = (("block", block), ("terms", terms), *bound)
