@@ -134,6 +134,31 @@ def test_sums_before_norms_without_a_mean_stay(made: dict[str, Any]) -> None:
     assert Counter(m.condition for m in found.misses) == {condition: 6}
 
 
+def test_shared_heads_are_the_standard_operator_where_the_set_has_it() -> None:
+    """From operator set 23 on: the cache goes in and comes out grown, padding in front and behind stays right, and below nothing changes."""
+    from surgery.backends.onnx_export import export, input_names
+    from surgery.backends.to_onnx import session
+
+    program, _ = zoo_program("llama")
+    root = rooted(program)
+    result = fuse(program, root, Target(opset=23))
+    assert entry(result, "attention").fired == 3 and not [m for e in result.report for m in e.misses if m.condition == engine.GATE]
+    model = export(program, result.graph, opset=23, table=translations())
+    found = [n for n in model.graph.node if "Attention" in n.op_type]
+    assert [(n.op_type, n.domain, len(n.input), len(n.output)) for n in found] == [("Attention", "", 6, 3)] * 3
+    runner, names = session(model.SerializeToString()), input_names(program)
+    for batch, length, past, left in ((3, 9, 0, False), (2, 1, 6, False), (2, 3, 4, True)):
+        inputs = sample_inputs(program, batch=batch, length=length, seed=9, padding=True, past=past)
+        mask = inputs[names.index("attention_mask")]
+        if left:
+            mask.copy_(mask.flip(1))
+            assert not mask.all()
+        counts = mask[:, -length:].bool()
+        feeds = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in {i.name for i in runner.get_inputs()}}
+        for want, got in zip(run(root, inputs), runner.run(None, feeds), strict=True):
+            assert difference(want, torch.from_numpy(got), counts if want.shape[:2] == counts.shape else None) < 1e-5
+
+
 def test_same_graph_every_time(made: dict[str, Any]) -> None:
     program, root, first = fused(made, "bert")
     again = fuse(program, root, Target())
