@@ -61,8 +61,8 @@ class FuseAttention:
       positions, are added to the scores;
     * a cache in front of new keys becomes ``past_key`` and ``past_value``;
     * repeated key heads are not repeated: the queries of a group are further queries of their one head, or, where operator set 23 is asked for, it
-      is Attention of the ONNX standard, which was measured to be faster for prompts and as fast for single steps. (GroupQueryAttention is
-      slower for single steps, and takes several new steps behind a cache for a single sequence only.)
+      is Attention of the ONNX standard, measured to be faster for prompts and short caches and slower for one step behind a long one.
+      (GroupQueryAttention is slower for single steps, and takes several new steps behind a cache for a single sequence only.)
     """
 
     name: str = "attention"
