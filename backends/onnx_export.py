@@ -34,7 +34,7 @@ _PAIR = re.compile(r"(?:past_key_values_)?(?P<side>decoder|encoder)_(?P<what>key
 def quiet() -> Iterator[None]:
     """The exporter prints progress and logs through several channels; none of it belongs in our output."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what goes wrong is raised, too
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

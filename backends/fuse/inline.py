@@ -6,6 +6,7 @@ share its symbol from the start, so there is nothing to prove, and layers that a
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,12 +47,17 @@ def inlined(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     run at some sizes.
     """
     made = _Inliner(program, root)
+    chatter = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what is raised, and what is raised is told in our words
+    level = chatter.level
+    chatter.setLevel(logging.CRITICAL)
     try:
         result = made.inline(root, "", None)
     except NotInlined:
         raise
     except Exception as exc:
         raise NotInlined(f"{made.path}: {type(exc).__name__}: {exc}") from exc
+    finally:
+        chatter.setLevel(level)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     if not all(isinstance(o, fx.Node) for o in outputs):
         raise NotInlined("an output is no tensor")
