@@ -106,7 +106,9 @@ def _tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor |
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")  # torch's empty_like is ten times slower here
+    made = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+    )  # torch's empty_like is ten times slower here
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
