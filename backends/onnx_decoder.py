@@ -24,6 +24,7 @@ import sympy
 import torch
 from torch import fx
 
+from surgery.backends.onnx_counts import add_past, is_count
 from surgery.backends.onnx_cut import (
     MASK,
     STATES,
@@ -322,6 +323,8 @@ def _two_lengths(graph: fx.Graph, parts: Parts, lengths: Lengths, joined: set[fx
             _set(node, lengths.numbers(node.args, True), lengths.numbers(node.kwargs, True))
         elif node in parts.attentions:
             _attention(graph, node, parts, lengths)
+        elif is_count(node, parts.ids):
+            add_past(graph, node, lengths)
         else:
             _value(node, parts, lengths)
 

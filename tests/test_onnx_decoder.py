@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import surgery
 from surgery.backends import onnx_cut
@@ -49,6 +56,15 @@ def t5() -> Any:
     return live(T5ForConditionalGeneration, T5Config(**sizes), seed=1, scale=6.0)
 
 
+def m2m100() -> Any:
+    sizes = dict(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return live(M2M100ForConditionalGeneration, M2M100Config(**sizes), scale=4.0)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("pairs")
@@ -85,10 +101,10 @@ def decode(name: str, start: int, steps: int, heads: int, width: int) -> tuple[n
     return tokens, np.stack(scores)
 
 
-@pytest.mark.parametrize(("family", "options"), [("t5", "(optimize = none)"), ("bart", "(cache = true)")])
+@pytest.mark.parametrize(("family", "options"), [("t5", "(optimize = none)"), ("bart", "(cache = true)"), ("m2m100", "")])
 def test_steps_with_the_cache_give_the_tokens_and_logits_of_generate(work: Path, family: str, options: str) -> None:
-    """With padding in the encoder; the decoder of the BART is fused, that of the T5 is not."""
-    model = t5() if family == "t5" else bart()
+    """With padding in the encoder; the decoder of the BART is fused, that of the T5 is not, and M2M100 counts tokens to find their positions."""
+    model = {"t5": t5, "bart": bart, "m2m100": m2m100}[family]()
     model.save_pretrained(family)
     result = surgery.compile(f'surg 1\n\nfreeze all on decoder.layers\nemit onnx{options} to "{family}.onnx"\n', family)
     start = model.config.decoder_start_token_id
