@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ from surgery.model.dims.masks import from_ranges
 from surgery.model.program import Origin, Program
 from surgery.model.walk import tree
 from surgery.model.weights import select
+
+Modules = Sequence[tuple[str, nn.Module]]
+"""Every module by every path that it has."""
+
+_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+"""Modules whose sizes may follow from what they read: without a gain they have no tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,16 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
     graphs = GraphCut(program, sizes, group.constants, origin.span)
     for path, changes in graphs.leaves.items():
         _check_leaf(program, path, changes, origin.span)
-    attached = cut_attached.plan(program, group, _groups(program, graphs), origin.span)
+    every = tree(program.graph, every=True)
+    attached = cut_attached.plan(program, group, _groups(every, graphs), origin.span)
     members = [*group.members, *attached.members]
     program.weights.update(attached.rewrites)
-    removed = _tensors(program, members, origin)
+    removed = _tensors(program, every, members, origin)
     for path, changes in graphs.leaves.items():
         apply_changes(program.module(path), changes)
     for ref in graphs.write():
         program.journal.record(ref, origin)
-    _refit(program, group, sizes)
+    _refit(program, dict(every), group, sizes)
     cut_attached.apply(program, attached)
     program.touch()
     return CutResult(removed, tuple(members))
@@ -77,16 +85,16 @@ def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
         raise fail("S0430", f"these units cannot be removed: {why}", span, "removed here")
 
 
-def _groups(program: Program, graphs: GraphCut) -> dict[str, int]:
+def _groups(every: Modules, graphs: GraphCut) -> dict[str, int]:
     """Groups of every convolution leaf after the cut."""
-    found = {path: m.groups for path, m in tree(program.graph) if isinstance(m, nn.modules.conv._ConvNd)}
+    found = {path: m.groups for path, m in every if isinstance(m, nn.modules.conv._ConvNd)}
     for path, changes in graphs.leaves.items():
         if path in found:
             found[path] = next((c.value for c in changes if c.path == ("args", 6)), found[path])
     return found
 
 
-def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[str, int]:
+def _tensors(program: Program, every: Modules, members: list[Member], origin: Origin) -> dict[str, int]:
     """Selects weights and replaces the meta tensors wherever they are held; returns the elements that each lost."""
     before = {m.parameter: math.prod(program.weights[m.parameter].shape) for m in members}
     for m in members:
@@ -94,7 +102,7 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
         masked.cut_mask(program, m.parameter, m.axis, m.kept)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    for path, module in tree(program.graph, every=True):
+    for path, module in every:
         lead = f"{path}." if path else ""
         for store in (module._parameters, module._buffers):
             for leaf, tensor in store.items():
@@ -117,17 +125,21 @@ def _tensors(program: Program, members: list[Member], origin: Origin) -> dict[st
     return removed
 
 
-def _refit(program: Program, group: Group, sizes: NewSizes) -> None:
+def _refit(program: Program, modules: dict[str, nn.Module], group: Group, sizes: NewSizes) -> None:
     """Attributes of leaf modules that follow from their tensors or inputs."""
-    modules = dict(tree(program.graph, every=True))
+    smaller = {m.parameter for m in group.members}
+    names = [*smaller, *(name for name, first in program.aliases.items() if first in smaller)]
+    owners = {id(modules[name.rpartition(".")[0]]) for name in names}
     for node in group.dims.graph.nodes:
         path = node.meta.get("path")
         if path is None or node.op != "call_function":
             continue
         module = modules[path]
+        if id(module) not in owners and not isinstance(module, _CHANNELS):
+            continue
         channels = None
         spec = node.meta.get("spec")
-        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and len(getattr(spec, "shape", ())) > 1:
+        if isinstance(module, _CHANNELS) and len(getattr(spec, "shape", ())) > 1:
             factors = sizes.factors(node)
             channels = int(spec.shape[1] * factors[1])
         refit(module, channels)

@@ -353,6 +353,8 @@ class Dims:
         out: list[tuple[Leaf, np.ndarray]] = []
         expression = find(expression)
         here = np.arange(expression.size)
+        if expression.kind == LEAF and expression is not ONE:
+            return [(self._leaf(expression), here)]
         stack: list[tuple[Axis, np.ndarray]] = [(expression, here)]
         while stack:
             axis, index = stack.pop()
