@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from surgery.backends.transformers_config import original
 from surgery.core.diagnostics import fail
 from surgery.model import pytree
 from surgery.model.live import live_root
-from surgery.model.program import Program
+from surgery.model.program import Program, Signature
 from surgery.model.running import is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
@@ -119,6 +119,16 @@ def loaded(model: nn.Module, folder: Path) -> nn.Module:
     return wrapped
 
 
+def both(root: nn.Module, model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The flat outputs of a program's module and of the live model, for the same flat inputs."""
+    with torch.no_grad(), one_thread():
+        want = root(*inputs)
+        given = pytree.unflatten(list(inputs), signature.in_spec)
+        given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
+        out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+        return want, pytree.flatten(out, signature.out_spec)
+
+
 def _difference(program: Program, model: nn.Module, request: EmitRequest) -> tuple[float, float]:
     """The largest difference of any floating output, and the largest value of one (at least 1)."""
     root = live_root(program, request.tensors, dtype=torch.float32).eval()
@@ -126,12 +136,7 @@ def _difference(program: Program, model: nn.Module, request: EmitRequest) -> tup
     worst, scale = 0.0, 1.0
     for _, batch, length, padding in CASES:
         inputs = sample_inputs(program, batch=batch, length=length, seed=11, padding=padding)
-        with torch.no_grad(), one_thread():
-            want = root(*inputs)
-            given = pytree.unflatten(list(inputs), signature.in_spec)
-            given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
-            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
-            got = pytree.flatten(out, signature.out_spec)
+        want, got = both(root, model, signature, inputs)
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
                 error = float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf")

@@ -22,7 +22,6 @@ from surgery.model.live import live_root
 from surgery.model.program import Attachment, Program
 from surgery.model.running import is_small
 from surgery.model.sample import placeholders, sample_inputs
-from surgery.model.threads import one_thread
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Modules that peft keeps beside virtual tokens, by task."""
@@ -186,12 +185,7 @@ def _difference(program: Program, tokens: Tokens, model: Any, request: EmitReque
         if tokens.task not in KEEPS_TYPES:
             inputs = [torch.zeros_like(x) if "token_type" in n else x for n, x in zip(names, inputs, strict=True)]
         mask = next((x for n, x in zip(names, inputs, strict=True) if n == "attention_mask"), None)
-        with torch.no_grad(), one_thread():
-            want = root(*inputs)
-            given = pytree.unflatten(list(inputs), signature.in_spec)
-            given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
-            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
-            got = pytree.flatten(out, signature.out_spec)
+        want, got = peft_check.both(root, model, signature, inputs)
         for x, y, cached in zip(want, got, _cached(signature.out_spec), strict=True):
             if cached or not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
                 continue

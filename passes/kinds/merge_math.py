@@ -103,6 +103,11 @@ def scratch(like: Tensor, count: int) -> list[Tensor]:
     return [b[:n].view(like.shape) for b in _places.buffers[:count]]
 
 
+def elected(parts: Sequence[Tensor], weights: Sequence[float], when: str, divide: str, zero: float = 1.0) -> Tensor:
+    """:func:`elect` by the words of the language, ``elect = before | weighted`` and ``divide = count | weight | none``; the parts are used up."""
+    return elect(parts, weights, weighted=when == "weighted", by_weight=divide == "weight", mean=divide != "none", zero=zero, reuse=True)
+
+
 def elect(
     parts: Sequence[Tensor],
     weights: Sequence[float],
@@ -116,8 +121,8 @@ def elect(
     """Sign election of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3): the mean of the entries that have the elected sign.
 
     ``weighted``: entries are multiplied by their model's weight before the election, else after it. ``by_weight``: the mean divides by
-    the weights of the agreeing models, else by their number; without ``mean`` nothing is divided, which gives their sum. ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are
-    used up, and the result is valid until the next election of this thread.
+    the weights of the agreeing models, else by their number; without ``mean`` nothing is divided, which gives their sum.
+    ``zero`` is the sign where the sum is zero. With ``reuse`` the parts are used up, and the result is valid until the next election of this thread.
     """
     parts = list(parts) if reuse else [p.clone() for p in parts]
     if weighted:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surgery.core.method import param
 from surgery.passes.kinds.adapter_method import Refactored
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, elect
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, elected
 from surgery.passes.kinds.merge_sparse import dropped
 
 
@@ -41,12 +41,4 @@ class DareTies(Refactored):
         return dropped(delta, shape, self.density, self.rescale, seed)
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        return elect(
-            parts,
-            weights,
-            weighted=self.elect == "weighted",
-            by_weight=self.divide == "weight",
-            mean=self.divide != "none",
-            zero=1.0,
-            reuse=True,
-        )
+        return elected(parts, weights, self.elect, self.divide)

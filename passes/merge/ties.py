@@ -11,7 +11,7 @@ from surgery.core.method import param
 from surgery.passes.kinds.adapter_method import Refactored
 from surgery.passes.kinds.merge_global import rank
 from surgery.passes.kinds.merge_inputs import Operands, Source
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, elect
+from surgery.passes.kinds.merge_math import Delta, Sparsifier, elected
 from surgery.passes.kinds.merge_sparse import Top, top
 from surgery.passes.operation import Resolved
 
@@ -62,13 +62,4 @@ class Ties(Refactored):
         return top(delta, shape, max(int(self.density * size), min(size, 1) if self.density else 0))
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
-        zero = prepared[1] if prepared else 1.0
-        return elect(
-            parts,
-            weights,
-            weighted=self.elect == "weighted",
-            by_weight=self.divide == "weight",
-            mean=self.divide != "none",
-            zero=zero,
-            reuse=True,
-        )
+        return elected(parts, weights, self.elect, self.divide, prepared[1] if prepared else 1.0)
