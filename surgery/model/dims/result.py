@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from surgery.model.dims.constants import Constant, Cut
 from surgery.model.dims.context import Axes, Context
 from surgery.model.dims.groups import Change, Group, Leaf, Member, spans
 from surgery.model.dims.masks import Keep, Mask, Ranges, to_ranges
+from surgery.model.dims.order import follows, has_run
 
 
 class Dims:
@@ -225,7 +226,7 @@ class Dims:
                     got = np.zeros(1, bool)
                     for p in parts:
                         got = (got[:, None] | done[p][None, :]).reshape(-1)
-                    if target.kind == PROD and _run(parts, factors(target)):
+                    if target.kind == PROD and has_run(parts, factors(target)):
                         got[:] = True
                     done[top] = got
         return to_ranges(done[root])
@@ -281,7 +282,7 @@ class Dims:
         if not mask.any(axis=1).all():
             return [f"remove whole units of {outer.name} in a cut of their own"]
         for name, i, axis in self._holders.get(inner.axis, ()):
-            if not _follows(axis, outer.axis, inner.axis):
+            if not follows(axis, outer.axis, inner.axis):
                 return [f"{inner.name} stands without {outer.name} in {name} axis {i}"]
         return []
 
@@ -377,29 +378,3 @@ class Dims:
                     todo.append((part, np.where(index >= 0, index // inner % part.size, -1)))
                 stack.extend(reversed(todo))
         return out
-
-
-def _run(parts: Sequence[Axis], inner: Sequence[Axis]) -> bool:
-    n = len(inner)
-    return any(list(parts[i : i + n]) == list(inner) for i in range(len(parts) - n + 1))
-
-
-def _follows(axis: Axis, outer: Axis, inner: Axis) -> bool:
-    """Whether ``inner`` stands directly behind ``outer`` wherever it occurs in the expression."""
-    stack = [find(axis)]
-    while stack:
-        top = stack.pop()
-        if top is inner:
-            return False
-        if top.kind == PROD:
-            previous: Axis | None = None
-            for part in factors(top):
-                if part is inner:
-                    if previous is not outer:
-                        return False
-                else:
-                    stack.append(part)
-                previous = part
-        elif top.kind == CAT:
-            stack.extend(find(p) for p in top.parts)
-    return True
