@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
-from surgery.model.room import LARGE, PAGE, SPARE, Spare, room, spare
+from surgery.model import room as rooms
+from surgery.model.room import LARGE, PAGE, SHARED, SMALL, SPARE, Shared, Spare, room
 
 SHAPE = (LARGE // 2 // 512, 512)
 
 
-def test_a_block_is_used_again_when_no_view_of_it_is_left() -> None:
-    spare.clear()
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> Spare:
+    """Blocks of this test alone: what others let go does not come back here."""
+    monkeypatch.setattr(rooms, "spare", Spare())
+    monkeypatch.setattr(rooms, "shared", Shared())
+    return rooms.spare
+
+
+def test_a_block_is_used_again_when_no_view_of_it_is_left(spare: Spare) -> None:
     first = room(SHAPE, torch.bfloat16)
     assert first.is_contiguous() and first.shape == SHAPE and first.untyped_storage().nbytes() == LARGE
     place = first.data_ptr()
@@ -29,13 +38,32 @@ def test_a_block_is_used_again_when_no_view_of_it_is_left() -> None:
     assert spare.held == LARGE
     third = room((LARGE // 4 + 7,), torch.float32)  # a little larger than the block that is free
     assert third.data_ptr() not in (place, second.data_ptr())
-    assert room((LARGE - 5,), torch.uint8).data_ptr() != place  # small ones are the allocator's
+    assert room((LARGE - 5,), torch.uint8).data_ptr() != place  # smaller ones share a block of their own
     fourth = room((LARGE // 4,), torch.float32)
     assert fourth.data_ptr() == place and spare.held == 0
     del second, third, fourth
     assert spare.held > 0
     spare.clear()
     assert spare.held == 0
+
+
+def test_smaller_tensors_share_a_block_and_keep_it(spare: Spare) -> None:
+    tensors = [room((SMALL // 4 + i,), torch.float32).fill_(i) for i in range(8)]
+    places = [t.data_ptr() for t in tensors]
+    assert all(p % 64 == 0 for p in places) and places == sorted(places) and places[-1] - places[0] < SHARED
+    assert all(bool((t == i).all()) for i, t in enumerate(tensors))
+    assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in tensors)  # no view of something larger, for who asks
+    last = tensors.pop()[5:]
+    tensors.clear()
+    rooms.shared.clear()
+    assert spare.held == 0 and bool((last == 7).all())
+    del last
+    assert spare.held == SHARED
+    again = room((SMALL,), torch.bool)
+    assert again.data_ptr() == places[0] and spare.held == 0
+    more = [room((LARGE - 64,), torch.uint8) for _ in range(SHARED // LARGE)]  # more than what is left of the block
+    assert more[-1].data_ptr() not in range(places[0], places[0] + SHARED)
+    assert room((SMALL // 4 - 1,), torch.float32).data_ptr() not in range(places[0], places[0] + SHARED)  # the allocator's
 
 
 def test_the_oldest_blocks_go_where_there_are_too_many_bytes() -> None:
@@ -51,12 +79,12 @@ def test_the_oldest_blocks_go_where_there_are_too_many_bytes() -> None:
     assert held.held == 0 and SPARE > LARGE
 
 
-def test_threads_take_and_give_at_once() -> None:
+def test_threads_take_and_give_at_once(spare: Spare) -> None:
     faults: list[str] = []
 
     def work(mark: int) -> None:
         for i in range(30):
-            tensor = room((LARGE + 1000 * (i % 3),), torch.uint8).fill_(mark)
+            tensor = room((LARGE + 1000 * (i % 3 - 1),), torch.uint8).fill_(mark)
             if not bool((tensor[:: 1 << 12] == mark).all()):
                 faults.append(f"{mark} at {i}")
 
@@ -66,4 +94,3 @@ def test_threads_take_and_give_at_once() -> None:
     for t in threads:
         t.join()
     assert not faults
-    spare.clear()

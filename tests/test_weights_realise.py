@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from surgery.core.diagnostics import SurgeryError
 from surgery.model import stored as stored_module
 from surgery.model.checkpoint_headers import read_header
+from surgery.model.dims.masks import to_ranges
 from surgery.model.realise import Realiser, held, realise
 from surgery.model.weights import (
     Add,
@@ -359,3 +360,21 @@ def test_results_of_functions_are_kept_within_bounds() -> None:
     assert list(kept) == ["3", "4"] and kept.bytes == 80
     kept["large"] = (torch.zeros(1000),)
     assert list(kept) == ["large"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_selections_over_selections_agree_with_indexing(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any axes in any order, few pieces and many, of a tensor in memory and of a stored one."""
+    value = torch.arange(7 * 150 * 5.0).reshape(7, 150, 5)
+    expr = held(value) if data.draw(st.booleans()) else stored(tmp_path_factory.mktemp("t"), a=value)["a"]
+    for _ in range(data.draw(st.integers(2, 4))):
+        axis = data.draw(st.integers(0, 2))
+        size = expr.shape[axis]
+        kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=torch.bool)
+        if data.draw(st.booleans()):
+            kept[:] = kept.sum() * 2 < size  # all or nothing of it
+        runs = to_ranges(kept.numpy())
+        if runs:
+            expr, value = select(expr, axis, runs), value.index_select(axis, kept.nonzero().reshape(-1))
+    assert torch.equal(realise(expr), value)

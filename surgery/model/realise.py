@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from surgery.core.diagnostics import fail
-from surgery.model.room import widened
+from surgery.model.room import copied, room, widened
 from surgery.model.stored import MANY, initial_value, read, read_part, take, torch_dtype
 from surgery.model.threads import one_thread
 from surgery.model.weights import (
@@ -121,7 +121,7 @@ class Realiser(Mapping[str, torch.Tensor]):
             value.dtype,
         )
         if isinstance(expr, Held) or not value.is_contiguous() or value.untyped_storage().nbytes() != value.numel() * value.element_size():
-            value = value.clone(memory_format=torch.contiguous_format)
+            value = copied(value)
         elif isinstance(expr, Apply | MatMul) and self._is_shared(value, expr):
             value = value.clone()  # what a caller may change must not be what is kept here
         return value
@@ -149,7 +149,7 @@ class Realiser(Mapping[str, torch.Tensor]):
             case Select(source=Load() as source):
                 return read_part(source, expr.axis, expr.ranges)
             case Select():
-                return _take(self._value(expr.source), expr.axis, expr.ranges)
+                return self._select(expr)
             case Concat() | Stack():
                 return self._assemble(expr)
             case Reshape():
@@ -169,13 +169,30 @@ class Realiser(Mapping[str, torch.Tensor]):
                 return self._update(expr)
             case Masked():
                 value = self._value(expr.source)
-                value = value if _is_fresh(expr.source) else value.clone(memory_format=torch.contiguous_format)
+                value = value if _is_fresh(expr.source) else copied(value)
                 return value.masked_fill_(self._value(expr.keep).logical_not(), 0)
         raise TypeError(f"no rule for {type(expr).__name__}")
 
+    def _select(self, expr: Select) -> torch.Tensor:
+        """Selections of several axes on top of each other are one copy where that is of few pieces."""
+        chain, pieces = {expr.axis: expr.ranges}, len(expr.ranges)
+        source = expr.source
+        while isinstance(source, Select) and not isinstance(source.source, Load) and source.axis not in chain:
+            pieces *= len(source.ranges)
+            if pieces > MANY:
+                break
+            chain[source.axis] = source.ranges
+            source = source.source
+        value = self._value(source)
+        if len(expr.ranges) > MANY:
+            return take(value, expr.axis, expr.ranges)
+        out = room(expr.shape, value.dtype)
+        _copy_pieces(value, out, list(chain.items()))
+        return out
+
     def _assemble(self, expr: Concat | Stack) -> torch.Tensor:
         """Parts go straight into their place, so that never all of them are in memory beside the result."""
-        out = torch.empty(expr.shape, dtype=torch_dtype(expr.dtype))
+        out = room(expr.shape, torch_dtype(expr.dtype))
         at = 0
         for part in expr.parts:
             if isinstance(expr, Stack):
@@ -194,7 +211,7 @@ class Realiser(Mapping[str, torch.Tensor]):
         first = expr.parts[0]
         total = widened(self._value(first), wide)
         if not (_is_fresh(first) or total.dtype != torch_dtype(first.dtype)) or tuple(total.shape) != expr.shape:
-            total = total.broadcast_to(expr.shape).clone(memory_format=torch.contiguous_format)
+            total = copied(total.broadcast_to(expr.shape))
         for part in expr.parts[1:]:
             value = self._value(part)
             # A narrower float is widened as it is added, without a copy of it.
@@ -202,7 +219,7 @@ class Realiser(Mapping[str, torch.Tensor]):
         return widened(total, dtype)
 
     def _update(self, expr: Update) -> torch.Tensor:
-        out = self._value(expr.source).clone(memory_format=torch.contiguous_format)
+        out = copied(self._value(expr.source))
         part = self._value(expr.part)
         at = 0
         for start, stop in expr.ranges:
@@ -320,13 +337,16 @@ def _rounded(value: torch.Tensor, expr: Expr) -> torch.Tensor:
     return value.to(torch_dtype(expr.dtype))
 
 
-def _take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    if len(ranges) > MANY:
-        return take(value, axis, ranges)
-    pieces = [value.narrow(axis, start, stop - start) for start, stop in ranges]
-    if len(pieces) == 1:
-        return pieces[0].clone(memory_format=torch.contiguous_format)
-    return torch.cat(pieces, axis) if pieces else value.narrow(axis, 0, 0).clone()
+def _copy_pieces(value: torch.Tensor, out: torch.Tensor, ranges: list[tuple[int, tuple[tuple[int, int], ...]]]) -> None:
+    """Copies the product of the ranges of several axes: (axis, ranges) each."""
+    if not ranges:
+        out.copy_(value)
+        return
+    (axis, first), *rest = ranges
+    at = 0
+    for start, stop in first:
+        _copy_pieces(value.narrow(axis, start, stop - start), out.narrow(axis, at, stop - start), rest)
+        at += stop - start
 
 
 def check_twins(weights: Weights) -> None:

@@ -14,12 +14,17 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
 
 LARGE = 4 << 20
-"""Bytes from which on it is worth it."""
+"""Bytes from which on a tensor gets a block of its own."""
+SMALL = 64 << 10
+"""Bytes from which on it is worth it: tensors between the two share blocks."""
+SHARED = 16 << 20
+"""Bytes of a block that several tensors share: it is used again when none of them is left."""
 PAGE = 2 << 20
 """Bytes of a large page, mostly; blocks are a multiple of it."""
 SPARE = 128 << 20
@@ -80,11 +85,47 @@ def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised contiguous CPU tensor; its memory is used again when nothing refers to it any more."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE:
+    if size < SMALL:
         return torch.empty(tuple(shape), dtype=dtype)
+    place = _place(size) if size >= LARGE else shared.take(size)
+    return torch.from_numpy(place).view(dtype).view(tuple(shape))
+
+
+def copied(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy."""
+    return room(value.shape, value.dtype).copy_(value)
+
+
+def _place(size: int) -> np.ndarray[Any, Any]:
     whole, block = spare.take(-(-size // PAGE) * PAGE)
     start = np.frombuffer(block, np.uint8).ctypes.data
     place = np.frombuffer(block, np.uint8, size, -start % PAGE)
     back = weakref.finalize(place, spare.give, whole, block)
     back.atexit = False
-    return torch.from_numpy(place).view(dtype).view(tuple(shape))
+    return place
+
+
+class Shared:
+    """Gives out one block piece by piece, then the next. A piece keeps its block."""
+
+    def __init__(self) -> None:
+        self._block: np.ndarray[Any, Any] | None = None
+        self._at = 0
+        self._lock = threading.RLock()
+
+    def take(self, size: int) -> np.ndarray[Any, Any]:
+        with self._lock:
+            if self._block is None or self._at + size > len(self._block):
+                self._block, self._at = None, 0  # may come back at once
+                self._block = _place(SHARED)
+            piece = self._block[self._at : self._at + size]
+            self._at += -(-size // 64) * 64  # vector units read whole lines
+            return piece
+
+    def clear(self) -> None:
+        """The block that is begun goes back when nothing uses it."""
+        with self._lock:
+            self._block, self._at = None, 0
+
+
+shared = Shared()

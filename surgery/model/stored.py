@@ -92,7 +92,7 @@ def take(value: torch.Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) ->
     if value.is_complex() or value.numel() == 0:
         return value.index_select(axis, index)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    out = torch.empty((*value.shape[:axis], len(index), *value.shape[axis + 1 :]), dtype=value.dtype)
+    out = room((*value.shape[:axis], len(index), *value.shape[axis + 1 :]), value.dtype)
     np.take(value.contiguous().view(bits).numpy(), index.numpy(), axis=axis, out=out.view(bits).numpy(), mode="clip")
     return out
 
@@ -101,7 +101,7 @@ def read_part(expr: Load, axis: int, ranges: tuple[tuple[int, int], ...]) -> tor
     """Index ranges of a stored tensor. Ranges of the first axis are read byte-exactly; those of others are copied out of a
     mapping of the tensor, so that only the pages they touch are read, and nothing stays mapped."""
     size = sum(stop - start for start, stop in ranges)
-    out = torch.empty((*expr.shape[:axis], size, *expr.shape[axis + 1 :]), dtype=torch_dtype(expr.dtype))
+    out = room((*expr.shape[:axis], size, *expr.shape[axis + 1 :]), torch_dtype(expr.dtype))
     if out.numel() == 0:
         return out
     if len(ranges) > MANY and 4 * out.numel() >= math.prod(expr.shape):

@@ -28,7 +28,7 @@ import torch
 
 from surgery.core.diagnostics import fail
 from surgery.model.atomic import storage_errors
-from surgery.model.room import spare
+from surgery.model.room import shared, spare
 
 BLOCK = 4 << 20
 """Bytes that are written, hashed and compared at a time."""
@@ -242,6 +242,7 @@ def _call(name: str) -> Any:
 def _give_back() -> None:
     """Freed memory goes back to the system: the allocator keeps some for every thread that worked, and none of them lives on; blocks that were
     held for the next tensors are not needed any more."""
+    shared.clear()
     spare.clear()
     call = _call("malloc_trim")
     if call is not None:
