@@ -13,9 +13,11 @@ from typing import ClassVar, Literal
 from surgery.core.method import Method, param
 from surgery.core.site import Site
 from surgery.model import cost
+from surgery.model.claims import Claim
 from surgery.model.cut import cut
 from surgery.model.cut_sizes import NewSizes
-from surgery.model.oracle import masked_claim
+from surgery.model.decouple import pick_counted
+from surgery.model.oracle import masked_claim, outputs_of
 from surgery.model.program import Program
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds import slice_report as report
@@ -87,6 +89,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     method = op.method
     assert isinstance(method, SliceMethod)
     _parameters(op, method)
+    _loosen(program, op, method)
     method.prepare(program, op)
     targets = _targets(program, op, method)
     scores = unit_scores(program, op, targets)
@@ -126,6 +129,20 @@ def _parameters(op: Resolved, method: SliceMethod) -> None:
         raise faults.unread_data(op, method.score)
     if (method.score == "file") != (method.scores is not None):
         raise faults.file_parameter(op, method.scores is None)
+
+
+def _loosen(program: Program, op: Resolved, method: SliceMethod) -> None:
+    """Units along which the graph counts numbers, such as the slopes of ALiBi, may go once the numbers are picked by an index."""
+    held = [leaf for _, _, units in method.find(program, op) for leaf in units.leaves if not leaf.free]
+    if not held:
+        return
+    before = program.copy() if op.study is not None else None
+    if not pick_counted(program, list(dict.fromkeys(held)), op.origin):
+        return
+    op.tell(f"numbers that the model counts along {method.noun}s are picked by an index")
+    if before is not None:
+        after = program.copy()
+        op.claim(Claim("picked = counted", before, outputs_of(before), outputs_of(after), tolerance=0.0, span=op.origin.span))
 
 
 def _targets(program: Program, op: Resolved, method: SliceMethod) -> list[Target]:

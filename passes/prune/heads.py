@@ -41,8 +41,9 @@ class Heads(SliceMethod):
     that meet the element; these need `using`. `taylor_signed` takes the size of the sum over each tensor. `random` is seeded by
     `seed`; `file` reads a list for each site from a JSON or safetensors file under the site's role. With `scope = global` the
     lowest scores of all blocks go, each block's scores divided by their mean (`normalize`). Blocks that share their heads, as T5's
-    layers do through one table of position biases, lose the same ones: their scores add up. `alone = true` gives each selected block heads of its own first, by picking its heads out
-    of the shared table, so that one layer can lose heads that the others keep:
+    layers do through one table of position biases and those of MPT and BLOOM through the slopes of ALiBi, lose the same ones: their
+    scores add up. `alone = true` gives each selected block heads of its own first, by picking its heads out of what is shared, so
+    that one layer can lose heads that the others keep:
 
         prune heads(keep = 6, alone = true) on encoder.layers[3].attn
 
@@ -56,7 +57,7 @@ class Heads(SliceMethod):
     noun: ClassVar[str] = "head"
     block: ClassVar[str] = "attention"
 
-    alone: bool = param(False, "blocks that only share a table of position biases lose heads independently of each other")
+    alone: bool = param(False, "blocks that only share position biases lose heads independently of each other")
 
     def prepare(self, program: Program, op: Resolved) -> None:
         if not self.alone:

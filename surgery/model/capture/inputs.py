@@ -72,7 +72,9 @@ def hf_call(model: Any) -> Call:
             notes=["its forward takes " + ", ".join(n for n in taken if n != "self")],
             help="capture it from Python with example inputs: surgery.capture(module, inputs)",
         )  # fmt: skip
-    if "use_cache" in taken and "use_cache" not in constants:
+    # some pass it on with what else they are given
+    passed_on = "past_key_values" in taken and hasattr(config, "use_cache") and any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    if ("use_cache" in taken or passed_on) and "use_cache" not in constants:
         constants["use_cache"] = False
     order = [n for n in taken if n in values]
     return Call({n: values[n] for n in order}, axes, constants)
