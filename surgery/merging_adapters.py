@@ -137,7 +137,9 @@ def _opened(session: Session, name: str) -> Adapter:
     assert stated.call is not None
     source = stated.node.span.source.name
     base = Path() if source in ("<text>", "<stdin>", "<nowhere>") else Path(source).parent
-    found = open_adapter(str(stated.call.get("ref")), name, base, stated.call.spans.get("ref", stated.node.span))
+    found = open_adapter(
+        str(stated.call.get("ref")), name, base, stated.call.spans.get("ref", stated.node.span), task=stated.call.args.get("task")
+    )
     if session.study is not None and name not in session.data.digests:
         session.data.digests[name] = found.digest()
     return found

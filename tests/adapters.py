@@ -61,8 +61,8 @@ def example(name: str, folder: Path) -> Path:
         return write(at, tensors)
     if name == "uneven":
         return write(at, low(bert("query"), 2))
-    if name == "wavelets":
-        return write(at, {f"{p}.waveft_spectrum": torch.zeros(8) for p in bert("key")}, peft_type="WAVEFT")
+    if name == "clusters":
+        return write(at, {f"{p}.adamss_newB": torch.zeros(8, 33) for p in bert("key")}, peft_type="ADAMSS")
     if name == "elsewhere":
         return write(at, low(bert("query"), 4), base_model_name_or_path="some-lab/other-bert")
     if name == "quick":

@@ -102,8 +102,6 @@ def test_several_are_added_and_not_merged_otherwise(world: Path) -> None:
 def test_what_cannot_be_said_is_refused(world: Path) -> None:
     trained("one", "mixtral", target_parameters=BOTH)
     text = 'surg 1\nmodel "mixtral"\nadapter one = load("one")\n{}merge linear of one * 1\n'
-    (gone,) = api.plan(text.format("prune experts(keep = 2, score = random) on layers[0].ffn.experts\n")).diagnostics
-    assert gone.code == "S0789" and "experts" in gone.message
     config = Path("one/adapter_config.json")
     said, tensors = json.loads(config.read_text("utf-8")), load_file("one/adapter_model.safetensors")
     for names, number in (([*BOTH, 3], "S0783"), (["experts.down_proj"], "S0784"), (None, "S0783"), (["experts.router"], "S0784")):

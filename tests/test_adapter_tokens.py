@@ -170,7 +170,7 @@ def test_what_cannot_stand_in_front_says_why(world: Path) -> None:
         ({"num_virtual_tokens": 3}, {}, "S0783", "3 virtual tokens"),
         ({"token_dim": "x"}, {}, "S0783", "`token_dim`"),
         ({"num_transformer_submodules": 2}, {}, "S0782", "an encoder and a decoder"),
-        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, {}, "S0782", "MULTITASK_PROMPT_TUNING"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 3}, {}, "S0782", "3 tasks"),
         ({"peft_type": "PREFIX_TUNING", "prompt_tuning_init": None}, {}, "S0783", "keys and values of 2 layers"),
         ({"sideways": True}, {}, "S0782", "`sideways`"),
         ({"token_dim": 8}, {"prompt_embeddings": tensors["prompt_embeddings"][:, :8].contiguous()}, "S0785", "8 features"),

@@ -227,6 +227,8 @@ def _unturned(program: Program, part: Dense, site: Site | None, shape: tuple[int
         or (geometry.op == "conv" and (part.function != "stretched" or geometry.groups > 1))
     ):
         return f"`{part.path}` is no layer here that such an adapter can {verb}"
+    if part.bias_tensors and site is not None and not site.bias:
+        return f"`{part.path}` has no bias here, and the adapter changes one"
     given = dict(part.params)
     wrong = (
         (part.out and part.out != geometry.out)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.core.diagnostics import SurgeryError, fail
+import numpy as np
+
 from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model.adapter import Adapter, Low, Rows
-from surgery.model.adapter_forms import FUNCTIONS, Dense
 from surgery.model.cut_attached import Around
 from surgery.model.dims.masks import to_ranges
 from surgery.model.past import Ancestor
@@ -29,6 +29,7 @@ from surgery.passes.kinds.adapter_frames import (
     refusal,
 )
 from surgery.passes.kinds.adapter_variant import Variant, plain, variant
+from surgery.passes.kinds.adapter_whole import stuck, whole
 from surgery.passes.kinds.delta_method import DeltaMethod
 from surgery.passes.kinds.follow import follow_delta
 from surgery.passes.kinds.geometry import Geometry
@@ -118,8 +119,12 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
         out.parts[placed.site.path] = placed
         out.carried |= was.cut
     for part in adapter.dense.values():
-        if not _dense(program, adapter, part, found, sites, out, span):
+        made = whole(program, adapter, part, found, sites, span)
+        if made is None:
             out.dropped.append(part.path)
+            continue
+        out.whole |= made[0]
+        out.carried |= made[1]
     for rows in adapter.rows.values():
         here = found.find(f"{rows.path}.weight")
         if here is None:
@@ -135,7 +140,7 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
             continue
         name, was = here
         if was.why:
-            raise _stuck(adapter, key, was.why, span)
+            raise stuck(adapter, key, was.why, span)
         expr: Expr = load
         for axis, mask in enumerate(was.kept):
             expr = expr if mask is None else select(expr, axis, to_ranges(mask))
@@ -144,53 +149,14 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
     return out, named_otherwise(program, adapter, span)
 
 
-def _dense(program: Program, adapter: Adapter, part: Dense, frame: Frame, sites: Mapping[str, Site], out: Placement, span: Span) -> bool:
-    """A weight, and its bias, that become a function of themselves; False where a statement took them away."""
-    here = frame.find(f"{part.path}.weight")
-    if here is None:
-        return False
-    name, was = here
-    site = sites[name.removesuffix(".weight")]
-    if was.why:
-        raise _stuck(adapter, part.path, was.why, span)
-    axis = site.out_axis if part.axis == "out" else site.in_axis
-    kept = was.kept[axis] if was.cut else None
-    whole = ":" in part.function
-    if (kept is not None and part.function != "stretched") or (whole and was.cut):
-        why = (
-            "it changes the weight as a whole, and a part of it is gone"
-            if whole
-            else "its inputs are turned together, and some of them are gone"
-        )
-        raise _stuck(adapter, part.path, why, span)
-
-    def changed(first: str, tensors: Iterable[Expr], at: int, function: str, params: tuple[tuple[str, Any], ...]) -> Expr:
-        old = program.weights[program.aliases.get(first, first)]
-        given = [Reshape((part.size,), t.dtype, t) if function == "stretched" else t for t in tensors]
-        given = [t if kept is None else select(t, 0, to_ranges(kept)) for t in given]
-        named = function if ":" in function else f"{FUNCTIONS}:{function}"
-        return Apply(old.shape, "float32", named, (old, *given), (("axis", at), *params))
-
-    out.whole[name] = changed(name, part.tensors, axis, part.function, part.params)
-    out.carried |= was.cut
-    if part.stretch is not None and site.bias:
-        bias = frame.find(f"{part.path}.bias")
-        if bias is not None:
-            out.whole[bias[0]] = changed(bias[0], (part.stretch,), 0, "stretched", ())
-    if part.bias and site.bias:
-        bias = frame.find(f"{part.path}.bias")
-        if bias is not None:
-            out.whole[bias[0]] = changed(bias[0], part.tensors, 0, part.bias, part.params)
-    return True
-
-
 def _experts(program: Program, adapter: Adapter, low: Low, frame: Frame, out: Placement, span: Span) -> None:
-    """Factors of a tensor of experts, at every part of it: ``A [experts, r, in]``, ``B [experts, out, r]``."""
+    """Factors of a tensor of experts, at every part of it: ``A [experts, r, in]``, ``B [experts, out, r]``. They lose the experts and features that the
+    tensor lost."""
     here = bare_parameter(program, adapter, frame, low)
     assert here is not None
     name, was = here
-    if was.why or was.cut:
-        raise _stuck(adapter, low.path, was.why or "some of its experts, or of their features, are gone", span)
+    if was.why:
+        raise stuck(adapter, low.path, was.why, span)
     e, r = low.experts, low.a.shape[0] // low.experts
     a: Expr = Reshape((e, r, low.a.shape[1]), low.a.dtype, low.a)
     rows = low.b.shape[0]
@@ -201,32 +167,41 @@ def _experts(program: Program, adapter: Adapter, low: Low, frame: Frame, out: Pl
         first, second = a, b
         if low.a.shape[1] != geometry.inp:  # trained on the parameter as it is stored, inputs first
             first, second = Reshape((e, r, rows), b.dtype, b, (0, 2, 1)), Reshape((e, a.shape[2], r), a.dtype, a, (0, 2, 1))
+        if was.cut:
+            first = _kept(_kept(first, 0, was.kept[0]), 2, was.kept[site.in_axis])
+            second = _kept(_kept(second, 0, was.kept[0]), 1, was.kept[site.out_axis])
+            geometry = geometry_then(program, site, weight.shape)
+            out.carried = True
         if site.rows:
             second = select(second, 1, tuple(site.rows))
         chosen = variant(adapter, replace(low, a=first, b=second), span)
         tensors = {n: cast(x, "float32") for n, x in chosen.tensors.items()}
-        out.parts[site.role] = Placed(site, geometry, chosen.method, tensors, weight, None, was.source, was.source is weight)
+        direct = was.source is weight and not was.cut
+        out.parts[site.role] = Placed(site, geometry, chosen.method, tensors, weight, None, was.source, direct)
+
+
+def _kept(expr: Expr, axis: int, mask: np.ndarray | None) -> Expr:
+    return expr if mask is None else select(expr, axis, to_ranges(mask))
 
 
 def _rows(program: Program, adapter: Adapter, rows: Rows, name: str, was: Ancestor, span: Span) -> Expr:
-    """A table with some rows in the place of its own."""
-    if was.why or (was.kept and was.kept[0] is not None):
-        raise _stuck(adapter, rows.path, was.why or "rows of the table are gone", span)
+    """A table with some rows in the place of its own; those that were taken out of the table stay out."""
+    if was.why:
+        raise stuck(adapter, rows.path, was.why, span)
+    left = was.kept[0] if was.kept else None
+    where = {i: int(left[:i].sum()) if left is not None else i for i in rows.indices if left is None or left[i]}
     old = program.weights[program.aliases.get(name, name)]
     part: Expr = cast(rows.stored, "float32")
     if was.kept and was.kept[1] is not None:
         part = select(part, 1, to_ranges(was.kept[1]))
-    order = sorted(range(len(rows.indices)), key=rows.indices.__getitem__)
-    if order != list(range(len(order))):
+    order = sorted((n for n, i in enumerate(rows.indices) if i in where), key=rows.indices.__getitem__)
+    if not order:
+        return cast(old, "float32")
+    if order != list(range(len(rows.indices))):
         part = select(part, 0, tuple((i, i + 1) for i in order))
-    return Update(old.shape, "float32", cast(old, "float32"), part, 0, tuple((rows.indices[i], rows.indices[i] + 1) for i in order))
-
-
-def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
-    return fail(
-        "S0789", f"{adapter.name} cannot be carried over to `{path}`: {why}", span, "merged here",
-        help="merge the adapter above the statement that changed the model: it is cut along, or folded first where that takes no adapters",
-    )  # fmt: skip
+    return Update(
+        old.shape, "float32", cast(old, "float32"), part, 0, tuple((where[rows.indices[i]], where[rows.indices[i]] + 1) for i in order)
+    )
 
 
 # ------------------------------------------------------------------ one part
@@ -234,7 +209,7 @@ def _stuck(adapter: Adapter, path: str, why: str, span: Span) -> SurgeryError:
 
 def _placed(program: Program, adapter: Adapter, low: Low, site: Site, was: Ancestor, span: Span) -> Placed:
     if was.why:
-        raise _stuck(adapter, low.path, was.why, span)
+        raise stuck(adapter, low.path, was.why, span)
     weight = program.weights[program.aliases.get(site.weight, site.weight)]
     now = geometry_then(program, site, weight.shape)
     then = geometry_then(program, site, was.shape)
@@ -257,16 +232,16 @@ def _placed(program: Program, adapter: Adapter, low: Low, site: Site, was: Ances
     if chosen.method.rebase(then):
         plain_ = part.low()
         if plain_ is None:
-            raise _stuck(adapter, low.path, "its start comes from the weight before the cut, which is not stored any more", span)
+            raise stuck(adapter, low.path, "its start comes from the weight before the cut, which is not stored any more", span)
         a, b, scale = plain_
         part = replace(part, method=plain(a.shape[0], scale, adapter.dropout), tensors={"A": a, "B": b})
     follow = follow_delta(part.method, then, Around(was.kept, (), then.groups))
     if isinstance(follow, str):
-        raise _stuck(adapter, low.path, follow, span)
+        raise stuck(adapter, low.path, follow, span)
     given: dict[str, Expr] = dict(part.tensors)
     if follow.rewrite:
         if was.source is None:
-            raise _stuck(
+            raise stuck(
                 adapter,
                 low.path,
                 f"its {next(iter(follow.rewrite))} depends on the weight before the cut, which is not stored any more",

@@ -15,7 +15,7 @@ from surgery.core.site import Site
 from surgery.model.adapter_tokens import VirtualTokens
 from surgery.model.dims.masks import to_ranges
 from surgery.model.program import Attachment, Program
-from surgery.model.weights import Concat, Expr, Load, Reshape, cast, select
+from surgery.model.weights import Concat, Expr, Reshape, cast, select
 from surgery.passes.kinds import insert_memory, insert_prompt
 from surgery.passes.kinds.adapter_frames import frames_of
 from surgery.passes.kinds.adapter_join import Loaded, is_sum, listed
@@ -113,7 +113,7 @@ def _embeddings(program: Program, op: Resolved, item: Loaded, tokens: VirtualTok
     return change
 
 
-def _carried(program: Program, op: Resolved, item: Loaded, stored: Load, site: Site, width: int) -> Expr:
+def _carried(program: Program, op: Resolved, item: Loaded, stored: Expr, site: Site, width: int) -> Expr:
     """The embeddings with the features that the model still has."""
     had = stored.shape[1]
     if had == width:

@@ -187,9 +187,16 @@ SOURCES: dict[str, Entry] = _table(
     ),
 )
 
-LOADERS: dict[str, Entry] = _table(
-    Entry("load", "a folder or reference", (ParamInfo("ref", "str", "folder or model reference", required=True),), ("ref",)),
-)
+_REF = ParamInfo("ref", "str", "folder or model reference", required=True)
+
+LOADERS: dict[str, Entry] = _table(Entry("load", "a folder or reference", (_REF,), ("ref",)))
+
+ADAPTER_LOADERS: dict[str, Entry] = _table(
+    Entry(
+        "load", "a folder or reference",
+        (_REF, ParamInfo("task", "int", "of an adapter that knows several tasks: which one, counted from 0", min=0)), ("ref",),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

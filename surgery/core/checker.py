@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.core import ast
-from surgery.core.catalogue import LOADERS, SOURCES, Catalogue, load
+from surgery.core.catalogue import ADAPTER_LOADERS, LOADERS, SOURCES, Catalogue, load
 from surgery.core.checker_names import Definition, Names, Scope, name_span, words_as_selector
 from surgery.core.checker_nodes import a, as_written, defines, input_kind, layered, references
 from surgery.core.checker_order import order, place
@@ -203,7 +203,8 @@ class _FileChecker:
             chosen = self.calls.method("select", node.select) if node.select is not None else None
             self._input_defined(node, "data", bound, chosen)
         elif isinstance(node, ast.Load):
-            bound = self.calls.entry(node.source, LOADERS, "S0216", "way to open this", f"ways to open {a(node.what)}")
+            loaders = ADAPTER_LOADERS if node.what == "adapter" else LOADERS
+            bound = self.calls.entry(node.source, loaders, "S0216", "way to open this", f"ways to open {a(node.what)}")
             self._input_defined(node, node.what, bound, None)
         else:
             return False

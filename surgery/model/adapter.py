@@ -17,7 +17,7 @@ from typing import Any
 
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
-from surgery.model.adapter_config import flags, known, number
+from surgery.model.adapter_config import TASK, flags, known, number
 from surgery.model.adapter_forms import Dense, Kind
 from surgery.model.adapter_keys import LOW, Key, key_of, other_key
 from surgery.model.adapter_tokens import VirtualTokens, read_tokens
@@ -93,10 +93,10 @@ class Adapter:
         found = {
             load.identity: load for low in self.parts.values() for e in (low.a, low.b, low.magnitude, low.shift) if e is not None for load in loads(e)
         }  # fmt: skip
-        found |= {load.identity: load for part in self.dense.values() for load in part.tensors} | {
+        found |= {load.identity: load for part in self.dense.values() for load in (*part.tensors, *(part.bias_tensors or ()))} | {
             r.stored.identity: r.stored for r in self.rows.values()
         }
-        return [*found.values(), *([self.tokens.stored] if self.tokens else ())]
+        return [*found.values(), *(loads(self.tokens.stored) if self.tokens else ())]
 
     def digest(self) -> str:
         """sha256 over both files: what a lock keeps."""
@@ -105,15 +105,17 @@ class Adapter:
         return "+".join(found[f] for f in files)
 
 
-def open_adapter(ref: str, name: str, base: Path, span: Span) -> Adapter:
-    """Opens the folder ``ref`` (beside the spec, in the working directory, or of the local hub cache) under ``name``.
+def open_adapter(ref: str, name: str, base: Path, span: Span, task: int | None = None) -> Adapter:
+    """Opens the folder ``ref`` (beside the spec, in the working directory, or of the local hub cache) under ``name``, for one ``task`` of those
+    that it knows where it knows several.
 
     Raises S0781 (nothing there, or not readable), S0705 (a pickle), S0782 (a kind of adapter that is not known) and S0783 (config and tensors that
     do not go together), S07xx for a damaged safetensors file.
     """
     folder = _folder(ref, base, span)
     config = _config(folder, ref, span)
-    kind = known(config, name, span)
+    kind = known(config, name, span, task)
+    config = config if task is None else {**config, TASK: task}
     tensors = _tensors(folder, ref, span)
     base_name, record = str(config.get("base_model_name_or_path") or ""), _record(folder)
     if isinstance(kind, str):

@@ -11,11 +11,17 @@ from surgery.core.near import quoted
 from surgery.core.source import Span
 from surgery.model.adapter_dense import DENSE_KINDS
 from surgery.model.adapter_forms import KINDS as THIN_KINDS
-from surgery.model.adapter_forms import WHY_NOT, Kind
+from surgery.model.adapter_forms import TASK, WHY_NOT, Kind
+from surgery.model.adapter_more import MORE_KINDS
 from surgery.model.adapter_tokens import NAMES, fields_of
 
-KINDS = {**THIN_KINDS, **DENSE_KINDS}
+__all__ = ["KINDS", "TASK", "fields", "flags", "known", "number"]
+
+KINDS = {**THIN_KINDS, **DENSE_KINDS, **MORE_KINDS}
 """Kinds of folders beside LoRA that change weights, by ``peft_type``."""
+
+TASKS = {**{name: k.tasks for name, k in KINDS.items() if k.tasks}, "MULTITASK_PROMPT_TUNING": "num_tasks"}
+"""Kinds that are another adapter for every task, with the field that counts them."""
 
 UNCHANGED = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "none", "")
 """Ways to start an adapter that leave the base as it is: they say nothing about a trained one."""
@@ -30,14 +36,23 @@ QUIET = frozenset({
 """Fields of a config whose meaning is known here, or that say nothing about what a trained adapter computes."""
 
 
-def known(config: Mapping[str, Any], name: str, span: Span) -> Kind | str | None:
+def known(config: Mapping[str, Any], name: str, span: Span, task: int | None = None) -> Kind | str | None:
     """The kind of a folder that is no LoRA (its ``peft_type`` where it holds virtual tokens), None for one that is.
 
-    Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here.
+    Raises S0782 for a kind of adapter, a way to start or a field that changes what the tensors mean and is not known here, or a task that is
+    not said; S0783 for one where there are none.
     """
     kind = str(config.get("peft_type") or "").rpartition(".")[2].upper()
+    counted = TASKS.get(kind)
+    _tasked(config, counted, name, span, task)
     if kind in KINDS:
         fields(config, KINDS[kind].fields, name, span)
+        against = KINDS[kind].against
+        if against is not None and (why := against(config)):
+            raise fail(
+                "S0782", f"{name} is an adapter of type {kind}, which surgery cannot read as it is", span, "opened here", notes=(why,),
+                help="save it with what is missing, or as a plain LoRA",
+            )  # fmt: skip
         return KINDS[kind]
     own = fields_of(kind)
     if own is not None:
@@ -70,6 +85,33 @@ def known(config: Mapping[str, Any], name: str, span: Span) -> Kind | str | None
     if config.get("lora_bias") and config.get("use_dora"):
         raise fail("S0782", f"{name} has a bias behind its factors and a magnitude", span, "opened here", help="train with one of the two")
     return None
+
+
+def _tasked(config: Mapping[str, Any], counted: str | None, name: str, span: Span, task: int | None) -> None:
+    """Whether a task is said exactly where there are several."""
+    count = config.get(counted, 1) if counted else 1
+    if counted and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise fail(
+            "S0783",
+            f"`{counted}` of {name} is {count!r}, not a number of at least 1",
+            span,
+            "opened here",
+            help="correct the config of the adapter",
+        )
+    if task is None and count > 1:
+        raise fail(
+            "S0782", f"{name} is another adapter for each of {count} tasks", span, "opened here",
+            notes=("what peft computes depends on the task that a call names; one program has one",), help="say which: `load(\"...\", task = 0)`",
+        )  # fmt: skip
+    if task is not None and (not counted or task >= count):
+        what = f"{name} knows {count} tasks, counted from 0" if counted else f"{name} knows no tasks"
+        raise fail(
+            "S0783",
+            f"{what}, and task {task} is asked for",
+            span,
+            "opened here",
+            help="name one of them" if counted else "leave `task` out",
+        )
 
 
 def fields(config: Mapping[str, Any], known: frozenset[str], name: str, span: Span) -> None:

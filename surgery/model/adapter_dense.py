@@ -33,14 +33,18 @@ from surgery.model.weights import Apply
 DENSE = "kinds/adapter_dense"
 """Where the functions of these kinds are, for the resolver of functions."""
 
+ADDED = ("block_sum", "block_repeated", "circulant", "granular", "random_bases", "elements", "frequencies")
+"""Forms that add something which does not depend on the weight."""
+
 
 def _changed(
     path: str, form: str, headers: list[TensorHeader], out: int, inp: int, params: tuple[tuple[str, Any], ...] = (), bias: bool = False
 ) -> Dense:
     loads = tuple(h.load() for h in headers)
     return Dense(
-        path, f"{DENSE}:changed", loads, (("form", form), *params), "in", inp, out=out, bias=f"{DENSE}:changed_bias" if bias else ""
-    )
+        path, f"{DENSE}:changed", loads, (("form", form), *params), "in", inp, out=out, bias=f"{DENSE}:changed_bias" if bias else "",
+        adds=form in ADDED,
+    )  # fmt: skip
 
 
 def _made(path: str, form: str, headers: list[TensorHeader], rank: int, out: int, inp: int, params: tuple[tuple[str, Any], ...]) -> Thin:

@@ -31,6 +31,9 @@ from surgery.model.weights import Apply, Expr, Load, is_float
 FUNCTIONS = "kinds/adapter_forms"
 """Where the functions of these expressions are, for the resolver of functions."""
 
+TASK = "the task asked for"
+"""Where the task of a statement stands beside the fields of a config; no field has this name."""
+
 Roles = Mapping[str, TensorHeader]
 Fault = Callable[..., SurgeryError]
 
@@ -51,7 +54,8 @@ class Thin:
 class Dense:
     """A weight that is a function of itself: ``function`` of the stored weight and ``tensors``, ``params`` for it; ``stretch`` what the bias is
     multiplied by, if it is. ``size`` is the length that ``axis`` (``out`` or ``in``) of the weight must have, ``out`` how many outputs it must have (0: any).
-    A ``function`` of another module than :data:`FUNCTIONS` is named in full, and so is that of the ``bias``, if it has one."""
+    A ``function`` of another module than :data:`FUNCTIONS` is named in full (empty: the weight stays), and so is that of the ``bias``, if it has one;
+    with ``reads_weight`` that gets the weight in front of its ``bias_tensors`` (None: those of the weight, with its parameters). ``adds`` says that what is added does not depend on the weight."""
 
     path: str
     function: str
@@ -62,11 +66,18 @@ class Dense:
     stretch: Load | None = None
     out: int = 0
     bias: str = ""
+    adds: bool = False
+    reads_weight: bool = False
+    bias_tensors: tuple[Load, ...] | None = None
+    bias_params: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of folder is read: the role of a tensor by the end of its key, the config fields that are known, and what a layer becomes."""
+    """How one kind of folder is read: the role of a tensor by the end of its key, the config fields that are known, and what a layer becomes.
+
+    ``shared`` are tensors of the whole folder, several of a name (``NAME.part``) where they are ``parted``; ``refused`` says why tensors with such a
+    word in their key are not read, ``against`` of a config why nothing is. ``tasks`` is the field that counts tasks of which one is taken."""
 
     name: str
     roles: Mapping[str, str]
@@ -74,6 +85,9 @@ class Kind:
     read: Callable[[str, Roles, Mapping[str, Any], Roles, Fault], Thin | Dense]
     shared: frozenset[str] = frozenset()
     refused: Mapping[str, str] | None = None
+    parted: bool = False
+    against: Callable[[Mapping[str, Any]], str] | None = None
+    tasks: str = ""
 
 
 QUIET = frozenset({
@@ -97,7 +111,7 @@ def need(path: str, roles: Roles, names: tuple[str, ...], fault: Fault) -> list[
     missing = next((n for n in names if n not in roles), None)
     if missing:
         raise fault(f"`{path}` has no `{missing}`")
-    odd = next((roles[n] for n in names if (not is_float(roles[n].dtype) and not n.endswith("indices")) or 0 in roles[n].shape), None)
+    odd = next((roles[n] for n in names if (not is_float(roles[n].dtype) and "indices" not in n) or 0 in roles[n].shape), None)
     if odd is not None:
         raise fault(f"`{odd.key}` is {odd.dtype} {list(odd.shape)}, where a trained tensor is expected")
     return [roles[n] for n in names]
@@ -255,19 +269,11 @@ KINDS: Mapping[str, Kind] = {
 """The kinds by ``peft_type``."""
 
 WHY_NOT: Mapping[str, str] = {
-    "WAVEFT": "its changes are wavelets of a family, which are not computed here",
-    "ADAMSS": "its parts of a weight come from a clustering of the base that the folder does not hold",
-    "OSF": "it holds a part of the base's own singular vectors, and not the rest",
-    "PSOFT": "it turns singular vectors of the base, which are computed anew on every machine",
-    "TINYLORA": "its factors come from singular vectors of the base, which are computed anew on every machine",
-    "UNILORA": "its factors are drawn at random in the order in which peft visits the layers, and the folder does not hold them",
-    "PVERA": "its factors are drawn at random for every call",
-    "POLY": "its mixture is another one for every task that a call names",
+    "ADAMSS": "which outputs each of its parts changes comes from a clustering of the base that the folder does not hold",
+    "PSOFT": "it turns singular vectors of the base by their signs, which every machine chooses anew and the folder does not hold",
     "XLORA": "its mixture is another one for every input, which no weight has",
     "LILY": "its mixture is another one for every input, which no weight has",
     "SHADOW": "it runs a model of its own beside the base",
-    "PEANUT": "its change runs through a function of the base's weight that is no part of the folder",
-    "MULTITASK_PROMPT_TUNING": "its virtual tokens are another product for every task that a call names",
     "ADAPTION_PROMPT": "its prompts pass gates inside of attention, which is no change of a weight",
 }
 """Kinds that are not read, with the reason, beside those that nobody here knows."""

@@ -51,7 +51,7 @@ def other_key(key: str, kind: Kind) -> Key:
     short = re.sub(r"^base_model\.(model\.)?", "", key).removesuffix(".weight")
     name = short.partition(".")[0]
     if name in kind.shared:
-        return Key("shared", name)
+        return Key("shared", short if kind.parted else name)
     for role in kind.roles:
         if m := re.fullmatch(rf"(?P<path>.+?)\.{re.escape(role)}(?:\.[^.]+?)??(?:\.weight)?", text):
             return _low(m["path"], kind.roles[role])

@@ -2,13 +2,14 @@
 
 ===========================  ==========================================================================================================
 PROMPT_TUNING, P_TUNING, CPT  ``prompt_embeddings [tokens, width]``: what peft's encoder makes of its own tensors is computed when it saves
+MULTITASK_PROMPT_TUNING       the same, times ``prefix_task_cols [tasks, tokens, r]`` ``prefix_task_rows [tasks, r, width]`` of one task
 PREFIX_TUNING, CARTRIDGE      ``prompt_embeddings [tokens, layers 2 heads head]``: keys and values of every layer, rotated by nothing
 ===========================  ==========================================================================================================
 
 Beside them stand tensors of the base that were trained whole (``base_model.classifier.weight``).
 
-Sources: arXiv:2104.08691 (prompt), arXiv:2103.10385 (p-tuning), arXiv:2410.17222 (context-aware prompt), arXiv:2101.00190 (prefix),
-arXiv:2506.06266 (cartridges).
+Sources: arXiv:2104.08691 (prompt), arXiv:2103.10385 (p-tuning), arXiv:2303.02861 (several tasks), arXiv:2410.17222 (context-aware prompt),
+arXiv:2101.00190 (prefix), arXiv:2506.06266 (cartridges).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.core.diagnostics import SurgeryError
+from surgery.model.adapter_forms import TASK
 from surgery.model.checkpoint_headers import TensorHeader
-from surgery.model.weights import Load, is_float
+from surgery.model.weights import Apply, Expr, Load, is_float
 
 Fault = Callable[..., SurgeryError]
 
 KEY = "prompt_embeddings"
+TASK_FACTORS = ("prefix_task_cols", "prefix_task_rows")
 
 _ALL = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "num_attention_heads", "num_layers", "num_transformer_submodules",
@@ -33,6 +36,10 @@ _ALL = frozenset({
 
 PROMPTS: Mapping[str, frozenset[str]] = {
     "PROMPT_TUNING": _ALL | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+    "MULTITASK_PROMPT_TUNING": _ALL | {
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_state_dict_path",
+        "prompt_tuning_init_task", "num_ranks", "num_tasks",
+    },
     "P_TUNING": _ALL | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
     "CPT": _ALL | {
         "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor", "opt_projection_epsilon",
@@ -49,6 +56,7 @@ PREFIXES: Mapping[str, frozenset[str]] = {
 
 NAMES = {
     "PROMPT_TUNING": "prompt tuning",
+    "MULTITASK_PROMPT_TUNING": "prompt tuning of several tasks",
     "P_TUNING": "p-tuning",
     "CPT": "context-aware prompts",
     "PREFIX_TUNING": "prefix tuning",
@@ -61,7 +69,7 @@ class VirtualTokens:
     """``count`` virtual tokens: ``stored [count, width]`` are their embeddings, or with ``layers`` more than 0 the keys and values
     ``[count, layers 2 heads head]`` that they have in every layer, keys first."""
 
-    stored: Load
+    stored: Expr
     count: int
     layers: int = 0
     heads: int = 0
@@ -82,13 +90,16 @@ def read_tokens(
 ) -> tuple[VirtualTokens, dict[str, Load]]:
     """The tokens, and tensors of the base that were trained whole. ``fault(message, help)`` gives the diagnostic of what does not go together."""
     found: TensorHeader | None = None
+    factors: dict[str, TensorHeader] = {}
     whole: dict[str, Load] = {}
     stray = ""
     for header in tensors:
         if header.key == KEY:
             found = header
             continue
-        if header.key.startswith("base_model."):
+        if header.key in TASK_FACTORS and kind == "MULTITASK_PROMPT_TUNING":
+            factors[header.key] = header
+        elif header.key.startswith("base_model."):
             whole[re.sub(r"\.modules_to_save(\.[^.]+)?\.", ".", header.key.removeprefix("base_model."))] = header.load()
         else:
             stray = header.key
@@ -107,7 +118,8 @@ def read_tokens(
     if kind in PROMPTS:
         if width != found.shape[1]:
             raise fault(f"its config says {width} features a token, and `{KEY}` has {found.shape[1]}", "correct `token_dim`")
-        return VirtualTokens(found.load(), count), whole
+        stored = found.load() if kind != "MULTITASK_PROMPT_TUNING" else _of_task(found, factors, config, fault)
+        return VirtualTokens(stored, count), whole
     layers, heads = _size(config, "num_layers", fault), _size(config, "num_attention_heads", fault)
     if found.shape[1] != 2 * layers * width or width % heads:
         raise fault(
@@ -115,6 +127,24 @@ def read_tokens(
             "correct `num_layers`, `num_attention_heads` and `token_dim`",
         )
     return VirtualTokens(found.load(), count, layers, heads), whole
+
+
+def _of_task(found: TensorHeader, factors: Mapping[str, TensorHeader], config: Mapping[str, Any], fault: Fault) -> Expr:
+    """The embeddings of one task."""
+    missing = next((n for n in TASK_FACTORS if n not in factors), None)
+    if missing:
+        raise fault(f"it has no `{missing}`")
+    columns, rows = (factors[n] for n in TASK_FACTORS)
+    tasks = _size(config, "num_tasks", fault, 1)
+    rank = columns.shape[-1] if columns.shape else 0
+    if (
+        columns.shape != (tasks, found.shape[0], rank)
+        or rows.shape != (tasks, rank, found.shape[1])
+        or not (is_float(columns.dtype) and is_float(rows.dtype))
+    ):
+        raise fault(f"its factors of {tasks} tasks have the shapes {list(columns.shape)} and {list(rows.shape)}", "correct `num_tasks`")
+    params = (("task", int(config.get(TASK) or 0)),)
+    return Apply(found.shape, "float32", "kinds/adapter_more:of_task", (found.load(), columns.load(), rows.load()), params)
 
 
 def _size(config: Mapping[str, Any], key: str, fault: Fault, default: int | None = None) -> int:
