@@ -29,6 +29,12 @@ POINTWISE = frozenset({
 """Operations that compute every element of their result from the elements at its place."""
 
 
+ALL, NEW, BOTH = "all", "new", "both"
+"""What an axis of a table is to have: all steps, the new ones, or, of an axis with two parts, all steps and behind them the new ones."""
+
+Rule = Callable[[fx.Node, int, str], "fx.Node | None"]
+
+
 def base(node: fx.Node) -> str:
     """The name of an operation without its overload."""
     if node.op != "call_function":
@@ -68,7 +74,7 @@ class Lengths:
         self.graph, self.steps = graph, steps
         self.new, self.past, self.total = new, past, total
         self._numbers: dict[tuple[fx.Node, bool], fx.Node] = {}
-        self._rows: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._rows: dict[tuple[fx.Node, int, str], fx.Node] = {}
 
     def number(self, node: fx.Node, *, all_steps: bool) -> fx.Node:
         """A number of the graph for one of the lengths. Raises NotCut for one that is read from values."""
@@ -99,51 +105,57 @@ class Lengths:
 
     # ---------------------------------------------------------------- the last rows
 
-    def last(self, node: fx.Node, axis: int) -> fx.Node:
-        """The rows of the new steps on one axis of a table for all steps."""
+    def rows(self, node: fx.Node, axis: int, what: str) -> fx.Node:
+        """The rows of the new steps on one axis of a table for all steps, or all and the new ones; see :data:`BOTH`. Raises NotCut."""
         axis %= len(shape_of(node))
-        if shape_of(node)[axis] != self.steps:
+        size = shape_of(node)[axis]
+        if not holds(size, self.steps):
             raise NotCut(f"its graph counts other steps than the decoder's in {node.name}")
-        key = (node, axis)
+        key = (node, axis, what)
         if key not in self._rows:
             make = self._rule(node)
-            found = make(node, axis) if make is not None else None
+            found = make(node, axis, what) if make is not None else None
+            if found is None and (what != NEW or size != self.steps):
+                raise NotCut(f"its graph counts other steps than the decoder's in {node.name}")
             self._rows[key] = found if found is not None else self._sliced(node, axis)
         return self._rows[key]
 
-    def fit(self, node: Any, rank: int, axis: int) -> Any:
-        """An operand of a pointwise operation whose result has ``rank`` axes, with the last rows where the result has them on ``axis``."""
+    def fit(self, node: Any, rank: int, axis: int, what: str) -> Any:
+        """An operand of a pointwise operation whose result has ``rank`` axes, with the rows wanted where the result has them on ``axis``."""
         shape = shape_of(node)
         own = axis - (rank - len(shape))
-        return self.last(node, own) if shape and own >= 0 and shape[own] == self.steps else node
+        return self.rows(node, own, what) if shape and own >= 0 and holds(shape[own], self.steps) else node
 
-    def _rule(self, node: fx.Node) -> Callable[[fx.Node, int], fx.Node | None] | None:
+    def _rule(self, node: fx.Node) -> Rule | None:
         name = base(node)
         if name in POINTWISE:
             return self._pointwise
         return {
             "arange": self._arange, "unsqueeze": self._unsqueeze, "expand": self._expand, "permute": self._permute, "transpose": self._transpose,
-            "index": self._index, "zeros": self._filled, "ones": self._filled, "full": self._filled, "embedding": self._embedding,
+            "index": self._index, "zeros": self._filled, "ones": self._filled, "full": self._filled, "embedding": self._embedding, "cat": self._joined,
+            "slice": self._cropped, "repeat": self._repeated, "reshape": self._reshaped, "view": self._reshaped, "_unsafe_view": self._reshaped,
         }.get(name, self._looked_up if node.op == "call_module" else None)  # fmt: skip
 
-    def _again(self, node: fx.Node, args: Any, axis: int, kwargs: Any = None) -> fx.Node:
+    def _again(self, node: fx.Node, args: Any, kwargs: Any = None) -> fx.Node:
         with self.graph.inserting_after(node):
             made = self.graph.create_node(node.op, node.target, args, node.kwargs if kwargs is None else kwargs)
         made.meta.update(node.meta)
         return made
 
     def _sliced(self, node: fx.Node, axis: int) -> fx.Node:
-        with self.graph.inserting_after(node):
+        with self.graph.inserting_after(self.total if node.op == "placeholder" else node):  # behind the lengths, which read inputs
             made = self.graph.call_function(aten.slice.Tensor, (node, axis, self.past, self.total))
         made.meta.update(node.meta)
         return made
 
-    def _pointwise(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _pointwise(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         rank = len(shape_of(node))
-        fit = lambda a: self.fit(a, rank, axis) if not is_number(a) else a  # noqa: E731
-        return self._again(node, fx.node.map_arg(node.args, fit), axis, fx.node.map_arg(node.kwargs, fit))
+        fit = lambda a: self.fit(a, rank, axis, what) if not is_number(a) else a  # noqa: E731
+        return self._again(node, fx.node.map_arg(node.args, fit), fx.node.map_arg(node.kwargs, fit))
 
-    def _arange(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _arange(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        if what != NEW or shape_of(node)[axis] != self.steps:
+            return None
         if node.target is aten.arange.default:
             start: Any = 0
         elif node.target is aten.arange.start:
@@ -161,53 +173,98 @@ class Lengths:
         made.meta.update(node.meta)
         return made
 
-    def _sum(self, node: fx.Node, more: int) -> fx.Node:
+    def _sum(self, node: fx.Node, more: Any) -> fx.Node:
         return self.graph.call_function(operator.add, (node, more))
 
-    def _unsqueeze(self, node: fx.Node, axis: int) -> fx.Node | None:
-        at = int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
-        return self._again(node, (self.last(node.args[0], axis - (axis > at)), at), axis)  # type: ignore[arg-type]
+    def _size(self, axis_size: Any, what: str) -> Any:
+        """A number for what an axis is to have, behind the lengths. None for a size that is no whole multiple of the steps."""
+        share = axis_size / self.steps
+        if not getattr(share, "is_Integer", False):
+            return None
+        if what == NEW and share == 1:
+            return self.new
+        with self.graph.inserting_after(self.total):
+            start = self.new if what == NEW else self._sum(self.total, self.new)
+            many = int(share) if what == NEW else int(share) // 2
+            return start if many == 1 else self.graph.call_function(operator.mul, (start, many))
 
-    def _expand(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _unsqueeze(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        at = int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
+        return self._again(node, (self.rows(node.args[0], axis - (axis > at), what), at))  # type: ignore[arg-type]
+
+    def _expand(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         sizes = list(node.args[1])  # type: ignore[arg-type]
         if sizes[axis] != -1:
-            sizes[axis] = self.new
-        return self._again(node, (self.fit(node.args[0], len(sizes), axis), sizes, *node.args[2:]), axis)
+            sizes[axis] = self._size(shape_of(node)[axis], what)
+            if sizes[axis] is None:
+                return None
+        return self._again(node, (self.fit(node.args[0], len(sizes), axis, what), sizes, *node.args[2:]))
 
-    def _permute(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _permute(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         order = [int(i) % len(shape_of(node)) for i in node.args[1]]  # type: ignore[union-attr, arg-type]
-        return self._again(node, (self.last(node.args[0], order[axis]), order), axis)  # type: ignore[arg-type]
+        return self._again(node, (self.rows(node.args[0], order[axis], what), order))  # type: ignore[arg-type]
 
-    def _transpose(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _transpose(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         rank = len(shape_of(node))
         a, b = (int(i) % rank for i in node.args[1:3])  # type: ignore[arg-type]
-        return self._again(node, (self.last(node.args[0], {a: b, b: a}.get(axis, axis)), a, b), axis)  # type: ignore[arg-type]
+        return self._again(node, (self.rows(node.args[0], {a: b, b: a}.get(axis, axis), what), a, b))  # type: ignore[arg-type]
 
-    def _index(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _index(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         places = node.args[1]
         if not isinstance(places, (list, tuple)) or len(places) != len(shape_of(node.args[0])) or any(p is None for p in places):
             return None
         rank = len(shape_of(node))
-        return self._again(node, (node.args[0], [self.fit(p, rank, axis) for p in places]), axis)
+        return self._again(node, (node.args[0], [self.fit(p, rank, axis, what) for p in places]))
 
-    def _filled(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _filled(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         sizes = list(node.args[0])  # type: ignore[arg-type]
-        sizes[axis] = self.new
-        return self._again(node, (sizes, *node.args[1:]), axis)
+        sizes[axis] = self._size(shape_of(node)[axis], what)
+        return None if sizes[axis] is None else self._again(node, (sizes, *node.args[1:]))
 
-    def _embedding(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _embedding(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         if axis >= len(shape_of(node.args[1])):
             return None
-        return self._again(node, (node.args[0], self.last(node.args[1], axis), *node.args[2:]), axis)  # type: ignore[arg-type]
+        return self._again(node, (node.args[0], self.rows(node.args[1], axis, what), *node.args[2:]))  # type: ignore[arg-type]
 
-    def _looked_up(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _joined(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+        at = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape_of(node))  # type: ignore[arg-type, call-overload]
+        if axis != at:
+            return self._again(node, ([self.rows(p, axis, what) for p in parts], at), {})
+        if what == BOTH and [shape_of(p)[at] for p in parts] == [self.steps, self.steps]:
+            return self._again(node, ([parts[0], self.rows(parts[1], axis, NEW)], at), {})
+        return None
+
+    def _cropped(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        at = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[arg-type]
+        return None if axis == at else self._again(node, (self.rows(node.args[0], axis, what), *node.args[1:]))  # type: ignore[arg-type]
+
+    def _repeated(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        own = axis - (len(shape_of(node)) - len(shape_of(node.args[0])))
+        if own < 0 or not holds(shape_of(node.args[0])[own], self.steps):
+            return None
+        return self._again(node, (self.rows(node.args[0], own, what), node.args[1]))  # type: ignore[arg-type]
+
+    def _reshaped(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
+        """Axes with steps keep their order where as many come out as went in."""
+        before, after = ([i for i, n in enumerate(shape_of(a)) if holds(n, self.steps)] for a in (node.args[0], node))
+        if len(before) != len(after):
+            return None
+        sizes = list(node.args[1])  # type: ignore[arg-type]
+        if sizes[axis] != -1:
+            sizes[axis] = -1 if -1 not in sizes else self._size(shape_of(node)[axis], what)
+            if sizes[axis] is None:
+                return None
+        return self._again(node, (self.rows(node.args[0], before[after.index(axis)], what), sizes))  # type: ignore[arg-type]
+
+    def _looked_up(self, node: fx.Node, axis: int, what: str) -> fx.Node | None:
         owner = self.graph.owning_module
         at = edited(owner, node)
         if at is not None:  # columns that are put in front of a mask
             if axis != len(shape_of(node)) - 2 or len(shape_of(node.args[at])) != len(shape_of(node)):
                 return None
-            return self._again(node, tuple(self.last(a, axis) if i == at else a for i, a in enumerate(node.args)), axis)  # type: ignore[arg-type]
+            return self._again(node, tuple(self.rows(a, axis, what) if i == at else a for i, a in enumerate(node.args)))  # type: ignore[arg-type]
         module = owner.get_submodule(str(node.target)) if owner is not None else None
         if not isinstance(module, nn.Embedding) or axis >= len(shape_of(node.args[0])):
             return None
-        return self._again(node, (self.last(node.args[0], axis),), axis)  # type: ignore[arg-type]
+        return self._again(node, (self.rows(node.args[0], axis, what),))  # type: ignore[arg-type]

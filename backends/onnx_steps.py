@@ -10,6 +10,8 @@ import numpy as np
 from surgery.backends.onnx_certify import Case, Entry, difference
 from surgery.backends.onnx_cut import MASK
 from surgery.backends.onnx_export import input_names, output_names
+from surgery.backends.onnx_parts import IDS
+from surgery.backends.onnx_rows import holds
 from surgery.backends.onnx_run import as_numpy
 from surgery.model.program import Program
 from surgery.model.sample import placeholders
@@ -71,7 +73,18 @@ def in_steps(decoder: Program, session: Any, given: Arrays, source: Arrays, cuts
         state |= {n.replace("present", "past_key_values", 1): v for n, v in out.items() if n.startswith("present.")}
         pieces.append({n: v for n, v in out.items() if not n.startswith("present.")})
         start = stop
-    return {n: np.concatenate([p[n] for p in pieces], 1) for n in pieces[0]}
+    along = _along(decoder)
+    return {n: np.concatenate([p[n] for p in pieces], along[n]) for n in pieces[0]}
+
+
+def _along(decoder: Program) -> dict[str, int]:
+    """The axis of each output that runs along the target."""
+    steps = next(spec.shape[1] for name, spec in placeholders(decoder) if name == IDS)
+    end = decoder.graph.graph.output_node()
+    names = output_names(decoder, len(end.args[0]))  # type: ignore[arg-type]
+    return {
+        name: next((i for i, n in enumerate(spec.shape) if holds(n, steps)), 1) for name, spec in zip(names, end.meta["spec"], strict=True)
+    }
 
 
 def empty(decoder: Program, batch: int, dtype: Any) -> Arrays:

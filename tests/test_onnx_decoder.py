@@ -13,10 +13,18 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 import surgery
@@ -27,7 +35,7 @@ from surgery.model.live import Tensors, live_root
 from surgery.model.sample import placeholders
 from surgery.passes import registry
 from tests.captured_programs import zoo_program
-from tests.programs import live
+from tests.programs import live, program_for
 from tests.workbench import operation, perturb, run
 
 pytest.importorskip("onnx")
@@ -171,6 +179,69 @@ def test_prefixes_cut_heads_and_a_dropped_attention_are_no_part_of_the_cache() -
         "past_key_values.0.decoder.key": 3, "past_key_values.1.decoder.key": 4, "past_key_values.2.decoder.key": 4,
         "past_key_values.0.encoder.key": 4, "past_key_values.1.encoder.key": 4,
     }  # fmt: skip
+
+
+def t5gemma() -> Any:
+    sizes = dict(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, sliding_window=4,
+    )  # fmt: skip
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = T5GemmaConfig(encoder=sizes, decoder=sizes | layers, vocab_size=99, decoder_start_token_id=2, pad_token_id=0)
+    return live(T5GemmaForConditionalGeneration, config, scale=4.0)
+
+
+def longt5() -> Any:
+    sizes = dict(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, relative_attention_num_buckets=8,
+        relative_attention_max_distance=12, decoder_start_token_id=0, encoder_attention_type="local", local_radius=4,
+    )  # fmt: skip
+    return live(LongT5ForConditionalGeneration, LongT5Config(**sizes))
+
+
+def fsmt() -> Any:
+    sizes = dict(
+        src_vocab_size=99, tgt_vocab_size=99, langs=["en", "de"], d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        decoder_start_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return live(FSMTForConditionalGeneration, FSMTConfig(**sizes), scale=4.0)
+
+
+@pytest.mark.parametrize("family", ["t5gemma", "longt5", "fsmt"])
+def test_attention_that_is_written_out_gets_a_past_too(family: str) -> None:
+    """Capped scores, grouped key heads and a window of four steps (T5Gemma); relative positions (LongT5); batched products of
+    ``[batch * heads, steps, width]`` in layers that keep the steps in front of the batch (FSMT). Against the live model, with padding."""
+    model = {"t5gemma": t5gemma, "longt5": longt5, "fsmt": fsmt}[family]()
+    target = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(2))
+    given = dict(input_ids=IDS, attention_mask=MASK, decoder_input_ids=target, decoder_attention_mask=torch.ones_like(target))
+    program = program_for(model)
+    whole, got, decoder = in_pieces(program, [3, 4, 5, 8], *(given[n] for n in input_names(program)))
+    with torch.no_grad():
+        want = model(**given, use_cache=False).logits
+    assert torch.equal(whole, want) or torch.allclose(whole, want, atol=1e-6 * float(want.abs().max()))
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max())) and float(want.std()) > 0.1
+    shapes = {
+        n: tuple(spec.shape[1::2]) for n, (_, spec) in zip(input_names(decoder), placeholders(decoder), strict=True) if n.startswith("past")
+    }
+    layers, heads = {"t5gemma": (2, 2), "longt5": (1, 4), "fsmt": (1, 4)}[family]
+    assert len(shapes) == 4 * layers and set(shapes.values()) == {(heads, 8)}
+
+
+def test_a_decoder_that_moves_values_between_tokens_has_no_past() -> None:
+    """ProphetNet of transformers 5 reads relative positions in another order of heads and tokens than it made them, so that a row depends on later tokens; its own
+    cache does not work either."""
+    sizes = dict(
+        vocab_size=99, hidden_size=32, encoder_ffn_dim=48, num_encoder_layers=1, num_encoder_attention_heads=4, decoder_ffn_dim=48,
+        num_decoder_layers=1, num_decoder_attention_heads=4, max_position_embeddings=32, ngram=2, num_buckets=8, relative_max_distance=12,
+    )  # fmt: skip
+    model = live(ProphetNetForConditionalGeneration, ProphetNetConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    target = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        long, short = (model(input_ids=IDS, decoder_input_ids=target[:, :n], use_cache=False).logits[:, :3] for n in (6, 3))
+    assert float((long - short).abs().max()) > 1e-2, "it became causal: then it should have a cache"
+    with pytest.raises(onnx_cut.NotCut, match="values of one token in the places of others"):
+        cached_pair(program_for(model))
 
 
 def test_what_has_no_decoder_or_writes_its_attention_out_is_told_so() -> None:
