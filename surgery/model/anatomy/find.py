@@ -100,6 +100,7 @@ class _Assembly:
 
     def _write(self, trunks: list[Trunk], outside: list[Outside], norms: dict[Layer, list[Norm]]) -> None:
         roles = _unique_roles(outside)
+            self.builder.measures,
         pending = list(zip(outside, roles, strict=True))
         for trunk in trunks:
             for stack in trunk.stacks:

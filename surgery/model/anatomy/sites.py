@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 from torch import fx
 
-from surgery.core.site import NodeRef, Site
+from surgery.core.site import Measure, NodeRef, Site
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, FeedForward, Part, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
@@ -42,6 +43,7 @@ class Builder:
         self._calls: dict[tuple[str, str], list[fx.Node]] | None = None
         self._role_of: dict[Attention, str] = {}
 
+        self.measures: dict[str, dict[str, Measure]] = {}
     # ---------------------------------------------------------------- single sites
 
     def add(self, site: Site) -> None:
@@ -152,6 +154,7 @@ class Builder:
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
         self._role_of |= dict.fromkeys(calls, base)
         if block.lender is not None:
+        self._measure(base, block)
             facts["kv_of"] = self._role_of.get(block.lender, "")
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
@@ -159,6 +162,21 @@ class Builder:
         self._region(base, unit, block.input, block.exit, members, facts, heads | where | {"calls": cores})
 
     def _reads_own(self, table: fx.Node, graph: str) -> bool:
+    def _measure(self, base: str, block: Attention) -> None:
+        """Notes what the block's numbers are products of, unless one of them is no such product or stands in no tensor."""
+        wanted = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": block.head_dim, "value_dim": block.value_dim}
+        found: dict[str, Measure] = {}
+        if block.lender is not None:
+            lent = self.measures.get(self._role_of.get(block.lender, ""), {})
+            found |= {n: lent[n] for n in ("kv_heads", "value_dim") if n in lent}
+        for name, (projection, units) in block.spans.items():
+            stored = self.view.dims.leaves(self.view.dims.parameter(projection.weight)[projection.out_axis])
+            at = tuple(stored.index(leaf) for leaf in units if leaf in stored)
+            if name not in found and len(at) == len(units) and prod(stored[i].size for i in at) == wanted[name]:
+                found[name] = projection.weight, projection.out_axis, at
+        if all(n in found for n, value in wanted.items() if value is not None):
+            self.measures[base] = found
+
         """Whether a layer reads a shared table under a name of its own (and is not handed what another layer made of it)."""
         return bool(graph) and any(n.startswith(graph + ".") for n in self.view.tied.get(str(table.target), ()))
 
