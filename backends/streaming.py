@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from surgery.model.lanes import read_soon
+from surgery.model.pieces import held_by
 from surgery.model.program import Program
 from surgery.model.realise import Realiser
 from surgery.model.running import is_small
@@ -52,7 +53,7 @@ class Lanes:
     streams: dict[str, Stream] = field(default_factory=dict)
 
 
-def lanes(program: Program, names: Mapping[str, str] | None = None) -> Lanes:
+def lanes(program: Program, tensors: Any, names: Mapping[str, str] | None = None) -> Lanes:
     """Threads for a large program, none for a small one, whose tensors are kept. ``names`` maps names in the file to names in the program."""
     if is_small(program):
         return Lanes(0, {}, None)
@@ -64,10 +65,11 @@ def lanes(program: Program, names: Mapping[str, str] | None = None) -> Lanes:
                 read_soon(load.file, *load.span)
 
     streams = {name: stream for name, expr in exprs.items() if (stream := stream_of(expr)) is not None}
-    costs = {name: cost(expr) for name, expr in exprs.items() if name not in streams}
+    costs = {name: cost(expr, tensors.functions) for name, expr in exprs.items() if name not in streams}
     return Lanes(max(1, min(WORKERS, torch.get_num_threads())), costs, soon, streams)
 
 
-def cost(expr: Expr) -> int:
-    """Bytes that computing an expression needs, about: what is read, the result, and half-precision results once more in float32 pieces."""
-    return sum(load.nbytes for load in loads(expr)) + expr.nbytes
+def cost(expr: Expr, functions: Callable[[str], Callable[..., Any]]) -> int:
+    """Bytes that computing an expression needs, about: what is held of what is read, and the result."""
+    held = held_by(expr, functions)
+    return (sum(load.nbytes for load in loads(expr)) if held is None else held) + expr.nbytes

@@ -32,7 +32,7 @@ class TorchBackend:
         """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right)."""
         dtype = streaming.DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
         checked: dict[Path, int] | None = None if is_small(program) else {}
-        weights, lanes = streaming.weights(program, request.tensors), streaming.lanes(program)
+        weights, lanes = streaming.weights(program, request.tensors), streaming.lanes(program, request.tensors)
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
             written = artifact.write_artifact(
                 folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,

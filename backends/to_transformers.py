@@ -282,7 +282,7 @@ def _write(program: Program, said: Sayable, dtype: str, folder: Path, request: E
         return lambda: values[source].to(getattr(torch, wanted))
 
     total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
-    lanes = streaming.lanes(program, dict(stored))
+    lanes = streaming.lanes(program, request.tensors, dict(stored))
     written = write_safetensors(
         folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=request.counting(total),
         workers=lanes.workers, costs=lanes.costs, soon=lanes.soon, streams=lanes.streams, checking=not is_small(program),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.caching import capture_cache
+from tests.carrying import carried_is_found  # noqa: F401  # for every test
 
 # the same examples each time, and no limit of time: a busy machine must not fail a test
 settings.register_profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -80,8 +81,8 @@ def test_a_tensor_keeps_at_least_one_entry() -> None:
 
 
 def test_dare_worked_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    tau, drawn = t(1, -2, 3, -4), np.array([False, False, False, True])
-    monkeypatch.setattr(merge_sparse.Chance, "below", lambda self, count, probability: drawn)
+    tau, drawn = t(1, -2, 3, -4), np.array([0, 0, 0, 1], np.uint8)
+    monkeypatch.setattr(merge_sparse.Chance, "__call__", lambda self, at: drawn[at])
     assert close(run("dare", ZERO, tau, density=0.5), t(0, 0, 0, -8))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="l1"), t(0, 0, 0, -10))
     assert close(run("dare", ZERO, tau, density=0.5, rescale="none"), t(0, 0, 0, -4))
@@ -227,13 +228,37 @@ def test_what_was_drawn_for_the_norm_is_what_drops() -> None:
     delta = delta_of(expert, base)
     assert len(list(chunks(shape))) > 1
     factor = norm_ratio(delta, shape, lambda: Drop(0.3, 1.0, 9))
-    kept, again = Drop(0.3, 1.0, 9).restore(delta, shape), Drop(0.3, factor, 9)
-    share = 0
+    kept = merge_sparse.Restored(0.3, 9)
+    for at in chunks(shape):
+        kept.measure(delta(at), at)
+    kept.settle()
+    assert kept.factor == pytest.approx(factor, rel=1e-6) and factor > 3
+    again, share = Drop(0.3, kept.factor, 9), 0
     for at in chunks(shape):
         found = kept(delta(at), at).clone()
         assert torch.equal(found, again(delta(at), at))
         share += int(found.count_nonzero())
-    assert abs(share / expert.numel() - 0.3) < 0.005 and kept.factor == factor > 3
+    assert abs(share / expert.numel() - 0.3) < 0.005
+
+
+@pytest.mark.parametrize("digits", [12, 3, 0])
+@pytest.mark.parametrize("probability", [0.0, 2**-20, 0.1, 0.25, 0.5, 0.7, 1 - 2**-13, 1.0])
+def test_chance_keeps_the_share_that_it_is_asked_for(probability: float, digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ranges are asked for, the same entries stay, and of them the share that the probability says, up to six standard deviations;
+    however many entries are left to draw their last digits by themselves."""
+    monkeypatch.setattr(merge_sparse.Chance, "DIGITS", digits)
+    total = 5 * merge_sparse.Chance.BLOCK + 77
+    whole = merge_sparse.Chance(3, probability)(slice(0, total))
+    edges = [0, 3, 77, merge_sparse.Chance.BLOCK - 1, 2 * merge_sparse.Chance.BLOCK + 64, 4 * merge_sparse.Chance.BLOCK, total]
+    parts = merge_sparse.Chance(3, probability, again=True)
+    for _ in range(2):
+        found = np.concatenate([parts(slice(a, b)) for a, b in itertools.pairwise(edges)])
+        assert np.array_equal(found, whole)
+    assert set(np.unique(whole)) <= {0, 1}
+    assert abs(int(whole.sum()) - probability * total) <= 6 * math.sqrt(total * probability * (1 - probability))
+    other = merge_sparse.Chance(4, probability)(slice(0, total))
+    both = probability * probability
+    assert abs(int((whole & other).sum()) - both * total) <= 6 * math.sqrt(total * both * (1 - both))
 
 
 def test_one_widened_chunk_serves_all_models_and_the_result() -> None:

@@ -18,7 +18,8 @@ from surgery.backends import streaming
 from surgery.core.diagnostics import SurgeryError
 from surgery.model import artifact, running, samegraph, streams, writer
 from surgery.model.checkpoint_headers import read_header
-from surgery.model.realise import realise
+from surgery.model.live import Tensors
+from surgery.model.realise import no_functions, realise
 from surgery.model.shards import write_safetensors
 from surgery.model.streams import Stream, stream_of
 from surgery.model.weights import Concat, Expr, Scale, Stack, select
@@ -284,6 +285,7 @@ def test_lanes_of_a_large_program_stream_what_is_stored(tmp_path: Path, monkeypa
     from surgery.opening import open_program
 
     program, _ = open_program(str(checkpoint("llama")))
-    assert streaming.lanes(program).streams == {}
+    tensors = Tensors(no_functions)
+    assert streaming.lanes(program, tensors).streams == {}
     monkeypatch.setattr(running, "SMALL_BYTES", 0)
-    assert set(streaming.lanes(program).streams) == {n for n, e in program.weights.items() if type(e).__name__ == "Load"} != set()
+    assert set(streaming.lanes(program, tensors).streams) == {n for n, e in program.weights.items() if type(e).__name__ == "Load"} != set()

@@ -165,7 +165,7 @@ STREAM = """
 import sys, torch
 from pathlib import Path
 from surgery.model.checkpoint_shards import find_weights, read_tensors
-from surgery.model.realise import Realiser
+from surgery.model.realise import Realiser, no_functions
 from surgery.model.shards import write_safetensors
 from surgery.backends.streaming import cost
 from surgery.model.weights import Add, Init, MatMul
@@ -184,7 +184,7 @@ def kib(field):
 
 before = kib("VmRSS")
 write_safetensors(target, Realiser(weights), {k: e.shape for k, e in weights.items()}, {k: e.dtype for k, e in weights.items()},
-                  max_shard_bytes=64 << 20, workers=workers, costs={k: cost(e) for k, e in weights.items()})
+                  max_shard_bytes=64 << 20, workers=workers, costs={k: cost(e, no_functions) for k, e in weights.items()})
 print((kib("VmHWM") - before) * 1024)
 """
 

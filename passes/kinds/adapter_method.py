@@ -13,6 +13,7 @@ from surgery.core.method import param
 from surgery.passes.kinds import adapter_math
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.merge import MergeMethod, TaskMethod
+from surgery.passes.kinds.merge_finite import NotFinite, beyond
 from surgery.passes.kinds.merge_math import add_up
 
 FACTORWISE = "of adapters: merge A and B each by themselves, which needs equal ranks and adds products between adapters"
@@ -55,7 +56,10 @@ class Refactored(AdapterSide, TaskMethod):
     factorwise: bool = param(False, FACTORWISE, last=True)
 
     def combine(self, changes: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: Sequence[Any] = ()) -> Tensor:
-        return self.merge(torch.zeros_like(changes[0]), changes, weights, seed, tuple(prepared))
+        try:
+            return self.merge(torch.zeros_like(changes[0]), changes, weights, seed, tuple(prepared))
+        except NotFinite:
+            raise beyond("the changes of adapters", torch.float32) from None
 
 
 def change(

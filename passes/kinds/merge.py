@@ -17,14 +17,14 @@ from torch import Tensor
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method, param
 from surgery.core.site import Site
+from surgery.model.pieces import Operand, Pieces, by_pieces, like, whole
 from surgery.model.program import Program
-from surgery.model.room import room
 from surgery.model.weights import Apply, Update, is_float
 from surgery.passes.kinds import attach
-from surgery.passes.kinds.merge_finite import finite, is_finite
+from surgery.passes.kinds.merge_finite import NotFinite, beyond, finite, is_finite, watched
 from surgery.passes.kinds.merge_fit import compatible, mixed
 from surgery.passes.kinds.merge_inputs import Inputs, Operands, Source, overlap
-from surgery.passes.kinds.merge_math import Delta, Sparsifier, Wide, add_up, chunks, delta_of, keep_all
+from surgery.passes.kinds.merge_math import Delta, Measured, Sparsifier, Wide, add_up, chunks, delta_of, keep_all
 from surgery.passes.operation import Resolved, SiteChange
 
 
@@ -42,6 +42,10 @@ class MergeMethod(Method):
     reads_base: ClassVar[bool] = True
     spreads: ClassVar[bool] = False
     """Whether a NaN or infinite element of any model makes one of the result, so that looking at the result is enough."""
+    watches: ClassVar[bool] = False
+    """Whether :meth:`merge` itself looks at all that it reads for NaN and infinite elements."""
+    by_pieces: ClassVar[bool] = False
+    """Whether :meth:`merge` goes through its tensors chunk by chunk, so that stored ones need not be in memory."""
     adapters: ClassVar[str] = ""
     """What the method does with adapters, if it merges those (see :mod:`surgery.passes.kinds.adapter`)."""
     checkpoints: ClassVar[bool] = True
@@ -71,9 +75,10 @@ class MergeMethod(Method):
         """Facts of the whole model that a tensor's merge needs, by tensor name (``prepared`` of :meth:`merge`); reads through ``op.study``."""
         return {}
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         """The merged tensor, in float32 or in the dtype of ``base``; all tensors have one shape. Without ``reads_base`` only shape and dtype of
-        ``base`` mean something."""
+        ``base`` mean something. With ``by_pieces`` any of them may be :class:`~surgery.model.pieces.Pieces`, and with ``watches`` it raises
+        NotFinite."""
         raise NotImplementedError
 
 
@@ -81,6 +86,9 @@ class MergeMethod(Method):
 class TaskMethod(MergeMethod):
     """Base of the methods on task vectors, ``theta_0 + scale * fuse(sparsify(theta_i - theta_0))``: ``theta_0`` is the model as the lines
     above left it."""
+
+    watches: ClassVar[bool] = True
+    by_pieces: ClassVar[bool] = True
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         """What becomes of the task vector of model number ``model``."""
@@ -90,17 +98,24 @@ class TaskMethod(MergeMethod):
         """One change from the sparsified ones; the parts may be used up."""
         return add_up(parts, weights, reuse=True)
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         start = Wide(base)
         deltas = [delta_of(e, start) for e in experts]
         cleaners = [
             self.sparsify(d, tuple(base.shape), i, attach.seed_of(seed, str(i)), prepared) for i, d in enumerate(deltas)
         ]  # fmt: skip
+        measured = [(clean, d) for clean, d in zip(cleaners, deltas, strict=True) if isinstance(clean, Measured)]
+        if measured:
+            for at in chunks(base.shape):
+                for clean, d in measured:
+                    clean.measure(d(at), at)
+            for clean, _ in measured:
+                clean.settle()
         scale = float(getattr(self, "scale", 1.0))
-        out = room(base.shape, base.dtype)
+        out = like(base)
         into = out.view(-1)
         for at in chunks(base.shape):
-            parts = [clean(d(at), at) for clean, d in zip(cleaners, deltas, strict=True)]
+            parts = [clean(watched(d(at)), at) for clean, d in zip(cleaners, deltas, strict=True)]
             change = self.fuse(parts, weights, prepared)
             if scale != 1:
                 change.mul_(scale)
@@ -108,8 +123,9 @@ class TaskMethod(MergeMethod):
         return out
 
 
+@by_pieces
 def merged(
-    cls: type[MergeMethod], *tensors: Tensor, weights: Any, seed: int, prepared: Any = (), tensor: str = "", of: Sequence[str] = (),
+    cls: type[MergeMethod], *tensors: Operand, weights: Any, seed: int, prepared: Any = (), tensor: str = "", of: Sequence[str] = (),
     dtype: str = "", **params: Any,
 ) -> Tensor:  # fmt: skip
     """The function ``merge/NAME:merged`` of expressions. ``tensors`` are the base's, where the method reads it, and one of each model.
@@ -118,20 +134,24 @@ def merged(
     Raises S0798 for NaN or infinite elements.
     """
     method = cls(**params)
-    given = [t.contiguous() for t in tensors]
+    given = [t if isinstance(t, Pieces) and cls.by_pieces else whole(t).contiguous() for t in tensors]
     sources = list(zip(given, of, strict=False))
-    if not cls.spreads:
+    if not cls.spreads and not cls.watches:
         _all_finite(sources, tensor)
     if not cls.reads_base and dtype:
         given.insert(0, torch.empty(given[0].shape, dtype=getattr(torch, dtype)))
-    made = method.merge(given[0], given[1:], list(weights), seed, tuple(prepared)).to(given[0].dtype)
+    try:
+        made = method.merge(given[0], given[1:], list(weights), seed, tuple(prepared)).to(given[0].dtype)
+    except NotFinite:
+        _all_finite(sources, tensor)
+        raise beyond(tensor, dtype or given[0].dtype) from None
     if of and not is_finite(made):
         _all_finite(sources, tensor)
         finite(made, tensor, "")
     return made
 
 
-def _all_finite(sources: Sequence[tuple[Tensor, str]], tensor: str) -> None:
+def _all_finite(sources: Sequence[tuple[Operand, str]], tensor: str) -> None:
     for value, who in sources:
         finite(value, tensor, who)
 

@@ -1,6 +1,6 @@
 """Angles between the tensors of models, of whole tensors, of rows or of columns, and sums whose factors they decide.
 
-Products are summed in float64, chunk by chunk; nothing of a tensor's size is held beside its inputs and the result.
+Products are summed chunk by chunk, chunks in float64; nothing of a tensor's size is held beside its inputs and the result.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from surgery.model.room import room
+from surgery.model.pieces import Operand, flat, like
 from surgery.passes.kinds.merge_math import Delta, chunks
 
 Along = Literal["tensor", "row", "column"]
 
 
-def wide_of(tensor: Tensor) -> Delta:
+def wide_of(tensor: Operand) -> Delta:
     """A tensor as it is, chunk by chunk in float32."""
-    flat = tensor.reshape(-1)
-    return lambda at: flat[at].to(torch.float32, copy=True)
+    source = flat(tensor)
+    return lambda at: source[at].to(torch.float32, copy=True)
 
 
 def gram(vectors: Sequence[Delta], shape: Sequence[int], along: Along) -> Tensor:
@@ -47,13 +47,18 @@ def gram(vectors: Sequence[Delta], shape: Sequence[int], along: Along) -> Tensor
 
 
 def weave(
-    vectors: Sequence[Delta], factors: Sequence[Tensor], shape: Sequence[int], along: Along, like: Tensor, start: Tensor | None = None
+    vectors: Sequence[Delta],
+    factors: Sequence[Tensor],
+    shape: Sequence[int],
+    along: Along,
+    of: Operand,
+    start: Operand | None = None,
 ) -> Tensor:
-    """The sum of vectors times the factors of their groups ``[groups]``, in float32, on top of ``start``; rounded once to the type of ``like``."""
+    """The sum of vectors times the factors of their groups ``[groups]``, in float32, on top of ``start``; rounded once to the type of ``of``."""
     length = shape[-1]
-    out = room(like.shape, like.dtype)
+    out = like(of)
     into = out.view(-1)
-    first = None if start is None else start.reshape(-1)
+    first = None if start is None else flat(start)
     narrow = [f.float() for f in factors]
     for at in chunks(shape):
         total: Tensor | None = None
@@ -62,17 +67,19 @@ def weave(
             term = vector(at).view(-1, length).mul_(own)
             total = term if total is None else total.add_(term)
         assert total is not None
-        flat = total.view(-1)
-        into[at] = flat if first is None else flat.add_(first[at].to(torch.float32))
+        made = total.view(-1)
+        into[at] = made if first is None else made.add_(first[at].to(torch.float32))
     return out
 
 
-def products(left: Tensor, right: Tensor) -> tuple[float, float, float]:
-    """``<left, left>``, ``<right, right>`` and ``<left, right>`` of two tensors of one shape, in float64, chunk by chunk."""
-    a, b = left.reshape(-1), right.reshape(-1)
+def products(left: Operand, right: Operand) -> tuple[float, float, float]:
+    """``<left, left>``, ``<right, right>`` and ``<left, right>`` of two tensors of one shape, chunk by chunk. Products of two half-precision numbers
+    are exact in float32, in which those of a chunk are added; others are multiplied and added in float64."""
+    a, b = flat(left), flat(right)
     totals = [0.0, 0.0, 0.0]
     size = max((at.stop - at.start for at in chunks(left.shape)), default=0)
-    x, y = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    kind = torch.float32 if max(left.dtype.itemsize, right.dtype.itemsize) < 4 else torch.float64
+    x, y = torch.empty(size, dtype=kind), torch.empty(size, dtype=kind)
     for at in chunks(left.shape):
         n = at.stop - at.start
         u, v = x[:n].copy_(a[at]), y[:n].copy_(b[at])

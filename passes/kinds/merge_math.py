@@ -1,6 +1,6 @@
 """Arithmetic of merging, in chunks: no merge needs a full-size temporary in float32 beside its inputs and its output.
 
-Tensors are read flat, in chunks of whole rows (a row runs along the last axis; a tensor of one axis is one row), so that elementwise
+Tensors, and stored ones that are not in memory (:mod:`surgery.model.pieces`), are read flat, in chunks of whole rows (a row runs along the last axis; a tensor of one axis is one row), so that elementwise
 work stays in the cache and row-wise work sees whole rows. Every sum is accumulated in float64 in the order of the chunks, on one thread: results
 do not depend on how many there are.
 """
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from surgery.model.room import room
+from surgery.model.pieces import Operand, flat, like
 
 CHUNK = 1 << 17
 """Elements of a chunk, about: 512 KiB in float32, so that the few that a formula needs stay in a core's cache."""
@@ -49,8 +49,8 @@ def buffers(shape: Sequence[int], count: int) -> list[Tensor]:
 class Wide:
     """A tensor in float32, chunk by chunk, in one buffer: the chunk that was asked for last stands there for whoever asks for it again."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.flat = tensor.reshape(-1)
+    def __init__(self, tensor: Operand) -> None:
+        self.flat = flat(tensor)
         self._last: slice | None = None
         self._place = self._now = torch.empty(0)
 
@@ -64,9 +64,9 @@ class Wide:
         return self._now
 
 
-def delta_of(expert: Tensor, base: Tensor | Wide) -> Delta:
+def delta_of(expert: Operand, base: Operand | Wide) -> Delta:
     """``expert - base``, chunk by chunk in float32, in one buffer: what it gives may be changed, and is valid until the next chunk is asked for."""
-    left, right = expert.reshape(-1), base if isinstance(base, Wide) else Wide(base)
+    left, right = flat(expert), base if isinstance(base, Wide) else Wide(base)
     place = torch.empty(0)
 
     def run(at: slice) -> Tensor:
@@ -83,6 +83,18 @@ class Sparsifier(Protocol):
     """Zeroes (and scales) entries of one task vector; called once for each chunk, in order."""
 
     def __call__(self, tau: Tensor, at: slice) -> Tensor: ...
+
+
+class Measured:
+    """A sparsifier that has to see the whole task vector once, before it is called for the first chunk."""
+
+    def measure(self, tau: Tensor, at: slice) -> None:
+        """One chunk, in order; it may be used up."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """All chunks were seen."""
+        raise NotImplementedError
 
 
 def keep_all(tau: Tensor, at: slice) -> Tensor:
@@ -131,7 +143,7 @@ def elect(
     else:
         inner = list(weights)
     first = parts[0]
-    sign, agree, count, summed = scratch(first, 4)
+    sign, summed, *more = scratch(first, 4 if mean else 2)
     total = torch.add(first, parts[1], out=summed) if len(parts) > 1 else summed.copy_(first)
     for p in parts[2:]:
         total.add_(p)
@@ -142,17 +154,24 @@ def elect(
     for i, (p, w, own) in enumerate(zip(parts, inner, weights, strict=True)):
         p.view(torch.int32).bitwise_xor_(signs)
         p.clamp_min_(0)
-        share = own if by_weight else 1.0
         if i:
             summed.add_(p, alpha=w)
-            count.add_(torch.gt(p, 0, out=agree), alpha=share)
+        elif w == 1:
+            torch.add(p, 0.0, out=summed)
         else:
-            torch.gt(p, 0, out=count)
             torch.mul(p, w, out=summed).add_(0.0)
-            if share != 1:
-                count.mul_(share)
+        if mean:
+            count, agree = more
+            share = own if by_weight else 1.0
+            if i:
+                count.add_(torch.gt(p, 0, out=agree), alpha=share)
+            else:
+                torch.gt(p, 0, out=count)
+                if share != 1:
+                    count.mul_(share)
     summed.view(torch.int32).bitwise_xor_(signs)
     if mean:
+        count, agree = more
         if not by_weight or min(weights) >= 1:
             count.clamp_min_(1.0)
         else:
@@ -171,12 +190,12 @@ def add_up(parts: Sequence[Tensor], weights: Sequence[float], divisor: float = 1
     return total if divisor == 1 else total.div_(divisor)
 
 
-def combination(tensors: Sequence[Tensor], factors: Sequence[float], like: Tensor, divisor: float = 1.0) -> Tensor:
-    """The sum of tensors times factors over a divisor, added in order in float32 and rounded once to the type of ``like``."""
-    out = room(like.shape, like.dtype)
-    into, views = out.view(-1), [t.reshape(-1) for t in tensors]
-    total, term = buffers(like.shape, 2)
-    for at in chunks(like.shape):
+def combination(tensors: Sequence[Operand], factors: Sequence[float], of: Operand, divisor: float = 1.0) -> Tensor:
+    """The sum of tensors times factors over a divisor, added in order in float32 and rounded once to the type of ``of``."""
+    out = like(of)
+    into, views = out.view(-1), [flat(t) for t in tensors]
+    total, term = buffers(of.shape, 2)
+    for at in chunks(of.shape):
         n = at.stop - at.start
         sum_ = total[:n].copy_(views[0][at])
         if factors[0] != 1:

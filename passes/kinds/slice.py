@@ -27,6 +27,9 @@ from surgery.passes.kinds.slice_scores import DATA, unit_scores
 from surgery.passes.kinds.slice_targets import Target, Units, collect, outside, regions, same_everywhere
 from surgery.passes.operation import Resolved, SiteChange
 
+Found = list[tuple[int, Site, Units]]
+"""What a statement selects: the number of the selected site, the block, its units."""
+
 
 @dataclass(frozen=True)
 class SliceMethod(Method):
@@ -72,7 +75,7 @@ class SliceMethod(Method):
         """The units of a block; None when it has none."""
         raise NotImplementedError
 
-    def find(self, program: Program, op: Resolved) -> list[tuple[int, Site, Units]]:
+    def find(self, program: Program, op: Resolved) -> Found:
         """(number of the selected site, block, units) of everything selected. Raises S0440 for a site without such units."""
         found = []
         for at, site in regions(program, op, self.fits, self.noun, self.block):
@@ -89,9 +92,10 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     method = op.method
     assert isinstance(method, SliceMethod)
     _parameters(op, method)
-    _loosen(program, op, method)
+    found = _loosen(program, op, method)
+    analysed = program.dims
     method.prepare(program, op)
-    targets = _targets(program, op, method)
+    targets = _targets(program, op, method, found if program.dims is analysed else method.find(program, op))
     scores = unit_scores(program, op, targets)
     ranked = [Ranked.of(t, None if scores is None else scores[i]) for i, t in enumerate(targets)]
     counts = _counts(program, op, method, targets, ranked, scores is not None)
@@ -131,23 +135,25 @@ def _parameters(op: Resolved, method: SliceMethod) -> None:
         raise faults.file_parameter(op, method.scores is None)
 
 
-def _loosen(program: Program, op: Resolved, method: SliceMethod) -> None:
-    """Units along which the graph counts numbers, such as the slopes of ALiBi, may go once the numbers are picked by an index."""
-    held = [leaf for _, _, units in method.find(program, op) for leaf in units.leaves if not leaf.free]
+def _loosen(program: Program, op: Resolved, method: SliceMethod) -> Found:
+    """What the method finds. Units along which the graph counts numbers, such as the slopes of ALiBi, may go once the numbers are picked by
+    an index."""
+    found = method.find(program, op)
+    held = [leaf for _, _, units in found for leaf in units.leaves if not leaf.free]
     if not held:
-        return
+        return found
     before = program.copy() if op.study is not None else None
     if not pick_counted(program, list(dict.fromkeys(held)), op.origin):
-        return
+        return found
     op.tell(f"numbers that the model counts along {method.noun}s are picked by an index")
     if before is not None:
         after = program.copy()
         op.claim(Claim("picked = counted", before, outputs_of(before), outputs_of(after), tolerance=0.0, span=op.origin.span))
+    return method.find(program, op)
 
 
-def _targets(program: Program, op: Resolved, method: SliceMethod) -> list[Target]:
+def _targets(program: Program, op: Resolved, method: SliceMethod, found: Found) -> list[Target]:
     """The decisions of the statement, those that `keep` holds back left out."""
-    found = method.find(program, op)
     held = {s.role for s in op.keep}
     kept = [(at, s, u) for at, s, u in found if any(outside(s.role, role) for role in held)]
     if op.keep:

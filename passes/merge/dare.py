@@ -28,8 +28,8 @@ class Dare(Refactored):
     Source: Yu et al., "Language Models are Super Mario", 2024, arXiv:2311.03099, section 3.
     """
 
-    version: ClassVar[int] = 3
-    """1 drew from torch's generator, 2 drew 16 bits an entry."""
+    version: ClassVar[int] = 4
+    """1 drew from torch's generator, 2 drew 16 bits an entry, 3 drew 8."""
 
     density: float = param(0.1, "probability that an entry of a task vector stays", min=0, max=1, unit="%", per_layer=True)
     rescale: Literal["inverse", "l1", "none"] = param("inverse", "how what stays is scaled up")
@@ -37,4 +37,4 @@ class Dare(Refactored):
     seed: int = param(0, "changes which entries stay", min=0)
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
-        return dropped(delta, shape, self.density, self.rescale, seed)
+        return dropped(self.density, self.rescale, seed)

@@ -24,8 +24,8 @@ class DareTies(Refactored):
     Source: Yu et al., "Language Models are Super Mario", 2024, arXiv:2311.03099; Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708.
     """
 
-    version: ClassVar[int] = 3
-    """1 drew from torch's generator, 2 drew 16 bits an entry."""
+    version: ClassVar[int] = 4
+    """1 drew from torch's generator, 2 drew 16 bits an entry, 3 drew 8."""
 
     density: float = param(0.1, "probability that an entry of a task vector stays", min=0, max=1, unit="%", per_layer=True)
     rescale: Literal["inverse", "l1", "none"] = param("inverse", "how what stays is scaled up")
@@ -38,7 +38,7 @@ class DareTies(Refactored):
         return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
-        return dropped(delta, shape, self.density, self.rescale, seed)
+        return dropped(self.density, self.rescale, seed)
 
     def fuse(self, parts: Sequence[Tensor], weights: Sequence[float], prepared: tuple[Any, ...]) -> Tensor:
         return elected(parts, weights, self.elect, self.divide)

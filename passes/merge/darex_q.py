@@ -28,8 +28,8 @@ class DarexQ(TaskMethod):
     Source: Deng et al., "DARE the Extreme", 2025, arXiv:2410.09344, section 4.
     """
 
-    version: ClassVar[int] = 3
-    """1 drew from torch's generator, 2 drew 16 bits an entry."""
+    version: ClassVar[int] = 4
+    """1 drew from torch's generator, 2 drew 16 bits an entry, 3 drew 8."""
 
     density: float = param(0.1, "probability that an entry of a task vector stays", min=0, max=1, unit="%", per_layer=True)
     q: float | None = param(None, "what the entries that stay are divided by; without it the bound chooses", min=0, max=1, per_layer=True)

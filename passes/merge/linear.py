@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.pieces import Operand, whole
 from surgery.passes.kinds.adapter_method import FACTORWISE, AdapterSide
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_math import combination
@@ -32,6 +33,7 @@ class Linear(AdapterSide, MergeMethod):
     Source: Wortsman et al., "Model soups", 2022, arXiv:2203.05482, section 2.
     """
 
+    by_pieces: ClassVar[bool] = True
     models: ClassVar[tuple[int, int | None]] = (1, None)
     reads_base: ClassVar[bool] = False
     spreads: ClassVar[bool] = True
@@ -43,8 +45,8 @@ class Linear(AdapterSide, MergeMethod):
     def check(self, weights: Sequence[float]) -> str:
         return "the factors sum to zero, and it divides by their sum" if self.normalize is not False and abs(sum(weights)) < 1e-8 else ""
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         divisor = sum(weights) if self.normalize is not False else 1.0
         if len(experts) == 1 and weights[0] == divisor:
-            return experts[0]
+            return whole(experts[0])
         return combination(experts, weights, base, divisor)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.pieces import Operand
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_angles import Along, gram, weave
 from surgery.passes.kinds.merge_math import delta_of
@@ -28,6 +29,7 @@ class ModelStock(MergeMethod):
     Source: Jang et al., "Model Stock", 2024, arXiv:2403.19522, section 4.
     """
 
+    by_pieces: ClassVar[bool] = True
     models: ClassVar[tuple[int, int | None]] = (2, None)
 
     rows: bool = param(False, "an angle for each row")
@@ -35,7 +37,7 @@ class ModelStock(MergeMethod):
     def check(self, weights: Sequence[float]) -> str:
         return "" if all(w == 1 for w in weights) else "it takes no factors: the angle between the models decides"
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         n = len(experts)
         along: Along = "row" if self.rows and base.dim() > 1 else "tensor"
         shape = tuple(base.shape) or (1,)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.pieces import Operand
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_angles import Along, gram, weave, wide_of
 from surgery.passes.kinds.merge_math import delta_of
@@ -26,6 +28,7 @@ class Nuslerp(MergeMethod):
     Source: Shoemake, "Animating rotation with quaternion curves", 1985; applied to weights as in model merging practice.
     """
 
+    by_pieces: ClassVar[bool] = True
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
     deltas: bool = param(False, "interpolate the differences from the base")
@@ -34,11 +37,11 @@ class Nuslerp(MergeMethod):
     def check(self, weights: Sequence[float]) -> str:
         return "the two factors sum to zero" if abs(sum(weights)) < 1e-8 else ""
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         t = weights[1] / sum(weights)
         vectors = [delta_of(e, base) if self.deltas else wide_of(e) for e in experts]
         along: Along = self.along if base.dim() > 1 else "tensor"
-        shape = (base.shape[0], base[0].numel()) if along == "column" else tuple(base.shape) or (1,)
+        shape = (base.shape[0], math.prod(base.shape[1:])) if along == "column" else tuple(base.shape) or (1,)
         inner = gram(vectors, shape, along)
         lengths = inner[0, 0].sqrt() * inner[1, 1].sqrt()
         angle = torch.arccos((inner[0, 1] / lengths.clamp_min(1e-8)).clamp(-1, 1))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.pieces import Operand
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_angles import arc, products
 from surgery.passes.kinds.merge_math import combination
@@ -29,13 +30,14 @@ class Slerp(MergeMethod):
     Source: Shoemake, "Animating rotation with quaternion curves", 1985; applied to weights as in model merging practice.
     """
 
+    by_pieces: ClassVar[bool] = True
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     reads_base: ClassVar[bool] = False
     spreads: ClassVar[bool] = True
 
     t: float = param(0.5, "0 is the first model, 1 the second", min=0, max=1, per_layer=True)
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         first, second = experts
         lengths = products(first, second)
         scale = math.prod(n if n > 1e-8 else 1.0 for n in map(math.sqrt, lengths[:2]))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.pieces import Operand, whole
 from surgery.model.program import Program
 from surgery.passes.kinds.match_axes import AXES
 from surgery.passes.kinds.match_pass import aligned
@@ -62,9 +63,9 @@ class WeightMatching(MergeMethod):
     ) -> Mapping[str, Operands]:
         return aligned(program, op, operands, sources, self.axes or AXES, self.sweeps, self.seed)
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+    def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         if self.t == 1 and len(experts) == 1:
-            return experts[0]
+            return whole(experts[0])
         if self.t == 0:
-            return base
+            return whole(base)
         return combination([base, *experts], [1 - self.t, *(self.t * w / sum(weights) for w in weights)], base)

@@ -15,6 +15,10 @@ class NodeRef(NamedTuple):
     node: str
 
 
+Measure = tuple[str, int, tuple[int, ...]]
+"""A size as the product of dimension classes: a tensor, one of its axes, and which of this axis's classes, by position."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One part of the model under one role.
@@ -115,3 +119,5 @@ class Anatomy:
     stacks: tuple[Stack, ...]
     unresolved: tuple[Unresolved, ...] = ()
     modules: Sequence[Site] = ()
+    measures: dict[str, dict[str, Measure]] = field(default_factory=dict, compare=False, repr=False)
+    """For each attention block, by role, where its numbers of heads and its widths are found in a stored tensor."""

@@ -14,7 +14,7 @@ from surgery.model.past import Past
 
 if TYPE_CHECKING:
     from surgery.core.method import Method
-    from surgery.model.dims import Dims
+    from surgery.model.dims import Dims, Group
     from surgery.model.weights import Weights
 
 
@@ -169,8 +169,17 @@ class Program:
             self._dims = analyse(flatten(self.graph, self.aliases, bare=True), aliases=self.aliases)
         return self._dims
 
-    def touch(self) -> None:
-        self._anatomy = self._dims = None
+    def anatomy_after(self, group: Group) -> Anatomy | None:
+        """The anatomy when a group of units is gone, where it is known now and only sizes change; else None."""
+        if self._anatomy is None or self._dims is None:
+            return None
+        from surgery.model.anatomy.carry import carried
+
+        return carried(self._anatomy, self._dims, group.keep)
+
+    def touch(self, anatomy: Anatomy | None = None) -> None:
+        """Forgets what was found out about the structure; ``anatomy`` is that of the program as it is now, where it is known."""
+        self._anatomy, self._dims = anatomy, None
 
     def copy(self) -> Program:
         """An independent program: own graph (meta tensors), same immutable expressions."""

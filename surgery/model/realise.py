@@ -11,12 +11,13 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from surgery.core.diagnostics import fail
+from surgery.model.pieces import arguments, takes_pieces
 from surgery.model.room import copied, room, widened
 from surgery.model.stored import MANY, initial_value, read, read_part, take, torch_dtype
 from surgery.model.threads import one_thread
@@ -256,9 +257,10 @@ class Realiser(Mapping[str, torch.Tensor]):
             with one_thread():
                 return (_rounded(_wide(left) @ _wide(right), expr),)
         function = self.functions(expr.function)
-        args = [self._value(arg) for arg in expr.args]
-        with one_thread():
-            result = function(*args, **dict(expr.params))
+        with ExitStack() as files:
+            args = arguments(expr.args, self._value, files) if takes_pieces(function) else [self._value(arg) for arg in expr.args]
+            with one_thread():
+                result = function(*args, **dict(expr.params))
         return tuple(result) if isinstance(result, tuple | list) else (result,)
 
     def _keep(self, slot: str, results: tuple[torch.Tensor, ...]) -> None:

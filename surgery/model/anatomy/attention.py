@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import fx
 
@@ -16,7 +17,7 @@ from surgery.model.anatomy import ops
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Part, Streams
-from surgery.model.dims import Axis
+from surgery.model.dims import Axis, Leaf
 
 
 @dataclass(eq=False)
@@ -55,6 +56,8 @@ class Attention:
     """Norms between the attention and its output projection."""
     lender: Attention | None = None
     """The earlier block whose keys and values this one reads: it has none of its own (Gemma 3n)."""
+    spans: dict[str, tuple[Projection, dict[Leaf, int]]] = field(default_factory=dict)
+    """What the numbers of the block are products of: a projection that stores it, and classes with the units that count."""
 
 
 class Attentions(Streams):
@@ -205,10 +208,12 @@ class Attentions(Streams):
         inside: dict[str, list[Norm]] = {"k": []}
         for role, nodes in trail.items():
             inside[role] = [n for n in dict.fromkeys(self.view.norm_of[x] for x in nodes if x in self.view.norm_of)]
+        spans = self._spans(core, parts, width)
+        heads = self._count(spans.get("heads"))
+        kv_heads = lender.kv_heads if lender else self._count(spans.get("kv_heads"))
         return Attention(
             core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
-            self._heads(q, core.q, width), lender.kv_heads if lender else self._heads(parts.get("k"), core.k, width), head_dim, value_dim,
-            inside["q"], inside["k"], self._tables(core), between, lender,
+            heads, kv_heads, head_dim, value_dim, inside["q"], inside["k"], self._tables(core), between, lender, spans,
         )  # fmt: skip
 
     def _lender(self, parts: dict[str, Part]) -> Attention | None:
@@ -221,8 +226,21 @@ class Attentions(Streams):
             return None
         return None if parts["q"].projection in {p.projection for p in first.parts.values()} else first
 
-    def _heads(self, part: Part | None, operand: fx.Node, width: Axis) -> int | None:
-        return None if part is None else self.sources.heads(part, operand, width)
+    def _spans(self, core: Core, parts: dict[str, Part], width: Axis) -> dict[str, tuple[Projection, dict[Leaf, int]]]:
+        """The classes that the block's numbers are products of, with the projections that store them."""
+        found = {}
+        for name, role, operand in (("heads", "q", core.q), ("kv_heads", "k", core.k)):
+            if (part := parts.get(role)) is not None:
+                found[name] = part.projection, self.sources.heads(part, operand, width)
+        for name, roles, axis in (("head_dim", "qk", width), ("value_dim", "v", self.dims.axes(core.v)[-1])):
+            holder = next((parts[r].projection for r in roles if r in parts), None)
+            if holder is not None:
+                found[name] = holder, {leaf: leaf.size for leaf in self.dims.leaves(axis)}
+        return found
+
+    @staticmethod
+    def _count(span: tuple[Projection, dict[Leaf, int]] | None) -> int | None:
+        return None if span is None else prod(span[1].values())
 
     def _size(self, axis: Axis) -> int | None:
         return None if self.dims.symbolic(axis) else self.dims.size(axis)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from torch import fx
@@ -99,14 +98,14 @@ class Sources:
         axis: Axis = self.dims.axes(projection.node)[projection.feature_axis]
         return axis
 
-    def heads(self, part: Part, operand: fx.Node, width: Axis) -> int:
-        """Heads of an operand of attention: the classes that the part's rows and the operand both have, without those of ``width``,
+    def heads(self, part: Part, operand: fx.Node, width: Axis) -> dict[Leaf, int]:
+        """What the heads of an operand are made of: classes with the number of their units, to be multiplied. Heads of an operand of attention: the classes that the part's rows and the operand both have, without those of ``width``,
         the axis that the scores sum over. What keys were repeated for is in the operand alone and does not count."""
         dims, projection = self.dims, part.projection
         inner = set(dims.leaves(width))
         there = {leaf for axis in dims.axes(operand) for leaf in dims.leaves(axis)} - inner
         at = np.searchsorted(projection.rows, part.rows)
-        return prod(units for leaf, units in leaves_at(dims, self.out_axis(projection), at).items() if leaf in there)
+        return {leaf: units for leaf, units in leaves_at(dims, self.out_axis(projection), at).items() if leaf in there}
 
     # ---------------------------------------------------------------- steps
 
