@@ -100,6 +100,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "falcon": lambda: text(tf.FalconForCausalLM, tf.FalconConfig(**LM, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, use_cache=False)),
     "falcon_mqa": lambda: text(tf.FalconForCausalLM, tf.FalconConfig(**LM, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, multi_query=True, new_decoder_architecture=False, use_cache=False)),
     "opt": lambda: text(tf.OPTForCausalLM, tf.OPTConfig(**LM, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=20, max_position_embeddings=32, word_embed_proj_dim=24, use_cache=False)),
+    "mamba2": lambda: text(tf.Mamba2ForCausalLM, tf.Mamba2Config(**LM, hidden_size=24, num_hidden_layers=2, state_size=6, num_heads=8, head_dim=6, n_groups=2, chunk_size=4, use_cache=False)),
     "mpt": lambda: text(tf.MptForCausalLM, tf.MptConfig(vocab_size=60, d_model=24, n_heads=4, n_layers=2, max_seq_len=32, expansion_ratio=1, use_cache=False)),
     "t5": lambda: seq2seq(tf.T5ForConditionalGeneration, tf.T5Config(vocab_size=60, d_model=24, num_layers=2, num_heads=4, d_kv=6, d_ff=20, use_cache=False, decoder_start_token_id=0)),
     "bart": lambda: seq2seq(tf.BartModel, tf.BartConfig(**BART, **LM, max_position_embeddings=32, use_cache=False)),

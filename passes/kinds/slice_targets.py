@@ -12,6 +12,7 @@ from surgery.core.plan import group_roles
 from surgery.core.site import Site
 from surgery.model.decouple import shared_values
 from surgery.model.dims import Dims, Leaf
+from surgery.model.dims.algebra import factors
 from surgery.model.dims.slices import leaves_at
 from surgery.model.program import Program
 from surgery.passes.kinds import slice_faults as faults
@@ -151,6 +152,8 @@ def head_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | Non
     lender = region.facts.get("kv_of")
     if lender:
         parts = {**members(program, next(s for s in program.anatomy.sites if s.role == lender)), **parts}
+    if region.facts.get("mixer"):
+        return mixer_heads(program, region)
     if "q" not in parts or "o" not in parts:
         return None, None
     query, output = out_leaves(program, parts["q"]), in_leaves(program, parts["o"])
@@ -161,6 +164,22 @@ def head_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | Non
     both = [leaf for leaf in query if leaf in output and "~batch" in leaf.axis.flags]
     groups = best(leaf for leaf in both if leaf in shared)
     return groups, best(leaf for leaf in both if leaf not in shared)
+
+
+def mixer_heads(program: Program, region: Site) -> tuple[Leaf | None, Leaf | None]:
+    """Groups and heads in each group of a mixer, as :func:`head_leaves` gives those of attention.
+
+    What a mixer's last projection takes are heads by their width, the heads grouped where several share what they read and write their
+    states with. A mixer of independent channels has no heads.
+    """
+    parts = members(program, region)
+    if "out" not in parts:
+        return None, None
+    dims, site = program.dims, parts["out"]
+    axes = [dims.leaf(f) for f in factors(dims.parameter(program.aliases.get(site.weight, site.weight))[site.in_axis])]
+    if None in axes or not 2 <= len(axes) <= 3:
+        return None, None
+    return axes[0], axes[1] if len(axes) == 3 else None
 
 
 def hidden_leaf(program: Program, region: Site) -> Leaf | None:
@@ -184,7 +203,7 @@ def expert_leaf(program: Program, region: Site) -> Leaf | None:
 def stream_leaf(program: Program, region: Site) -> Leaf | None:
     """The channels of the stream that a layer adds to: what its last projection or convolution gives."""
     inside = members(program, region)
-    written = [s for role, s in inside.items() if role in ("o", "down")]
+    written = [s for role, s in inside.items() if role in ("o", "down", "out")]
     if not written:
         written = [s for role, s in inside.items() if role.startswith(("conv[", "proj[")) and s.op in ("conv", "linear")][-1:]
     for site in written:

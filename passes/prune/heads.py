@@ -78,7 +78,7 @@ class Heads(SliceMethod):
             op.claim(Claim("independent = shared", before, outputs_of(before), outputs_of(after), tolerance=0.0, span=op.origin.span))
 
     def fits(self, site: Site) -> bool:
-        return site.heads is not None
+        return site.heads is not None or bool(site.facts.get("mixer"))
 
     def units(self, program: Program, site: Site) -> Units | None:
         groups, inner = head_leaves(program, site)

@@ -31,7 +31,7 @@ class KvGroups(SliceMethod):
     block: ClassVar[str] = "attention with several key-value groups"
 
     def fits(self, site: Site) -> bool:
-        return site.heads is not None
+        return site.heads is not None or bool(site.facts.get("mixer"))
 
     def units(self, program: Program, site: Site) -> Units | None:
         groups, _ = head_leaves(program, site)

@@ -15,6 +15,7 @@ class Blocks:
     """The attention and feed-forward blocks of one graph."""
 
     def __init__(self, view: GraphView, sources: Sources) -> None:
+        self.sources = sources
         self.attentions: list[Attention] = Attentions(view, sources).found
         taken = {p.projection for a in self.attentions for p in a.parts.values()}
         self.feed_forwards: list[FeedForward] = FeedForwards(view, sources, taken).found

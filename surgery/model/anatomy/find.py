@@ -12,6 +12,7 @@ from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
 from surgery.model.anatomy.layers import ConvBlock, Layer, LayerStack, conv_blocks, find_stacks, layer_norms, make_units
+from surgery.model.anatomy.mixers import Mixer, Mixers
 from surgery.model.anatomy.modules import module_sites
 from surgery.model.anatomy.outside import Outside, find_outside
 from surgery.model.anatomy.sites import Builder, Names, post_norm
@@ -70,6 +71,10 @@ class _Assembly:
             found.append(("ffn", f, list({p.projection: None for p in members})))
         taken = {p for _, _, ps in found for p in ps}
         joined = {b.exit.add for _, b, _ in found if b.exit is not None}
+        for m in Mixers(view, self.blocks.sources, taken, joined).found:
+            found.append(("mixer", m, m.projections))
+            taken |= set(m.projections)
+            joined.add(m.exit.add)
         for c in conv_blocks(view, taken, joined):
             found.append(("conv", c, [*c.convs, *c.shortcut]))
         units = make_units(view, found)
@@ -80,6 +85,7 @@ class _Assembly:
         claimed = {p for _, _, ps in found for p in ps} | taken
         inner = {n for a in self.blocks.attentions for n in (*a.q_norms, *a.k_norms, *a.inner_norms)}
         inner |= {n for f in self.blocks.feed_forwards for n in f.norms}
+        inner |= {n for kind, m, _ in found if kind == "mixer" for n in m.norms}
         free = [n for n in view.norms if n not in inner]
         within, without = layer_norms(view, stacks, free)
         tables = {t for a in self.blocks.attentions for t in a.tables}
@@ -94,13 +100,13 @@ class _Assembly:
             tuple(Stack(s.name, len(s.layers), s.container) for s in stacks),
             self._unresolved(),
             modules,
+            self.builder.measures,
         )
 
     # ---------------------------------------------------------------- order of the model
 
     def _write(self, trunks: list[Trunk], outside: list[Outside], norms: dict[Layer, list[Norm]]) -> None:
         roles = _unique_roles(outside)
-            self.builder.measures,
         pending = list(zip(outside, roles, strict=True))
         for trunk in trunks:
             for stack in trunk.stacks:
@@ -140,6 +146,8 @@ class _Assembly:
                 self.builder.attention(f"{base}.{name}", unit, where)
             elif isinstance(unit.block, FeedForward):
                 self.builder.feed_forward(f"{base}.{name}", unit, where)
+            elif isinstance(unit.block, Mixer):
+                self.builder.mixer(f"{base}.{name}", unit, where)
             else:
                 convs = self.builder.convolutions(base, unit, where, convs)
         self.builder.loose_convolutions(base, self.loose.get(layer, []), where, convs)

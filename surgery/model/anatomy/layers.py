@@ -15,6 +15,7 @@ from torch import fx
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Exit, FeedForward
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.mixers import Mixer
 
 
 @dataclass(eq=False)
@@ -32,13 +33,13 @@ class Unit:
     """One block with everything that calls it; a block whose parameters are used again has several calls."""
 
     kind: str
-    calls: list[Attention | FeedForward | ConvBlock]
+    calls: list[Attention | FeedForward | ConvBlock | Mixer]
     projections: list[Projection]
     path: str
     order: int
 
     @property
-    def block(self) -> Attention | FeedForward | ConvBlock:
+    def block(self) -> Attention | FeedForward | ConvBlock | Mixer:
         return next((c for c in self.calls if c.exit is not None), self.calls[0])
 
 
@@ -87,7 +88,7 @@ def common(paths: Iterable[str]) -> str:
     return ".".join(shared)
 
 
-def make_units(view: GraphView, blocks: Sequence[tuple[str, Attention | FeedForward | ConvBlock, list[Projection]]]) -> list[Unit]:
+def make_units(view: GraphView, blocks: Sequence[tuple[str, Attention | FeedForward | ConvBlock | Mixer, list[Projection]]]) -> list[Unit]:
     """Blocks in order of execution; blocks of the same parameters under the same path become one unit (layers that share their
     weights have paths of their own and stay apart)."""
     found: dict[tuple[object, ...], Unit] = {}

@@ -15,6 +15,7 @@ from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, FeedForward, Part, whole
 from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
 from surgery.model.anatomy.layers import ConvBlock, Unit
+from surgery.model.anatomy.mixers import Mixer
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Builder:
         self._first_role: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
         self._calls: dict[tuple[str, str], list[fx.Node]] | None = None
         self._role_of: dict[Attention, str] = {}
-
         self.measures: dict[str, dict[str, Measure]] = {}
+
     # ---------------------------------------------------------------- single sites
 
     def add(self, site: Site) -> None:
@@ -153,15 +154,14 @@ class Builder:
             members.append(self.parameter(f"{base}.sinks" + (f"[{i}]" if len(block.core.sinks) > 1 else ""), sink, "bias", graph, **where))
         facts: dict[str, object] = {"causal": block.core.causal, "cross": block.cross, "gated": False, "calls": len(unit.calls)}
         self._role_of |= dict.fromkeys(calls, base)
-        if block.lender is not None:
         self._measure(base, block)
+        if block.lender is not None:
             facts["kv_of"] = self._role_of.get(block.lender, "")
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
         cores = origins(n for c in calls for n in (*c.core.scores, c.core.node))
         self._region(base, unit, block.input, block.exit, members, facts, heads | where | {"calls": cores})
 
-    def _reads_own(self, table: fx.Node, graph: str) -> bool:
     def _measure(self, base: str, block: Attention) -> None:
         """Notes what the block's numbers are products of, unless one of them is no such product or stands in no tensor."""
         wanted = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": block.head_dim, "value_dim": block.value_dim}
@@ -177,6 +177,7 @@ class Builder:
         if all(n in found for n, value in wanted.items() if value is not None):
             self.measures[base] = found
 
+    def _reads_own(self, table: fx.Node, graph: str) -> bool:
         """Whether a layer reads a shared table under a name of its own (and is not handed what another layer made of it)."""
         return bool(graph) and any(n.startswith(graph + ".") for n in self.view.tied.get(str(table.target), ()))
 
@@ -204,6 +205,25 @@ class Builder:
             facts |= {"experts": block.experts, "top_k": block.top_k}
             members.insert(1 if block.router else 0, self._experts(stem, members, facts, where))
         self._region(base, unit, block.input, block.exit, members, facts, where)
+
+    def mixer(self, base: str, unit: Unit, where: dict[str, Any]) -> None:
+        """The region of a mixer: ``in`` (numbered where several read its input), ``out``, what stands between and bare parameters."""
+        block = unit.block
+        assert isinstance(block, Mixer)
+        calls = [c for c in unit.calls if isinstance(c, Mixer) and c is not block]
+        members: list[Site] = []
+        for word, own, others in (
+            ("in", block.ins, [c.ins for c in calls]), ("proj", block.inner, [c.inner for c in calls]), ("out", [block.out], [[c.out] for c in calls]),
+        ):  # fmt: skip
+            for i, p in enumerate(own):
+                role = f"{base}.{word}" + (f"[{i}]" if len(own) > 1 else "")
+                members.append(self.part(role, whole(p), [whole(o[i]) for o in others if i < len(o)], **where))
+        inner = [n for n in block.norms if n.weight]
+        for i, norm in enumerate(inner):
+            members.append(self.norm(f"{base}.norm" + (f"[{i}]" if len(inner) > 1 else ""), [norm], **where))
+        for i, table in enumerate(block.tables):
+            members.append(self.parameter(f"{base}.param" + (f"[{i}]" if len(block.tables) > 1 else ""), table, **where))
+        self._region(base, unit, block.input, block.exit, members, {"mixer": True, "calls": len(unit.calls)}, where)
 
     def _experts(self, role: str, members: list[Site], facts: dict[str, object], where: dict[str, Any]) -> Site:
         inside = [m for m in members if m.op == "experts"]

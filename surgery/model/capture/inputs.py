@@ -39,9 +39,14 @@ def hf_call(model: Any) -> Call:
     if ("input_ids" in taken and features is None) or ("pixel_values" in taken and "input_ids" in taken):
         text = getattr(config, "text_config", None) or config
         longest = getattr(text, "max_position_embeddings", None) or LENGTH
+        longest = longest if isinstance(longest, int) and longest > 0 else LENGTH  # XLNet says -1: no limit
         length = min(LENGTH, longest)
         block = getattr(text, "local_radius", None)  # LongT5 fills up to whole blocks, by code that whole blocks do not run
         length += int(isinstance(block, int) and length % (block + 1) == 0)
+        chunks = [
+            getattr(text, name, None) for name in ("chunk_size", "mamba_chunk_size")
+        ]  # Mamba-2 fills up to whole chunks in the same way
+        length += int(any(isinstance(n, int) and n > 1 and length % n == 0 for n in chunks))
         if causal:
             values["input_ids"] = torch.ones(BATCH, QUERY, dtype=torch.long, device="meta")
             axes["input_ids"] = {0: "batch", 1: "query"}

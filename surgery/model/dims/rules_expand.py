@@ -60,8 +60,11 @@ def repeat_interleave(cx: Context, node: fx.Node) -> Axes:
         axes, dim = (cx.algebra.product(axes),), 0
     dim = dim_of(dim, len(axes))
     copies = cx.leaf(cx.shape()[dim] // axes[dim].size)
+    out = cx.algebra.product([axes[dim], copies])
     cx.constant(where(node, 1, "repeats"), "size", copies)
-    return keep_domain(cx, node, (*axes[:dim], cx.algebra.product([axes[dim], copies]), *axes[dim + 1 :]))
+    if node.kwargs.get("output_size") is not None:
+        cx.constant(("kwargs", "output_size"), "size", out)
+    return keep_domain(cx, node, (*axes[:dim], out, *axes[dim + 1 :]))
 
 
 @rule("aten.flip", "aten.roll")
