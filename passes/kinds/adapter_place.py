@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.core.diagnostics import fail
 from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model.adapter import Adapter, Low, Rows
@@ -96,7 +97,7 @@ class Placement:
 def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, list[Any]]:
     """Every part at its site, and warnings.
 
-    Raises S0784 (modules that the model does not have), S0785 (shapes that do not fit), S0789 (what cannot be carried over a cut).
+    Raises S0783 (a layer that the config leaves out), S0784 (modules that the model does not have), S0785 (shapes that do not fit), S0789 (what cannot be carried over a cut).
     """
     sites = by_path(program)
     frames = frames_of(program, adapter)
@@ -105,6 +106,12 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
     if found is None:
         problems, _ = min(faults, key=lambda f: len(f[0]))
         raise refusal(adapter, problems, span, list(sites))
+    if adapter.left_out[0]:
+        path, field_ = adapter.left_out
+        raise fail(
+            "S0783", f"{adapter.name} has tensors for `{path}`, and its config leaves that layer out (`{field_}`)", span, "merged here",
+            notes=("peft puts nothing onto a layer that the config does not name",), help=f"correct `{field_}`",
+        )  # fmt: skip
     out = Placement(adapter)
     for low in adapter.parts.values():
         if low.experts:

@@ -20,6 +20,7 @@ from surgery.core.source import Span
 from surgery.model.adapter_config import TASK, flags, known, number
 from surgery.model.adapter_forms import Dense, Kind
 from surgery.model.adapter_keys import LOW, Key, key_of, other_key
+from surgery.model.adapter_targets import left_out
 from surgery.model.adapter_tokens import VirtualTokens, read_tokens
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import hub_cache
@@ -70,7 +71,8 @@ class Adapter:
 
     ``flags`` say which variant its parts are (``use_rslora``, ``use_dora``, ``init_lora_weights``), ``whole`` are tensors of the base by
     name that it replaces, ``copies`` those of them that are expected to equal the base's. ``base`` is the name of the base as the folder
-    has it, ``record`` what surgery wrote beside it (base model and its hash), if it did.
+    has it, ``record`` what surgery wrote beside it (base model and its hash), if it did. ``left_out`` is a layer that the file has tensors for and the config
+    none, with the field that says so.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Adapter:
     tokens: VirtualTokens | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
     bare: tuple[str, ...] = ()
+    left_out: tuple[str, str] = ("", "")
 
     def stored(self) -> list[Load]:
         """The tensors of the parts as the file has them, each once."""
@@ -128,12 +131,13 @@ def open_adapter(ref: str, name: str, base: Path, span: Span, task: int | None =
         reader.take(header)
     parts, dense = reader.parts()
     rows = reader.rows()
+    out = left_out(config, [*(p for p, low in parts.items() if not low.experts), *dense], reader._because)
     if not parts and not dense and not reader.whole and not rows:
         raise fail("S0783", f"{name} holds no tensor", span, "opened here", notes=(f"folder: {folder}",), help="save the adapter again")
     return Adapter(
         name, folder, span, {} if kind else flags(config), parts, reader.whole, frozenset(reader.copies),
         number(config, "vera_dropout" if kind and kind.name == "VeRA" else "lora_dropout", 0.0, name, span),
-        base_name, record, dense, rows=rows, bare=() if kind else tuple(config.get("target_parameters") or ()),
+        base_name, record, dense, rows=rows, left_out=out, bare=() if kind else tuple(config.get("target_parameters") or ()),
     )  # fmt: skip
 
 
@@ -226,6 +230,8 @@ class _Reader:
         return fail("S0783", message, self.span, "opened here", help=help)
 
     def take(self, header: TensorHeader) -> None:
+        if ".original_module." in header.key:
+            return  # the base's own, which peft saves beside a module that was trained whole and never reads
         key: Key = key_of(header.key) if self.kind is None else other_key(header.key, self.kind)
         if key.problem:
             raise fail("S0782", f"{self.name} has {key.problem}", self.span, "opened here", notes=(f"tensor: {header.key}",), help=key.help)
@@ -313,6 +319,10 @@ class _Reader:
                 else "a magnitude, and its config does not say `use_dora`"
             )
             raise self.fault(f"`{path}` of {self.name} has {which}")
+        if "shift" in roles and not self.config.get("lora_bias"):
+            raise self.fault(
+                f"`{path}` of {self.name} has a bias behind its factors, and its config has no `lora_bias`", "correct `lora_bias`"
+            )
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         load = {role: roles[role].load() for role in ("magnitude", "shift") if role in roles}
         return Low(path, a.load(), b.load(), rank, scale, embedding, load.get("magnitude"), load.get("shift"), experts=experts)

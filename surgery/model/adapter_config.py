@@ -115,7 +115,10 @@ def _tasked(config: Mapping[str, Any], counted: str | None, name: str, span: Spa
 
 
 def fields(config: Mapping[str, Any], known: frozenset[str], name: str, span: Span) -> None:
-    other = [k for k, v in config.items() if k not in known and v not in (None, False, [], {}, "", 0)]
+    # an empty table is off for a pattern, and a variant with its usual numbers where it is a config of its own
+    other = [
+        k for k, v in config.items() if k not in known and (v not in (None, False, [], {}, "", 0) or (v == {} and k.endswith("_config")))
+    ]
     if other:
         raise fail(
             "S0782", f"{name} uses {quoted(sorted(other)[:4], 'and')}, which surgery does not know", span, "opened here",

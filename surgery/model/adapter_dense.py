@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.model.adapter_forms import QUIET, Dense, Fault, Kind, Roles, Thin, matrices, need, number, patterned
+from surgery.model.adapter_forms import QUIET, Dense, Fault, Kind, Roles, Thin, matrices, need, number, patterned, whole_number
 from surgery.model.checkpoint_headers import TensorHeader
 from surgery.model.weights import Apply
 
@@ -194,7 +194,7 @@ def _fourier(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, 
         raise fault(f"`{spectrum.key}` has {spectrum.shape[0]} frequencies, and its config says {said:g}", "correct `n_frequency`")
     params = (
         ("scale", number(config, "scaling", 150.0, fault)),
-        ("places", int(number(config, "random_loc_seed", 777, fault))),
+        ("places", whole_number(config, "random_loc_seed", 777, fault)),
         ("count", spectrum.shape[0]),
     )
     return _changed(path, "frequencies", [spectrum], 0, 0, params)

@@ -130,6 +130,13 @@ def number(config: Mapping[str, Any], key: str, default: float, fault: Fault) ->
     return float(value)
 
 
+def whole_number(config: Mapping[str, Any], key: str, default: int, fault: Fault) -> int:
+    value = number(config, key, default, fault)
+    if value != int(value):
+        raise fault(f"`{key}` is {value:g}, not a whole number", "correct the config of the adapter")
+    return int(value)
+
+
 def _adalora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
     a, e, b = need(path, roles, ("lora_A", "lora_E", "lora_B"), fault)
     matrices(path, [a, e, b], fault)
@@ -174,10 +181,17 @@ def _lokr(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
     sides: list[tuple[Load, ...]] = []
     rank = 1
     sizes: list[tuple[int, int]] = []
+    # the scale is that of the rank which the config says, whatever side has factors
+    own = patterned(config, "rank_pattern", path, number(config, "r", 8, fault))
+    if own < 1 or own != int(own):
+        raise fault(f"the rank of `{path}` is {own:g} by its config", "correct `r` or `rank_pattern`")
     for side in ("lokr_w1", "lokr_w2"):
         if side in roles:
             header = roles[side]
+            if len(header.shape) < 2 or 0 in header.shape:
+                raise fault(f"`{header.key}` has the shape {list(header.shape)}, not that of a side of a product")
             out, inp = header.shape[0], math.prod(header.shape[1:])
+            thin = (side == "lokr_w2" or bool(config.get("decompose_both"))) and own < max(header.shape[:2]) / 2
             sides.append((header.load(),))
             rank *= min(out, inp)
         else:
@@ -188,9 +202,14 @@ def _lokr(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
             out, inp = a.shape[0], b.shape[1]
             sides.append((a.load(), b.load()))
             rank *= a.shape[1]
+            thin = a.shape[1] == own and own < max(out, inp) / 2 and (side == "lokr_w2" or bool(config.get("decompose_both")))
+        if thin != (side not in roles):
+            word = "factors" if side not in roles else "a side as it is"
+            raise fault(
+                f"`{path}` has {word} for `{side}`, which does not go with a rank of {own:g}",
+                "correct `r`, `rank_pattern` or `decompose_both`",
+            )
         sizes.append((out, inp))
-    # the scale is that of the rank which the config says, whatever side has factors
-    own = patterned(config, "rank_pattern", path, number(config, "r", 8, fault))
     scale = patterned(config, "alpha_pattern", path, number(config, "alpha", 8, fault)) / own
     form = "lokr_" + "".join("f" if len(s) == 1 else "t" for s in sides)
     loads = tuple(t for s in sides for t in s)
@@ -215,7 +234,13 @@ def patterned(config: Mapping[str, Any], field: str, path: str, default: float) 
 def _ia3(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Dense:
     (gain,) = need(path, roles, ("ia3_l",), fault)
     given = config.get("feedforward_modules") or []
-    inner = bool(re.fullmatch(given, path)) if isinstance(given, str) else any(path.endswith(str(g)) for g in given)
+    try:
+        inner = bool(re.fullmatch(given, path)) if isinstance(given, str) else any(path.endswith(g) for g in given)
+    except (TypeError, re.error):
+        raise fault("`feedforward_modules` is no list of names and no pattern", "correct the config of the adapter") from None
+    if len(gain.shape) == 2 and 1 in gain.shape and gain.shape != (1, 1) and inner != (gain.shape[0] == 1):
+        side = "inputs" if gain.shape[0] == 1 else "outputs"
+        raise fault(f"`{path}` has gains of its {side}, and its config says otherwise", "correct `feedforward_modules`")
     size, load = math.prod(gain.shape), gain.load()
     axis = "in" if inner else "out"
     return Dense(path, "stretched", (load,), (), axis, size, None if inner else load)
@@ -231,7 +256,11 @@ def _oft(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, faul
     if alone and blocks != 1:
         raise fault(f"`{turn.key}` has {blocks} blocks, and its config says that all are one (`block_share`)")
     terms = int(number(config, "num_cayley_neumann_terms", 5, fault)) if config.get("use_cayley_neumann", True) else 0
+    if config.get("use_cayley_neumann", True) and terms < 1:
+        raise fault(f"`num_cayley_neumann_terms` is {terms}, and a sum has at least one", "correct the config of the adapter")
     bound = (("most", number(config, "eps", 6e-5, fault) / math.sqrt(blocks)),) if config.get("coft") else ()
+    if bound and bound[0][1] <= 0:
+        raise fault("`eps` leaves no turn at all", "correct the config of the adapter")
     params = (("block", block), ("terms", terms), *bound)
     return Dense(path, "turned", (turn.load(),), params, "in", 0 if alone else blocks * block)
 

@@ -24,7 +24,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.model.adapter_forms import FUNCTIONS, QUIET, TASK, Dense, Fault, Kind, Roles, Thin, matrices, need, number, patterned
+from surgery.model.adapter_forms import (
+    FUNCTIONS,
+    QUIET,
+    TASK,
+    Dense,
+    Fault,
+    Kind,
+    Roles,
+    Thin,
+    matrices,
+    need,
+    number,
+    patterned,
+    whole_number,
+)
 from surgery.model.checkpoint_headers import TensorHeader
 from surgery.model.weights import Apply, Expr, select
 
@@ -306,7 +320,7 @@ def _waveft(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, f
     if said != spectrum.shape[0] and not config.get("proportional_parameters"):
         raise fault(f"`{spectrum.key}` has {spectrum.shape[0]} coefficients, and its config says {said:g}", "correct `n_frequency`")
     family = config.get("wavelet_family", "db1") if config.get("use_idwt", True) else ""
-    if family and family not in FAMILIES:
+    if family not in FAMILIES and (config.get("use_idwt", True) or family):
         why = (
             "peft's filter of that name is no wavelet (it is not orthogonal)"
             if family in ("coif4", "coif5")
@@ -314,7 +328,7 @@ def _waveft(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, f
         )
         raise fault(f"`wavelet_family` is {family!r}: {why}", f"known are {', '.join(FAMILIES)}")
     params = {
-        "family": family, "scale": number(config, "scaling", 25.0, fault), "places": int(number(config, "random_loc_seed", 777, fault)),
+        "family": family, "scale": number(config, "scaling", 25.0, fault), "places": whole_number(config, "random_loc_seed", 777, fault),
         "count": spectrum.shape[0],
     }  # fmt: skip
     return _changed(path, "waves", [spectrum], 0, 0, adds=True, **params)
