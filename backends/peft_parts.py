@@ -36,12 +36,13 @@ class Entry:
 
 @dataclass
 class Said:
-    """``parts`` by the path of their module, ``whole`` modules and ``biases`` (tensors of the base that train), and ``flags`` of the config.
+    """``parts`` by the path of their module, ``experts`` by the name of their tensor, ``whole`` modules and ``biases`` (tensors of the base that train), and ``flags`` of the config.
 
     ``native`` says that every part is stored as its method has it; else all are plain factors of scale 1.
     """
 
     parts: dict[str, list[Entry]] = field(default_factory=dict)
+    experts: dict[str, list[Entry]] = field(default_factory=dict)
     whole: dict[str, list[str]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     flags: dict[str, Any] = field(default_factory=dict)
@@ -58,12 +59,15 @@ def collect(program: Program, rank: int, span: Span | None) -> Said:
     said = Said()
     for a in program.attachments:
         path, entry = _entry(program, a, rank, span)
+        if entry.site.op == "experts":
+            said.experts.setdefault(path, []).append(entry)
+            continue
         said.parts.setdefault(path, []).append(entry)
         if entry.says is None:
             said.truncated.append(entry)
     _flags(said, span)
     trained(program, said, span)
-    if not said.parts and not said.whole and not said.biases:
+    if not said.parts and not said.experts and not said.whole and not said.biases:
         raise fail(
             "S0793", "nothing in the model is an adapter", span, "asked for here",
             help="attach one with `adapt` or `merge` above this line; `emit transformers` writes whole models",
@@ -124,8 +128,10 @@ def _entry(program: Program, a: Attachment, rank: int, span: Span | None) -> tup
     path = a.module.rpartition(".")[0]
     if method is None or a.method.kind != "delta":
         raise _cannot(a, "it is no change of a weight", span)
+    if getattr(site, "op", "") == "experts":
+        return a.site.weight, _of_experts(a, module, method, span)
     names = {f"{path}.weight", program.aliases.get(f"{path}.weight", "")}
-    if not names & set(program.weights) or site.op == "experts":
+    if not names & set(program.weights):
         raise _cannot(a, "it stands on a bare parameter, not on a layer", span)
     if site.op == "conv" and (site.groups > 1 or any(d != 1 for d in site.dilation)):
         raise _cannot(a, "such files have no form for a convolution in groups or with gaps", span)
@@ -153,6 +159,18 @@ def _entry(program: Program, a: Attachment, rank: int, span: Span | None) -> tup
     return path, Entry(a, method, site, says, size, start)
 
 
+def _of_experts(a: Attachment, module: Any, method: Any, span: Span | None) -> Entry:
+    says = getattr(method, "exchange", None)
+    why = (
+        "the weight has a mask, which such a folder does not hold" if getattr(module, "masked", False)
+        else f"the change that {a.method.name} makes of experts is no product of thin factors"
+        if says is None or set(says) - {"use_rslora"} or method.rebase(module.site) is not None else ""
+    )  # fmt: skip
+    if why:
+        raise _cannot(a, why, span)
+    return Entry(a, method, module.site, says, int(method.rank))
+
+
 def _start(program: Program, path: str, method: Any, site: Any, rebase: tuple[str, int]) -> dict[str, Apply] | None:
     """The expressions of the factors that were taken out of the base; None where the base is stored without them."""
     function, output = rebase
@@ -170,10 +188,10 @@ def _start(program: Program, path: str, method: Any, site: Any, rebase: tuple[st
 
 def _flags(said: Said, span: Span | None) -> None:
     """What the config says of all parts at once; a folder has one word for all of them."""
-    entries = [e for group in said.parts.values() for e in group]
+    entries = [e for group in (*said.parts.values(), *said.experts.values()) for e in group]
     words = [dict(e.says or {}) if e.start is None else {} for e in entries]
     special = [i for i, w in enumerate(words) if "use_dora" in w or START in w]
-    alone = all(len(g) == 1 and not g[0].site.rows for g in said.parts.values())
+    alone = all(len(g) == 1 and not g[0].site.rows for g in said.parts.values()) and not said.experts
     alike = len({tuple(sorted(w.items())) for w in words}) <= 1
     if special and not (alone and alike):
         a = entries[special[0]].attachment

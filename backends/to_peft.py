@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.backends import peft_tokens, streaming
+from surgery.backends import peft_experts, peft_tokens, streaming
 from surgery.backends.peft_check import certify
 from surgery.backends.peft_parts import START, Said, collect, factors
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
@@ -48,6 +48,10 @@ class PeftBackend:
         shown = "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         if said.parts:
             yield f"factors of {shown} for {plural(len(said.parts), 'layer')}"
+        if said.experts:
+            yield f"factors of rank {peft_experts.rank_of(said.experts)} for {plural(len(said.experts), 'tensor')} of experts"
+            if any(float(getattr(e.method, "dropout", 0.0)) for g in (*said.experts.values(), *said.parts.values()) for e in g):
+                yield "dropout is 0 in the folder: peft has none where an adapter stands on experts"
         if said.whole or said.biases:
             kinds = [plural(len(said.whole), "module") + " whole"] if said.whole else []
             yield " and ".join([*kinds, *([plural(len(said.biases), "bias").replace("biass", "biases")] if said.biases else [])])
@@ -132,6 +136,10 @@ def _folder(program: Program, said: Said, request: EmitRequest) -> tuple[dict[st
             alpha = scale * a.shape[0]
         tensors[first], tensors[second] = a, b
         ranks[path], alphas[path] = int(a.shape[0]), alpha
+    common = peft_experts.rank_of(said.experts)
+    for name, key in peft_experts.keys_of(program, list(said.experts)).items():
+        a, b = peft_experts.factors_of(program, name, said.experts[name], common, request.tensors)
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
     for names in said.whole.values():
         for name in names:
             tensors[f"{PREFIX}{name}"] = request.tensors.of(program, name)
@@ -143,6 +151,9 @@ def _folder(program: Program, said: Said, request: EmitRequest) -> tuple[dict[st
 
 def _config(program: Program, said: Said, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8.0)
+    if said.experts:
+        rank = peft_experts.rank_of(said.experts)
+        alpha = float(rank)
     entries = [e for group in said.parts.values() for e in group]
     dropouts = [float(getattr(e.method, "dropout", 0.0)) for e in entries]
     architecture = program.info.architecture
@@ -152,8 +163,9 @@ def _config(program: Program, said: Said, ranks: Mapping[str, int], alphas: Mapp
         "r": rank, "lora_alpha": _number(alpha),
         "rank_pattern": {_pattern(p): r for p, r in ranks.items() if r != rank},
         "alpha_pattern": {_pattern(p): _number(a) for p, a in alphas.items() if a != alpha},
-        "target_modules": targets(program, list(said.parts)) if said.parts else NO_MODULE,
-        "lora_dropout": max(dropouts, default=0.0), "fan_in_fan_out": any(e.site.op == "linear" and e.site.transposed for e in entries),
+        "target_modules": targets(program, list(said.parts)) if said.parts else [] if said.experts else NO_MODULE,
+        "target_parameters": list(said.experts) or None,
+        "lora_dropout": 0.0 if said.experts else max(dropouts, default=0.0), "fan_in_fan_out": any(e.site.op == "linear" and e.site.transposed for e in entries),
         "bias": "all" if said.biases else "none", "modules_to_save": sorted(said.whole) or None,
         "use_rslora": bool(said.flags.get("use_rslora")), "use_dora": bool(said.flags.get("use_dora")),
         START: said.flags.get(START, True),

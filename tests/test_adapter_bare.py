@@ -110,3 +110,27 @@ def test_what_cannot_be_said_is_refused(world: Path) -> None:
     config.write_text(json.dumps(said), "utf-8")
     save_file({k: v[:, :16].clone() if "lora_A" in k else v for k, v in tensors.items()}, "one/adapter_model.safetensors")
     assert api.plan(text.format("")).diagnostics[-1].code == "S0785"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "oss"])
+def test_adapters_on_experts_go_to_peft_and_come_back(world: Path, family: str) -> None:
+    """Two on one tensor, of other ranks and scales, one beside them on a layer: peft loads it with equal outputs, and so do we."""
+    body = (
+        "adapt lora(rank = 2, alpha = 6) on layers[*].ffn.experts.down as one\nadapt rslora(rank = 3, dropout = 0.5) on layers[*].ffn.experts.gate as two\n"
+        "adapt lora(rank = 2) on layers[*].ffn.experts.{up, down} as three\nadapt lora(rank = 4, alpha = 2) on layers[*].attn.q as four\n"
+    )
+    if family == "oss":  # its gates and values take turns in one tensor
+        body = "adapt lora(rank = 2, alpha = 6) on layers[*].ffn.experts.* as one\nadapt lora(rank = 4, alpha = 2) on layers[*].attn.q as four\n"
+    made = api.compile(f'surg 1\nmodel "{family}"\n{body}emit torch to "trained"\n', force=True).module
+    with torch.no_grad():
+        for i, p in enumerate(p for p in made.parameters() if p.requires_grad):
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    api.save(made, "trained", force=True)
+    done = api.compile('surg 1\nmodel "trained"\nemit peft to "given"\n', force=True)
+    assert [c["ok"] for c in done.certificates if c["claim"] == "peft = program"] == [True]
+    want = outputs(made)
+    assert apart(want, outputs(BASE[family])) > 1e-2
+    assert apart(theirs(family, "given"), want) <= 2e-6
+    assert apart(outputs(peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "given")), want) <= 2e-6
+    back = api.compile(f'surg 1\nmodel "{family}"\nadapter one = load("given")\nmerge linear of one * 1\n')
+    assert apart(outputs(back.module), want) <= 2e-6
