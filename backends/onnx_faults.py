@@ -100,6 +100,17 @@ def refuse_loss(found: list[dict[str, Any]], precision: str, span: Span | None) 
         )  # fmt: skip
 
 
+def unrunnable(exc: Exception, span: Span | None) -> SurgeryError:
+    """S0842 for a graph at which the runtime stops."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return SurgeryError(
+        error(
+            "S0842", "onnxruntime stops in the ONNX graph", span, "asked for here", notes=lines[:2] or [type(exc).__name__],
+            help="nothing was written; write `optimize = none`, and please report the model's config",
+        )
+    )  # fmt: skip
+
+
 def inexpressible(exc: Exception, span: Span | None, opset: int, live: Live | None = None) -> SurgeryError:
     """S0841 with the operations that have no translation, else with the exporter's own first lines; S0871 when a live adapter is what
     needs such an operation."""

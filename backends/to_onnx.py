@@ -17,6 +17,7 @@ from surgery.backends.fuse.engine import FUSIONS
 from surgery.backends.fuse.ops import translations as fused_translations
 from surgery.backends.onnx_certify import CASES as CASES
 from surgery.backends.onnx_certify import LOSS, TOLERANCE, Case, cases, certify, chained, dtype_of, feeds_of, loss, swaps
+from surgery.backends.onnx_complex import real_numbers
 from surgery.backends.onnx_decoder import cached_pair
 from surgery.backends.onnx_export import STEPS, export
 from surgery.backends.onnx_run import as_numpy as as_numpy
@@ -224,6 +225,7 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         onnx_faults.refuse_lost(root, program, request, span)
     measured = cases(program, root, dtype_of(root))
     try:
+        real_numbers(root)
         fused = (
             fuse(program, root, Target("onnx", options.target, precision, options.opset, frozenset(live)))
             if options.optimize and options.opset >= onnx_opset.EXPORTED
@@ -245,7 +247,10 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
     except Exception as exc:
         raise onnx_faults.inexpressible(exc, span, options.opset, onnx_faults.Live(program, root, modules, live)) from exc
     report("emitting onnx: measuring torch against onnxruntime", 4, STEPS)
-    graph.certificates += certify(program, measured, run, tolerance=TOLERANCE["fp32" if precision == "int8" else precision])
+    try:
+        graph.certificates += certify(program, measured, run, tolerance=TOLERANCE["fp32" if precision == "int8" else precision])
+    except Exception as exc:
+        raise onnx_faults.unrunnable(exc, span) from exc
     if live:
         graph.certificates += swaps(program, root, model, run, live, measured, TOLERANCE["fp32" if precision == "int8" else precision])
     if precision == "fp16":

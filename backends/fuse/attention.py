@@ -127,6 +127,11 @@ def _unfit(view: FuseView, call: Call) -> Miss | None:
     batch = view.shape(call.q)[0]
     if not all(view.same(view.shape(t)[0], batch) for t in (call.k, call.v)):
         return Miss(place, "operands have different batches", ", ".join(str(view.shape(t)[0]) for t in (call.q, call.k, call.v)))
+    widths = [view.shape(t)[3] for t in (call.k, call.v)]
+    if widths[0] != widths[1] and (call.times > 1 or _grown(view, call) or any(merged(view, t) is None for t in (call.k, call.v))):
+        return Miss(
+            place, "keys and values differ in width, which the runtime's operation takes in rows alone", f"{widths[0]} and {widths[1]}"
+        )
     if call.mask is None:
         return None
     shape = (1,) * (4 - view.rank(call.mask)) + view.shape(call.mask)
