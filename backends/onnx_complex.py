@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.backends.onnx_rows import shape_of
 from surgery.model.lazygraph import compile_tree
 
 aten = torch.ops.aten
@@ -97,7 +98,7 @@ def _product(graph: fx.Graph, operands: list[tuple[Any, bool]]) -> fx.Node:
     (x, first), (y, second) = operands
     if not (first and second):
         number, factor = (x, y) if first else (y, x)
-        if isinstance(factor, fx.Node) and getattr(factor.meta.get("spec"), "shape", ()):
+        if isinstance(factor, fx.Node) and shape_of(factor):
             factor = graph.call_function(aten.unsqueeze.default, (factor, -1))
         return _of(graph, "mul", number, factor)
     a, b, c, d = (_part(graph, z, i) for z in (x, y) for i in (0, 1))
