@@ -56,8 +56,13 @@ def _of_expert(t: Tensors, expert: int) -> Tensors:
 
 
 def _fold_matrix(method: DeltaMethod, site: Geometry, t: Tensors, source: Tensor, target: Tensor, wide: torch.dtype) -> None:
-    for start, stop in spans(*source.shape):
+    all_rows = spans(*source.shape)
+    # rows that do not stand side by side are copied as they stand: sums along them are added in an order that depends on it
+    place = torch.empty(max(stop - start for start, stop in all_rows), source.shape[1], dtype=wide) if source.is_contiguous() else None
+    for start, stop in all_rows:
         own = method.rows(site, t, start, stop)
         assert own is not None
         part = replace(site, out=stop - start, full_out=stop - start, rows=())
-        target[start:stop] = method.fold(part, own, source[start:stop].to(wide))
+        rows = source[start:stop]
+        weight = rows.to(wide, copy=True) if place is None else place[: stop - start].copy_(rows)
+        target[start:stop] = method.fold_into(part, own, weight)

@@ -50,6 +50,10 @@ class DeltaMethod(Method):
         """The canonical weight with the change in it."""
         return weight + self.delta(site, t, weight)
 
+    def fold_into(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        """The same bits as :meth:`fold`; ``weight`` may be used up."""
+        return self.fold(site, t, weight)
+
     def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
         """The tensors with which :meth:`fold` changes rows ``[start:stop)`` of the canonical weight alone, given only these rows;
         None where a row depends on others."""

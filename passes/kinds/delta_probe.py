@@ -7,8 +7,10 @@ inputs, once as they stand in the graph, adapters and all, and once with the wei
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,14 @@ from surgery.model import masked
 from surgery.model.live import Tensors
 from surgery.model.program import Attachment, Program
 from surgery.model.room import widened
+from surgery.model.threads import one_thread
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.kinds.delta import DeltaModule
 
 INPUTS = 4
 """Random input vectors of a site."""
+WORKERS = 2
+"""Most sites that are computed at once: each holds its weight a few times over in float32."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,17 @@ def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[
         if isinstance(program.module(a.module), DeltaModule):
             name = weight_names(program, a.site)[0]
             beside.setdefault(program.aliases.get(name, name), []).append(a)
-    with torch.no_grad():
-        return [_output(program, tensors, probe, i, beside.get(probe.name, ())) for i, probe in enumerate(found)]
+
+    def output(i: int) -> Tensor:
+        with torch.no_grad():
+            return _output(program, tensors, found[i], i, beside.get(found[i].name, ()))
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(WORKERS, cores, len(found))
+    if workers < 2:
+        return [output(i) for i in range(len(found))]
+    with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="probes") as pool:
+        return list(pool.map(output, range(len(found))))
 
 
 def _output(program: Program, tensors: Tensors, probe: Probe, seed: int, beside: Sequence[Attachment]) -> Tensor:

@@ -69,6 +69,13 @@ class LowRankMethod(DeltaMethod):
         a, b = self.factors(site, t)
         return self.scale() * product(site, a, b)
 
+    def fold_into(self, site: Geometry, t: Tensors, weight: Tensor) -> Tensor:
+        own = type(self)
+        if own.delta is not LowRankMethod.delta or own.fold is not DeltaMethod.fold:
+            return super().fold_into(site, t, weight)
+        a, b = self.factors(site, t)
+        return weight.add_(product(site, a, b).mul_(self.scale()))
+
     def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
         own = type(self)
         if own.delta is not LowRankMethod.delta or own.factors is not LowRankMethod.factors or own.fold is not DeltaMethod.fold:
