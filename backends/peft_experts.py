@@ -51,9 +51,13 @@ def _alone(part: Tensor, member: int, count: int) -> Tensor:
 
 def keys_of(program: Program, names: Sequence[str]) -> dict[str, str]:
     """The beginning of the keys of each tensor. The wrappers of one module stand in each other, the first parameter's innermost."""
-    order = {n: i for i, n in enumerate(program.weights)}
+    order: dict[str, int] = {n: i for i, n in enumerate(program.weights)}
+
+    def place(name: str) -> int:
+        return order.get(program.aliases.get(name, name), len(order))
+
     found: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda n: order.get(program.aliases.get(n, n), len(order))):
+    for name in sorted(names, key=place):
         found.setdefault(name.rpartition(".")[0], []).append(name)
     return {
         name: f"{PREFIX}{path}{'.base_layer' * (len(mine) - 1 - i)}" for path, mine in found.items() for i, name in enumerate(mine)

@@ -169,7 +169,7 @@ def test_what_cannot_stand_in_front_says_why(world: Path) -> None:
     bad: list[tuple[dict[str, Any], dict[str, Tensor], str, str]] = [
         ({"num_virtual_tokens": 3}, {}, "S0783", "3 virtual tokens"),
         ({"token_dim": "x"}, {}, "S0783", "`token_dim`"),
-        ({"num_transformer_submodules": 2}, {}, "S0782", "an encoder and a decoder"),
+        ({"num_transformer_submodules": 2}, {}, "S0783", "`num_transformer_submodules` is 2"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 3}, {}, "S0782", "3 tasks"),
         ({"peft_type": "PREFIX_TUNING", "prompt_tuning_init": None}, {}, "S0783", "keys and values of 2 layers"),
         ({"sideways": True}, {}, "S0782", "`sideways`"),

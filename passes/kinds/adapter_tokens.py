@@ -19,10 +19,9 @@ from surgery.model.weights import Concat, Expr, Reshape, cast, select
 from surgery.passes.kinds import insert_memory, insert_prompt
 from surgery.passes.kinds.adapter_frames import frames_of
 from surgery.passes.kinds.adapter_join import Loaded, is_sum, listed
-from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_memory import MemoryMethod
 from surgery.passes.kinds.insert_prompt import PromptMethod
-from surgery.passes.kinds.insert_prompt_graph import looked_up
+from surgery.passes.kinds.insert_prompt_graph import looked_up, lookups
 from surgery.passes.kinds.insert_prompt_rows import stands_as_rows
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.operation import Resolved, SiteChange
@@ -55,6 +54,10 @@ def put(program: Program, op: Resolved, loaded: Sequence[Loaded]) -> list[SiteCh
             "S0786", f"merge {op.origin.method} cannot merge {listed([i.adapter.name for i in mine])}: {why}", item.span, "merged here",
             help="`merge linear of NAME * 1` puts one in front, beside low-rank adapters of any factors",
         )  # fmt: skip
+    crossed = any(s.facts.get("cross") for s in program.anatomy.sites if s.is_region)
+    if tokens.pair != crossed:
+        here, there = ("an encoder with a decoder", "one sequence") if tokens.pair else ("one sequence", "an encoder with a decoder")
+        raise _unlike(item, f"its virtual tokens are for {here}, and the model is for {there}")
     if not tokens.layers:
         return [_embeddings(program, op, item, tokens, site)]
     return _rows_behind(program, op, item, tokens) if stands_as_rows(program) else [_tables(program, op, item, tokens, site)]
@@ -70,7 +73,7 @@ def _method(kind: type[Any], **params: Any) -> Any:
 def _embedding(program: Program, item: Loaded) -> Site:
     """The lookup of the model's token ids."""
     for site in program.anatomy.sites:
-        calls = calls_of(program, site) if site.op == "embedding" and site.calls else []
+        calls = lookups(program, site) if site.calls else []
         if calls and not calls[0][0] and (ids := looked_up(calls[0][1])) is not None and str(ids.target) == "input_ids":
             return site
     raise fail(

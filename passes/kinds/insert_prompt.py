@@ -30,7 +30,6 @@ from surgery.model.program import Attachment, ModelInfo, Program, Signature
 from surgery.model.weights import Apply, Expr, Held, Scale, Weights, cast
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.attach import TensorSpec
-from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_memory import replace_module
 from surgery.passes.kinds.insert_prompt_graph import (
     EMBED,
@@ -44,6 +43,7 @@ from surgery.passes.kinds.insert_prompt_graph import (
     ancestors,
     embedded_at,
     ends_of,
+    lookups,
     refused,
     write,
 )
@@ -216,7 +216,7 @@ def _attach(program: Program, op: Resolved, shapes: tuple[tuple[int, int, int], 
     program.graph.add_submodule(path, module)
     params = tuple((k, v) for k, v in method.params().items() if k != "seed")
     table = program.weights[program.aliases.get(site.weight, site.weight)]
-    lookup = calls_of(program, site)[0][1]
+    lookup = lookups(program, site)[0][1]
     factor = embedded_at(program, site, lookup)[1]
     names, added, trainable = attach.add_tensors(
         program, module, path, table_specs(shapes, trainable=True) if shapes else method.tensors(width), op,

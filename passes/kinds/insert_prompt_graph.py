@@ -83,6 +83,15 @@ def looked_up(node: fx.Node) -> fx.Node | None:
     return value if value.op == "placeholder" else None
 
 
+def lookups(program: Program, site: Site) -> list[tuple[str, fx.Node]]:
+    """The calls of an embedding of tokens. An encoder and its decoder read one table: then it is the call on the encoder's tokens alone."""
+    calls = calls_of(program, site) if site.op == "embedding" else []
+    if len(calls) < 2:
+        return calls
+    first = [c for c in calls if not c[0] and (ids := looked_up(c[1])) is not None and str(ids.target) == "input_ids"]
+    return first if len(first) == 1 else calls
+
+
 def embedded_at(program: Program, site: Site, lookup: fx.Node) -> tuple[fx.Node, float | str]:
     """Where the embeddings of tokens stand, and what the rows of the table were multiplied by until there (a number or a buffer's name).
 

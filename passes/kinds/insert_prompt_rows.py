@@ -20,9 +20,8 @@ from surgery.core.site import NodeRef, Site
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Program, ValueSpec
-from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_prompt import PromptMethod, PromptModule
-from surgery.passes.kinds.insert_prompt_graph import embedded_at, inputs_of, looked_up, refused
+from surgery.passes.kinds.insert_prompt_graph import embedded_at, inputs_of, looked_up, lookups, refused
 from surgery.passes.operation import Resolved
 
 MODULE_TAG = "surgery.prompt_rows"
@@ -94,7 +93,7 @@ def stands_as_rows(program: Program) -> bool:
 
 def row_ends(program: Program, op: Resolved, site: Site) -> RowEnds:
     """Raises S0491 where the embedding is not that of the one sequence, or the model takes what virtual tokens have no values for."""
-    calls = calls_of(program, site) if site.op == "embedding" else []
+    calls = lookups(program, site)
     help = "select the embedding of the tokens: `on embed.tokens`"
     if len(calls) > 1:
         raise refused(

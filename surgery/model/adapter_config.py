@@ -57,11 +57,6 @@ def known(config: Mapping[str, Any], name: str, span: Span, task: int | None = N
     own = fields_of(kind)
     if own is not None:
         fields(config, own, name, span)
-        if config.get("num_transformer_submodules") not in (None, 1):
-            raise fail(
-                "S0782", f"{name} has virtual tokens for an encoder and a decoder, and they stand in front of one sequence here", span, "opened here",
-                help="`insert prefix(..)` on the attentions of both makes such keys and values, trained here",
-            )  # fmt: skip
         return kind
     if kind != "LORA":
         raise fail(

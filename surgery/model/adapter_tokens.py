@@ -22,7 +22,7 @@ from typing import Any
 from surgery.core.diagnostics import SurgeryError
 from surgery.model.adapter_forms import TASK
 from surgery.model.checkpoint_headers import TensorHeader
-from surgery.model.weights import Apply, Expr, Load, is_float
+from surgery.model.weights import Apply, Expr, Load, is_float, select
 
 Fault = Callable[..., SurgeryError]
 
@@ -54,6 +54,9 @@ PREFIXES: Mapping[str, frozenset[str]] = {
 }
 """Kinds that hold keys and values."""
 
+PAIRED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""Kinds that peft runs on an encoder with a decoder."""
+
 NAMES = {
     "PROMPT_TUNING": "prompt tuning",
     "MULTITASK_PROMPT_TUNING": "prompt tuning of several tasks",
@@ -67,12 +70,13 @@ NAMES = {
 @dataclass(frozen=True)
 class VirtualTokens:
     """``count`` virtual tokens: ``stored [count, width]`` are their embeddings, or with ``layers`` more than 0 the keys and values
-    ``[count, layers 2 heads head]`` that they have in every layer, keys first."""
+    ``[count, layers 2 heads head]`` that they have in every layer, keys first. ``pair`` says that they are those of an encoder and its decoder."""
 
     stored: Expr
     count: int
     layers: int = 0
     heads: int = 0
+    pair: bool = False
 
     @property
     def head(self) -> int:
@@ -112,21 +116,32 @@ def read_tokens(
     if len(found.shape) != 2 or 0 in found.shape:
         raise fault(f"`{KEY}` has the shape {list(found.shape)}, not [tokens, features]")
     count = _size(config, "num_virtual_tokens", fault)
+    pair = str(config.get("task_type") or "").rpartition(".")[2] == "SEQ_2_SEQ_LM"
+    times = _size(config, "num_transformer_submodules", fault, 2 if pair else 1)
+    if times > 2 or (times == 2 and not pair):
+        raise fault(f"`num_transformer_submodules` is {times} for the task {config.get('task_type')}", "correct the config of the adapter")
+    if pair and kind not in PAIRED or (kind not in PROMPTS and pair and times != 2):
+        raise fault(
+            "such tokens stand in front of a decoder's own, too, or have no cache to stand in",
+            "train a prompt, p-tuning or a prefix on both",
+        )
+    rows = count * times if kind in PROMPTS else count
     width = _size(config, "token_dim", fault, found.shape[1])
-    if count != found.shape[0]:
-        raise fault(f"its config says {count} virtual tokens, and `{KEY}` has {found.shape[0]}", "correct `num_virtual_tokens`")
+    if rows != found.shape[0]:
+        raise fault(f"its config says {rows} virtual tokens, and `{KEY}` has {found.shape[0]}", "correct `num_virtual_tokens`")
     if kind in PROMPTS:
         if width != found.shape[1]:
             raise fault(f"its config says {width} features a token, and `{KEY}` has {found.shape[1]}", "correct `token_dim`")
         stored = found.load() if kind != "MULTITASK_PROMPT_TUNING" else _of_task(found, factors, config, fault)
-        return VirtualTokens(stored, count), whole
+        # of an encoder and a decoder peft trains tokens for both and uses those of the encoder
+        return VirtualTokens(select(stored, 0, ((0, count),)), count, pair=pair), whole
     layers, heads = _size(config, "num_layers", fault), _size(config, "num_attention_heads", fault)
     if found.shape[1] != 2 * layers * width or width % heads:
         raise fault(
             f"its config says keys and values of {layers} layers with {heads} heads of together {width} features, and `{KEY}` has {found.shape[1]} a token",
             "correct `num_layers`, `num_attention_heads` and `token_dim`",
         )
-    return VirtualTokens(found.load(), count, layers, heads), whole
+    return VirtualTokens(found.load(), count, layers, heads, pair), whole
 
 
 def _of_task(found: TensorHeader, factors: Mapping[str, TensorHeader], config: Mapping[str, Any], fault: Fault) -> Expr:

@@ -1,0 +1,129 @@
+"""Virtual tokens that peft trained on an encoder with a decoder, in front of our programs of T5 and BART, against peft itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery as api
+from tests import fixtures
+from tests.caching import capture_cache
+from tests.test_adapter_kinds import apart
+
+peft = pytest.importorskip("peft")
+
+BASE: dict[str, nn.Module] = {}
+N = 3
+PAIR: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": N}
+HEAD = 'surg 1\nmodel "{}"\nadapter one = load("one")\nmerge linear of one * 1\n'
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """BART multiplies its embeddings and adds learned positions; T5 has a bias of distances."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("pairs")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
+    torch.manual_seed(0)
+    bart = transformers.BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        vocab_size=60, max_position_embeddings=32, scale_embedding=True, init_std=0.3, pad_token_id=1, decoder_start_token_id=2, eos_token_id=2, bos_token_id=0,
+        forced_eos_token_id=2,
+    )  # fmt: skip
+    t5 = transformers.T5Config(
+        d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, vocab_size=60, relative_attention_num_buckets=8, relative_attention_max_distance=12,
+        initializer_factor=2.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    for name, model in (("bart", transformers.BartForConditionalGeneration(bart)), ("t5", transformers.T5ForConditionalGeneration(t5))):
+        fixtures.save(model, folder / name)
+        BASE[name] = model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield folder
+    patch.undo()
+
+
+def given() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(4)
+    ids, heard = torch.randint(3, 50, (2, 6), generator=g), torch.randint(3, 50, (2, 7), generator=g)
+    mask, said = torch.ones_like(heard), torch.ones_like(ids)
+    mask[1, 5:] = 0
+    said[1, 4:] = 0
+    return {"input_ids": heard, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": said}
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """Scores of the decoder's real tokens."""
+    with torch.no_grad():
+        found = model.eval()(**given())
+    logits: Tensor = found["logits"] if isinstance(found, dict) else found[0]
+    return logits[given()["decoder_attention_mask"].bool()]
+
+
+def trained(family: str, config: Any) -> Tensor:
+    """A folder that peft wrote, and what peft computes with it."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(copy.deepcopy(BASE[family]), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.8 * torch.randn(p.shape))
+    model.save_pretrained("one")
+    return outputs(peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "one"))
+
+
+KINDS = [
+    lambda: peft.PromptTuningConfig(**PAIR),
+    lambda: peft.PromptEncoderConfig(**PAIR, encoder_hidden_size=8),
+    lambda: peft.PrefixTuningConfig(**PAIR),
+    lambda: peft.PrefixTuningConfig(**PAIR, prefix_projection=True, encoder_hidden_size=8),
+]
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_loads_what_peft_trained(world: Path, family: str) -> None:
+    for config in KINDS[:2]:
+        want = trained(family, config())
+        made = api.compile(HEAD.format(family))
+        assert apart(outputs(made.module), want) <= 2e-6 < 1e-3 < apart(want, outputs(BASE[family]))
+        assert all(".one." in f".{n}" for n, p in made.module.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_prompts_go_back_to_peft(world: Path, family: str) -> None:
+    made = api.compile(f'surg 1\nmodel "{family}"\ninsert prompt(length = {N}, std = 1) on embed.tokens\nemit peft to "one"\n', force=True)
+    assert [c["ok"] for c in made.certificates if c["claim"] == "peft = program"] == [True]
+    want = outputs(made.module)
+    assert (
+        apart(outputs(peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "one")), want)
+        <= 2e-6
+        < 1e-3
+        < apart(want, outputs(BASE[family]))
+    )
+    assert apart(outputs(api.compile(HEAD.format(family)).module), want) <= 2e-6
+
+
+def test_what_is_for_another_sort_of_model_says_so(world: Path) -> None:
+    trained("t5", KINDS[0]())
+    config = Path("one/adapter_config.json")
+    said = json.loads(config.read_text("utf-8"))
+    for change, code, words in (
+        ({"num_transformer_submodules": 1}, "S0783", "3 virtual tokens"),
+        ({"task_type": "CAUSAL_LM"}, "S0783", "num_transformer_submodules"),
+        ({"task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "num_virtual_tokens": 6}, "S0785", "an encoder with a decoder"),
+        ({"peft_type": "CARTRIDGE"}, "S0782", ""),
+    ):
+        config.write_text(json.dumps({**said, **change}), "utf-8")
+        found = api.plan(HEAD.format("t5")).diagnostics[-1]
+        assert found.code == code and words in found.message, (found.code, found.message)
