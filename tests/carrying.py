@@ -9,6 +9,7 @@ import pytest
 
 from surgery.core.site import Anatomy
 from surgery.model.anatomy import find_anatomy
+from surgery.model.dims import Group
 from surgery.model.program import Program
 
 
@@ -29,9 +30,9 @@ def carried_is_found() -> Any:
     patch = pytest.MonkeyPatch()
     touch = Program.touch
 
-    def checked(self: Program, anatomy: Anatomy | None = None) -> None:
-        touch(self, anatomy)
-        if anatomy is not None:
+    def checked(self: Program, group: Group | None = None) -> None:
+        touch(self, group)
+        if self._carry is not None and (anatomy := self._carry()) is not None:
             assert not differences(anatomy, find_anatomy(self)), "a cut carried another anatomy than would be found"
 
     patch.setattr(Program, "touch", checked)

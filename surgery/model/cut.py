@@ -75,7 +75,7 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
         program.journal.record(ref, origin)
     _refit(program, dict(every), group, sizes)
     cut_attached.apply(program, attached)
-    program.touch(program.anatomy_after(group))
+    program.touch(group)
     return CutResult(removed, tuple(members))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -149,6 +151,7 @@ class Program:
     past: Past = field(default_factory=Past)
     _anatomy: Anatomy | None = None
     _dims: Dims | None = None
+    _carry: Callable[[], Anatomy | None] | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -156,7 +159,8 @@ class Program:
         if self._anatomy is None:
             from surgery.model.anatomy import find_anatomy
 
-            self._anatomy = find_anatomy(self)
+            self._anatomy = (self._carry() if self._carry else None) or find_anatomy(self)
+            self._carry = None
         return self._anatomy
 
     @property
@@ -169,17 +173,15 @@ class Program:
             self._dims = analyse(flatten(self.graph, self.aliases, bare=True), aliases=self.aliases)
         return self._dims
 
-    def anatomy_after(self, group: Group) -> Anatomy | None:
-        """The anatomy when a group of units is gone, where it is known now and only sizes change; else None."""
-        if self._anatomy is None or self._dims is None:
-            return None
-        from surgery.model.anatomy.carry import carried
+    def touch(self, group: Group | None = None) -> None:
+        """Forgets what was found out about the structure. After the cut of ``group`` the anatomy follows from the one before, where that was
+        known; this, too, is done when it is asked for."""
+        before, dims = self._anatomy, self._dims
+        self._anatomy = self._dims = self._carry = None
+        if group is not None and before is not None and dims is not None:
+            from surgery.model.anatomy.carry import carried
 
-        return carried(self._anatomy, self._dims, group.keep)
-
-    def touch(self, anatomy: Anatomy | None = None) -> None:
-        """Forgets what was found out about the structure; ``anatomy`` is that of the program as it is now, where it is known."""
-        self._anatomy, self._dims = anatomy, None
+            self._carry = partial(carried, before, dims, group.keep)
 
     def copy(self) -> Program:
         """An independent program: own graph (meta tensors), same immutable expressions."""
