@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import surgery
 
@@ -17,6 +19,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "mamba2": ("Mamba2ForCausalLM", {**LM, **MAMBA2}, {
         "prune heads(ratio = 50%) on layers[*].mixer": 2 * 4 * (13 * 24 + 3 + 6 * (4 + 1) + 6 + 6 * 24),
         "skip bypass on layers[0].mixer": 24 + 24 * (13 * 8 + 24) + 3 * 8 + 5 * 72 + 48 + 48 * 24,
+    }),
+    # stage 0 begins at the stem, stage 1 has two blocks of 1x1, grouped 3x3 and 1x1 convolutions; sums are written in place
+    "regnet": ("RegNetModel", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "groups_width": 4, "layer_type": "x"}, {
+        "skip bypass on stages[1].layers[1]": 2 * 16 * 16 + 16 * 4 * 9 + 3 * 32,
+        "prune channels(keep = 2) on stages[0].layers[0].conv[0]": 4 * 8 + 2 * 4 + 8 * 2 * 9,  # the same two of each group
     }),
 }  # fmt: skip
 
@@ -31,3 +38,49 @@ def test_what_goes_is_counted_and_equal(family: str, here: Path) -> None:
         assert totals is not None and totals.params_before - totals.params_after == removed
         claims = [c for c in result.certificates if c["claim"].startswith("removed = ")]
         assert len(claims) == 1 and claims[0]["ok"] and claims[0]["max_abs_error"] <= 1e-5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Masked(nn.Module):
+    """Padded positions set to zero by a mask over every value, as wav2vec 2.0 does, and noise that is drawn in evaluation, as ViT-MAE does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x[~mask.unsqueeze(-1).repeat(1, 1, x.shape[2])] = 0
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x) + torch.rand_like(mask.to(x.dtype)).unsqueeze(-1)
+
+
+def test_a_mask_over_values_and_noise_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model, x, mask = Masked(), torch.randn(2, 5, 6), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    result = surgery.compile("surg 1\n\nprune width(keep = 6) on layers[*]\n", model, inputs=(x, mask))
+    assert all(c["ok"] for c in result.certificates)
+    after = result.module.eval()
+    kept = [int((model.stem.weight == row).all(1).nonzero()) for row in after.stem.weight]
+    assert len(set(kept)) == 6
+    with torch.no_grad():
+        torch.manual_seed(1)
+        got = after(x, mask)
+        torch.manual_seed(1)
+        want = model.stem(x)[..., kept] * mask.unsqueeze(-1)
+        for block in model.layers:
+            hidden = torch.relu(want @ block.first.weight[:, kept].T + block.first.bias)
+            want = want + hidden @ block.second.weight[kept].T + block.second.bias[kept]
+        want = want @ model.head.weight[:, kept].T + model.head.bias + torch.rand(2, 5).unsqueeze(-1)
+    assert (got - want).abs().max() <= 1e-5

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.site import Site
@@ -207,7 +207,7 @@ def sweep(program: Program, path: str, taken: Taken) -> bool:
     gm = program.module(path) if path else program.graph
     gone = False
     for node in reversed(list(gm.graph.nodes)):
-        if node.op in ("output", "placeholder") or node.users or _writes_for_others(node):
+        if node.op in ("output", "placeholder") or node.users or _writes_for_others(gm, node):
             continue
         if node.op == "call_module":
             taken.called.add(attach.join(path, str(node.target)))
@@ -230,14 +230,19 @@ def _alias(node: fx.Node, way: str) -> fx.Node | None:
     return None
 
 
-def _writes_for_others(node: fx.Node) -> bool:
+_MAKES = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+"""Modules whose result is memory of its own."""
+
+
+def _writes_for_others(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an operation changes memory in place that something else than views of it, or further writing into it, reads."""
     root = _alias(node, "write")
     if root is None:
         return False
     while (before := _alias(root, "read")) is not None:
         root = before
-    if root.op != "call_function":
+    own = root.op == "call_function" or (root.op == "call_module" and isinstance(gm.get_submodule(str(root.target)), _MAKES))
+    if not own:
         return True
     known, stack = {root}, [root]
     while stack:

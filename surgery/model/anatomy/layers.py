@@ -185,10 +185,11 @@ def conv_blocks(view: GraphView, taken: set[Projection], joined: set[fx.Node]) -
         runs = [(_run_back(view, s), s) for s in sides]
         runs.sort(key=lambda r: -len(r[0][0]))
         ((main, start), output), ((other, origin), residual) = runs
-        main = [p for p in main if p not in taken]
+        before = {*main} & {*other}  # a stem that both sides come from is no part of the block
+        main = [p for p in main if p not in taken and p not in before]
         if start is not origin or not any(p.kind == "conv" for p in main):
             continue
-        shortcut = [p for p in other if p not in taken and p not in main]
+        shortcut = [p for p in other if p not in taken and p not in main and p not in before]
         taken |= {*main, *shortcut}
         found.append(ConvBlock(main[::-1], shortcut[::-1], main[-1].x, Exit(output, residual, node, output)))
     return found

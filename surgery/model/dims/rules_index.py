@@ -44,6 +44,10 @@ def _dtype(node: fx.Node) -> str:
 def index_put(cx: Context, node: fx.Node) -> Axes:
     axes, indices = cx.axes(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
     values = cx.axes(node.args[2])
+    mask = indices[0] if len(indices) == 1 and isinstance(indices[0], fx.Node) and _dtype(indices[0]) == "bool" else None
+    if mask is not None and not values:  # one number wherever the mask says so: value by value
+        cx.same(cx.axes(mask), axes[: len(cx.axes(mask))])
+        return axes
     if any(i is not None and (not cx.is_tensor(i) or _dtype(i) == "bool") for i in indices):
         cx.freeze([*axes, *values], "written by a mask")
         return axes
