@@ -31,11 +31,12 @@ def watched(chunk: Tensor) -> Tensor:
 def is_finite(value: Operand) -> bool:
     """Whether no element is NaN or infinite."""
     elements = flat(value)
+    place = np.empty(min(PIECE, value.numel()), np.int16)
     edge = EXPONENT.get(value.dtype)
     for start in range(0, value.numel(), PIECE):
         piece = elements[start : start + PIECE]
         if edge is not None:
-            if int(np.bitwise_and(piece.view(torch.int16).numpy(), 0x7FFF).max()) >= edge:
+            if int(np.bitwise_and(piece.view(torch.int16).numpy(), 0x7FFF, out=place[: piece.numel()]).max()) >= edge:
                 return False
         # a sum is finite only if every element is; one that overflows is looked at again
         elif not bool(torch.isfinite(piece.to(torch.float32).sum())) and not bool(torch.isfinite(piece).all()):
