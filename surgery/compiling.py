@@ -18,6 +18,7 @@ from surgery.core.lock import Lock
 from surgery.core.plan import Expectation
 from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
+from surgery.expecting import failed, judge
 from surgery.folding import fold_all as fold_all
 from surgery.folding import live_modules, live_names, widened
 from surgery.folding import stir as stir
@@ -32,7 +33,7 @@ from surgery.model.threads import one_thread
 from surgery.passes import registry
 from surgery.passes.expect import measure
 from surgery.passes.kinds import delta_probe
-from surgery.session import Emission, Session, failed, judge, placed
+from surgery.session import Emission, Session, placed
 
 SAMPLES = (("random", 2, 16, False), ("padded", 3, 11, True))
 """(name, batch, length, padding) of the inputs on which equal outputs are measured."""

@@ -8,17 +8,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from typing import Any
 
 from surgery.backends import registry as backends
 from surgery.core import ast
-from surgery.core.diagnostics import Label, Severity, Sink, SurgeryError, error
+from surgery.core.diagnostics import Label, Sink, SurgeryError, error
 from surgery.core.method import Method
 from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
 from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
+from surgery.expecting import failed, judge
 from surgery.merging import merge
 from surgery.model import cost, past
 from surgery.model.claims import Claim
@@ -26,7 +26,7 @@ from surgery.model.data_open import Shelf
 from surgery.model.program import Origin, Program
 from surgery.model.study import Study
 from surgery.passes import registry
-from surgery.passes.expect import COMPARE, Quantity, measure, parameter_sizes
+from surgery.passes.expect import measure, parameter_sizes
 from surgery.passes.kinds import tie_config, tie_fold
 from surgery.passes.operation import Resolved, SiteChange
 from surgery.passes.resolve import build, pick, resolve
@@ -285,48 +285,6 @@ def expect_quantity(session: Session, checked: Checked, position: int) -> None:
     session.plan.expectations.append(result)
     if not result.ok:
         session.sink.add(failed(result, node))
-
-
-def judge(session: Session, node: ast.ExpectQuantity, found: Quantity) -> Expectation:
-    """Compares a measured quantity with its limit; a share is taken of the model as it is here, or of the base."""
-    assert isinstance(node.value, ast.Number) and found.value is not None
-    limit = float(node.value.value)
-    detail = found.arithmetic
-    value = float(found.value)
-    if node.value.unit == "%" and node.quantity != "sparsity":
-        whole, name = _whole(session, node)
-        share = value / whole if whole else 0.0
-        # in decimals, so that 110% of 32,032 is 35,235.2 and a count that just reaches its share compares as equal
-        of = float(Decimal(str(node.value.value)) * Decimal(str(whole)))
-        detail += f"; {100 * share:.4g}% of {whole:,.0f} {name}, limit {100 * limit:g}% = {of:,.1f}"
-        limit = of
-    elif node.quantity == "sparsity":
-        detail += f"; {100 * value:.6g}% against {100 * limit:g}%"
-    ok = COMPARE[node.compare](value, limit)
-    return Expectation(to_text(node).removeprefix("expect "), ok, value, limit, detail, node.span)
-
-
-def _whole(session: Session, node: ast.ExpectQuantity) -> tuple[float, str]:
-    """What a percentage is a share of: the same quantity of the whole model, except that trainable and active parameters
-    are shares of all parameters."""
-    quantity = "params" if node.quantity in ("trainable", "active_params") else node.quantity
-    if node.of_base:
-        assert session.base is not None
-        return float(measure(session.base, quantity).value or 0), f"{quantity} of the base"
-    return float(measure(session.program, quantity).value or 0), f"{quantity}"
-
-
-def failed(result: Expectation, node: ast.ExpectQuantity) -> Any:
-    return error(
-        "S0601", f"expected {result.text}", node.span, f"{_figure(result.value)} is not {node.compare} {_figure(result.limit)}",
-        notes=(result.detail,), help="change the operations above, or the limit if it is wrong", severity=Severity.ERROR,
-    )  # fmt: skip
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "?"
-    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def expect_check(session: Session, checked: Checked, position: int) -> None:

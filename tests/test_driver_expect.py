@@ -156,6 +156,12 @@ def test_a_failure_shows_both_sides_and_the_arithmetic(here: Path) -> None:
     assert "  FAILED  expect trainable <= 1%\n" in ran.out
 
 
+def test_a_share_of_the_model_itself_says_what_was_meant(here: Path) -> None:
+    write("a.surg", "surg 1\nprune ffn(ratio = 50%) on layers[*].ffn\nexpect params <= 70%\nexpect params <= 70% of base\n")
+    ran = surgery("plan", "a.surg", model("bert"))
+    assert ran.codes.count("S0601") == 2 and ran.err.count("of itself: write `params <= 70% of base` for one of the model before") == 1
+
+
 def test_all_failures_are_reported_at_once(here: Path) -> None:
     write("a.surg", SPEC + "expect trainable == 0\nexpect layers == 4\nexpect heads == 12\n")
     assert surgery("plan", "a.surg", model("bert")).codes == ["S0601", "S0601"]
