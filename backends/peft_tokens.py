@@ -69,6 +69,9 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
                 still, why, span, "keys and values of a folded `insert prompt` go into such a folder; `emit torch` keeps these as they are"
             )
         return None
+    if not a.tensors:
+        why = "keys and values of a decoder stand in peft's cache twice, for every second layer's of the file"
+        raise _cannot(a, why, span, "the folder that they came from is one; `emit torch` keeps what was trained since")
     own = {a.module, *a.tensors}
     for key, origins in program.journal.entries.items():
         if key in own or key.startswith("::"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery as api
+from surgery.train.switch import disabled
 from tests import fixtures
 from tests.caching import capture_cache
 from tests.test_adapter_kinds import apart
@@ -93,11 +94,22 @@ KINDS = [
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_loads_what_peft_trained(world: Path, family: str) -> None:
-    for config in KINDS[:2]:
+    for config in KINDS[:1] + KINDS[2:3] if family == "bart" else KINDS[1:]:
         want = trained(family, config())
         made = api.compile(HEAD.format(family))
         assert apart(outputs(made.module), want) <= 2e-6 < 1e-3 < apart(want, outputs(BASE[family]))
         assert all(".one." in f".{n}" for n, p in made.module.named_parameters() if p.requires_grad)
+
+
+def test_a_prefix_folds_is_stored_and_can_be_switched_off(world: Path) -> None:
+    want = trained("t5", KINDS[2]())
+    made = api.compile(HEAD.format("t5") + 'fold all\nemit torch to "saved"\n', force=True).module
+    assert apart(outputs(made), want) <= 2e-6 and apart(outputs(api.load("saved")), want) <= 2e-6
+    assert not any(p.requires_grad for n, p in made.named_parameters() if ".one." in f".{n}")
+    with disabled(made):
+        assert apart(outputs(made), outputs(BASE["t5"])) <= 1e-6
+    found = api.plan(HEAD.format("t5") + 'emit peft to "out"\n').diagnostics[-1]
+    assert found.code == "S0793" and "decoder" in found.message
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -122,7 +134,7 @@ def test_what_is_for_another_sort_of_model_says_so(world: Path) -> None:
         ({"num_transformer_submodules": 1}, "S0783", "3 virtual tokens"),
         ({"task_type": "CAUSAL_LM"}, "S0783", "num_transformer_submodules"),
         ({"task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "num_virtual_tokens": 6}, "S0785", "an encoder with a decoder"),
-        ({"peft_type": "CARTRIDGE"}, "S0782", ""),
+        ({"peft_type": "CARTRIDGE"}, "S0782", "prompt_tuning_init"),
     ):
         config.write_text(json.dumps({**said, **change}), "utf-8")
         found = api.plan(HEAD.format("t5")).diagnostics[-1]

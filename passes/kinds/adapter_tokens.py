@@ -16,7 +16,7 @@ from surgery.model.adapter_tokens import VirtualTokens
 from surgery.model.dims.masks import to_ranges
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Concat, Expr, Reshape, cast, select
-from surgery.passes.kinds import insert_memory, insert_prompt
+from surgery.passes.kinds import insert_memory, insert_prefix_rows, insert_prompt
 from surgery.passes.kinds.adapter_frames import frames_of
 from surgery.passes.kinds.adapter_join import Loaded, is_sum, listed
 from surgery.passes.kinds.insert_memory import MemoryMethod
@@ -60,6 +60,8 @@ def put(program: Program, op: Resolved, loaded: Sequence[Loaded]) -> list[SiteCh
         raise _unlike(item, f"its virtual tokens are for {here}, and the model is for {there}")
     if not tokens.layers:
         return [_embeddings(program, op, item, tokens, site)]
+    if tokens.pair:
+        return _decoder_rows(program, op, item, tokens, site)
     return _rows_behind(program, op, item, tokens) if stands_as_rows(program) else [_tables(program, op, item, tokens, site)]
 
 
@@ -188,6 +190,34 @@ def _rows_behind(program: Program, op: Resolved, item: Loaded, tokens: VirtualTo
             )
         (change,) = insert_memory.apply(program, inner)
         _given(program, op, {"keys": _table(tokens, 2 * i), "values": _table(tokens, 2 * i + 1)})
+        changes.append(change)
+    return changes
+
+
+def _decoder_rows(program: Program, op: Resolved, item: Loaded, tokens: VirtualTokens, site: Site) -> list[SiteChange]:
+    """In front of a decoder's own keys. peft gives layer ``i`` the keys and values number ``2 i`` of the file, counted round: it cuts a cache for
+    self and cross attention out of one that it has doubled, and lets the cross attentions go without."""
+    blocks = insert_prefix_rows.decoder_attentions(program)
+    if len(blocks) != tokens.layers:
+        raise _unlike(item, f"it has keys and values of {tokens.layers} layers, and the model's decoder has {len(blocks)}")
+    before = next((a for a in program.attachments if a.method.stands == "tokens"), None)
+    if before is not None:
+        raise fail(
+            "S0492", f"there are virtual tokens in front already: {before.name}", item.span, "again here", help="merge one of the two"
+        )
+    rows = _method(PromptMethod, length=tokens.count)
+    inner = replace(op, verb=rows.verb, methods=(rows,), sites=(site,), place="on")
+    changes = [insert_prefix_rows.apply_rows(program, inner, rows)]
+    method = _method(MemoryMethod, length=tokens.count, reparametrise=False)
+    for i, block in enumerate(blocks):
+        change, core = insert_prefix_rows.apply_memory(program, replace(inner, verb=method.verb, methods=(method,)), block, method)
+        if (core.heads, core.key, core.value) != (tokens.heads, tokens.head, tokens.head):
+            raise _unlike(
+                item,
+                f"{block.role} has {core.heads} key heads of {core.key} features here, and the adapter {tokens.heads} of {tokens.head}",
+            )
+        which = 2 * i % tokens.layers
+        _given(program, op, {"keys": _table(tokens, 2 * which), "values": _table(tokens, 2 * which + 1)})
         changes.append(change)
     return changes
 

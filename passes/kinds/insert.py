@@ -20,7 +20,8 @@ from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, insert_memory, insert_prompt
-from surgery.passes.kinds import insert_prompt_rows as insert_prompt_rows  # stored graphs name its module
+from surgery.passes.kinds import insert_prefix_rows as insert_prefix_rows  # stored graphs name its modules
+from surgery.passes.kinds import insert_prompt_rows as insert_prompt_rows  # and this one's
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.axes import feature_axis
 from surgery.passes.kinds.calls import calls_of, operand

@@ -322,7 +322,7 @@ def fold(program: Program, a: Attachment, op: Resolved) -> str:
         return "its keys and values are constants already, and an attention has no place for them"
     inputs: list[Expr] = [program.weights[program.aliases.get(n, n)] for n in a.tensors]
     params = (*((k, tuple(v) if isinstance(v, list) else v) for k, v in method.params().items() if k != "seed"), ("site", _pairs(core)))
-    stored = MemoryModule.bare(method, core, stored=True)
+    stored = type(module).bare(method, core, stored=True)
     made: dict[str, Expr] = {}
     for i, spec in enumerate(stored.specs()):
         made[spec.name] = Apply(spec.shape, inputs[0].dtype, f"{method.verb}/{method.name}:memory", tuple(inputs), params, i)

@@ -258,7 +258,7 @@ def fold(program: Program, a: Attachment, op: Resolved) -> str:
     module = program.module(a.module)
     assert isinstance(module, PromptModule)
     if module.own_calls:
-        return ROWS
+        return str(getattr(module, "stays", ROWS))
     if module.stored:
         return "its keys and values are stored already"
     graph = program.graph.graph

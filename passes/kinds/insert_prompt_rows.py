@@ -108,7 +108,7 @@ def row_ends(program: Program, op: Resolved, site: Site) -> RowEnds:
         raise refused(op, site, "it does not look up the model's token ids", help)
     length = shape[1]
     holders = [n for n in program.graph.graph.nodes if n.op == "placeholder"]
-    grown: list[tuple[fx.Node, int]] = [(ids, _filler(program))]
+    grown: list[tuple[fx.Node, int]] = [(ids, filler(program))]
     positions = None
     for node, (name, _) in zip(holders, inputs_of(program), strict=True):
         spec = node.meta["spec"].shape
@@ -135,7 +135,7 @@ def _rooms(program: Program, op: Resolved, site: Site) -> None:
         raise refused(op, site, f"the model has {most} positions, and {method.entries()} virtual tokens leave none", "ask for fewer tokens")
 
 
-def _filler(program: Program) -> int:
+def filler(program: Program) -> int:
     """An id that is looked up and not used, and that nothing takes for padding or an end."""
     config = program.info.config
     taken: set[Any] = set()

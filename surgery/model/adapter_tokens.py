@@ -120,7 +120,7 @@ def read_tokens(
     times = _size(config, "num_transformer_submodules", fault, 2 if pair else 1)
     if times > 2 or (times == 2 and not pair):
         raise fault(f"`num_transformer_submodules` is {times} for the task {config.get('task_type')}", "correct the config of the adapter")
-    if pair and kind not in PAIRED or (kind not in PROMPTS and pair and times != 2):
+    if (pair and kind not in PAIRED) or (kind not in PROMPTS and pair and times != 2):
         raise fault(
             "such tokens stand in front of a decoder's own, too, or have no cache to stand in",
             "train a prompt, p-tuning or a prefix on both",
