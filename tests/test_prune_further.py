@@ -14,6 +14,11 @@ import surgery
 
 LM: dict[str, Any] = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MAMBA2 = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 6, "num_heads": 8, "head_dim": 6, "n_groups": 2, "chunk_size": 4}
+DEEPSEEK: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 20, "q_lora_rank": 8,
+    "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 0,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     # a head of Mamba-2: 6 rows of the value, 6 of its gate, 1 of the step, 3 parameters; 6 channels of the convolution, norm and output
     "mamba2": ("Mamba2ForCausalLM", {**LM, **MAMBA2}, {
@@ -24,6 +29,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "regnet": ("RegNetModel", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "groups_width": 4, "layer_type": "x"}, {
         "skip bypass on stages[1].layers[1]": 2 * 16 * 16 + 16 * 4 * 9 + 3 * 32,
         "prune channels(keep = 2) on stages[0].layers[0].conv[0]": 4 * 8 + 2 * 4 + 8 * 2 * 9,  # the same two of each group
+    }),
+    # two groups of four experts, whose router looks at the best two of each group: every group loses as many
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**LM, **DEEPSEEK}, {
+        "prune experts(keep = 6) on layers[*].ffn[0]": 2 * (3 * 24 * 16 + 24 + 0),
     }),
 }  # fmt: skip
 

@@ -191,13 +191,17 @@ def hidden_leaf(program: Program, region: Site) -> Leaf | None:
     return best(leaf for leaf in out_leaves(program, parts["up"]) if leaf in inner)
 
 
-def expert_leaf(program: Program, region: Site) -> Leaf | None:
-    """The experts of a feed-forward block whose experts are one stored tensor each."""
+def expert_leaves(program: Program, region: Site) -> tuple[Leaf | None, Leaf | None]:
+    """Groups and experts in each group of a feed-forward block whose experts are one stored tensor each. There are groups where the router
+    chooses among groups first (DeepSeek-V3, arXiv:2412.19437, section 2.1.2)."""
     down = members(program, region).get("down")
     if down is None or down.op != "experts":
-        return None
+        return None, None
     dims = program.dims
-    return dims.leaf(dims.parameter(program.aliases.get(down.weight, down.weight))[0])
+    axes = [dims.leaf(f) for f in factors(dims.parameter(program.aliases.get(down.weight, down.weight))[0])]
+    if None in axes or not 1 <= len(axes) <= 2:
+        return None, None
+    return (axes[0], axes[1]) if len(axes) == 2 else (None, axes[0])
 
 
 def stream_leaf(program: Program, region: Site) -> Leaf | None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from surgery.core.site import Site
 from surgery.model.program import Program
 from surgery.passes.kinds.slice import SliceMethod
-from surgery.passes.kinds.slice_targets import Units, expert_leaf
+from surgery.passes.kinds.slice_targets import Units, expert_leaves
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Experts(SliceMethod):
     are a softmax over the experts that are left.
 
         prune experts(keep = 6) on layers[*].ffn
+
+    Where the router chooses among groups of experts first, as DeepSeek-V3's does, every group loses the experts at the same places.
 
     Scores and amounts are as for `prune heads`: an expert is worth the sum over its weights and its row of the router.
 
@@ -34,9 +36,13 @@ class Experts(SliceMethod):
         return "experts" in site.facts and not site.role.endswith(".experts")
 
     def units(self, program: Program, site: Site) -> Units | None:
-        leaf = expert_leaf(program, site)
+        groups, leaf = expert_leaves(program, site)
         if leaf is None:
             return None
         picks = program.dims.picks(leaf.axis) or site.facts.get("top_k")
         least = int(picks) if isinstance(picks, int) else 1
-        return Units(leaf, least=least, why=f"its router picks {least} for each token" if least > 1 else "")
+        why = f"its router picks {least} for each token" if least > 1 else ""
+        if groups is None:
+            return Units(leaf, least=least, why=why)
+        why = f"its router looks at {least} of each of {groups.size} groups" if least > 1 else ""
+        return Units(leaf, groups, same=True, least=least * groups.size, why=why)

@@ -198,6 +198,9 @@ def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
         side = int(getattr(config, "crop_size", 0) or getattr(config, "image_size", 224))
         clip = torch.zeros(BATCH, length, int(getattr(config, "in_chans", 3)), side, side, dtype=dtype, device="meta")
         return "pixel_values_videos", clip, {0: "batch"}
+    wide = getattr(config, "feature_projection_input_dim", None) or getattr(config, "input_feat_per_channel", None)
+    if "input_features" in taken and isinstance(wide, int):  # frames of features, one behind the other
+        return "input_features", torch.zeros(BATCH, 2 * LENGTH, wide, dtype=dtype, device="meta"), {0: "batch", 1: "sequence"}
     if "input_features" in taken:
         bins = int(getattr(config, "num_mel_bins", 80))
         frames = 2 * int(getattr(config, "max_source_positions", 1500))
@@ -206,6 +209,9 @@ def _features(model: Any, taken: Any) -> tuple[str, Tensor, Axes] | None:
         if hasattr(config, "max_length") and hasattr(config, "num_mel_bins") and hasattr(config, "frequency_stride"):
             shape = (BATCH, int(config.max_length), int(config.num_mel_bins))
             return "input_values", torch.zeros(*shape, dtype=dtype, device="meta"), {0: "batch"}
+        if not (hasattr(config, "conv_kernel") and hasattr(config, "conv_stride")):
+            second = torch.zeros(BATCH, 16000, dtype=dtype, device="meta")  # how many samples make a frame stands in the model's code
+            return "input_values", second, {0: "batch", 1: "sequence"}
         reach = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             reach = (reach - 1) * stride + kernel
