@@ -72,19 +72,22 @@ def weave(
     return out
 
 
-def products(left: Operand, right: Operand) -> tuple[float, float, float]:
+def products(left: Operand, right: Operand, exact: bool = False) -> tuple[float, float, float]:
     """``<left, left>``, ``<right, right>`` and ``<left, right>`` of two tensors of one shape, chunk by chunk. Products of two half-precision numbers
-    are exact in float32, in which those of a chunk are added; others are multiplied and added in float64."""
+    are exact in float32, in which those of a chunk are added pair by pair; others, and with ``exact`` all, are multiplied and added in float64."""
     a, b = flat(left), flat(right)
     totals = [0.0, 0.0, 0.0]
     size = max((at.stop - at.start for at in chunks(left.shape)), default=0)
-    kind = torch.float32 if max(left.dtype.itemsize, right.dtype.itemsize) < 4 else torch.float64
-    x, y = torch.empty(size, dtype=kind), torch.empty(size, dtype=kind)
+    half = not exact and max(left.dtype.itemsize, right.dtype.itemsize) < 4
+    x, y, z = (torch.empty(size, dtype=torch.float32 if half else torch.float64) for _ in range(3))
     for at in chunks(left.shape):
         n = at.stop - at.start
         u, v = x[:n].copy_(a[at]), y[:n].copy_(b[at])
         for i, (p, q) in enumerate(((u, u), (v, v), (u, v))):
-            totals[i] += float(torch.dot(p, q))
+            # a dot product adds in a few long rows, whose rounding errors grow with their length
+            totals[i] += float(torch.mul(p, q, out=z[:n]).sum() if half else torch.dot(p, q))
+    if half and not math.isfinite(sum(totals)):  # beyond float32, or an element that is not finite
+        return products(left, right, exact=True)
     return totals[0], totals[1], totals[2]
 
 

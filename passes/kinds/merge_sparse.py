@@ -258,7 +258,7 @@ class Restored(Drop, Measured):
     def measure(self, tau: Tensor, at: slice) -> None:
         size = tau.view(-1).abs_()
         self._before += float(size.sum())
-        self._after += float(torch.dot(size, self._mask(at)))
+        self._after += float(size.mul_(self._mask(at)).sum())
 
     def settle(self) -> None:
         self.factor = ratio(self._before, self._after)
