@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.backends import peft_check
+from surgery.backends import peft_check, peft_prefix
 from surgery.backends.peft_parts import CHANGES_BASE, Said, changed, trained
+from surgery.backends.peft_prefix import cannot
 from surgery.backends.protocol import EmitRequest
 from surgery.core.diagnostics import fail
 from surgery.core.plan import plural
@@ -39,20 +40,23 @@ UNTYPED = "peft gives the model no token types beside virtual tokens for this ta
 
 @dataclass(frozen=True)
 class Tokens:
-    """What such a folder holds: the attachment, how many tokens it has, and modules of the base that train whole."""
+    """What such a folder holds: the attachment, how many tokens it has, and modules of the base that train whole. Keys and values that stand at
+    attentions are the ``prefix``, whose keys are turned by ``turn`` positions."""
 
     attachment: Attachment
     module: Any
     count: int
     task: str
     whole: Mapping[str, list[str]] = field(default_factory=dict)
+    prefix: tuple[Attachment, ...] = ()
+    turn: int = 0
 
     @property
     def stored(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(self.module.stored)
+        return () if self.prefix else tuple(self.module.stored)
 
     def text(self) -> str:
-        what = "keys and values" if self.stored else "embeddings"
+        what = "keys and values" if self.stored or self.prefix else "embeddings"
         more = f", and {plural(len(self.whole), 'module')} whole" if self.whole else ""
         return f"{what} of {plural(self.count, 'virtual token')}{more}"
 
@@ -62,16 +66,15 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
     folder does not hold)."""
     a = next((a for a in program.attachments if a.method.stands == "tokens"), None)
     if a is None:
-        still = next((b for b in program.attachments if b.method.stands == "attention"), None)
-        if still is not None:
-            why = "peft's keys and values are a cache, which moves the positions of what follows, and these move none"
-            raise _cannot(
-                still, why, span, "keys and values of a folded `insert prompt` go into such a folder; `emit torch` keeps these as they are"
-            )
-        return None
+        if not any(b.method.stands == "attention" for b in program.attachments):
+            return None
+        found, turn = peft_prefix.prefix_of(program, span)
+        module: Any = program.module(found[0].module)
+        task = next((t for end, t in TASKS.items() if program.info.architecture.endswith(end)), "FEATURE_EXTRACTION")
+        return Tokens(found[0], module, module.method.entries(), task, _heads(program, task, span), found, turn)
     if not a.tensors:
         why = "keys and values of a decoder stand in peft's cache twice, for every second layer's of the file"
-        raise _cannot(a, why, span, "the folder that they came from is one; `emit torch` keeps what was trained since")
+        raise cannot(a, why, span, "the folder that they came from is one; `emit torch` keeps what was trained since")
     own = {a.module, *a.tensors}
     for key, origins in program.journal.entries.items():
         if key in own or key.startswith("::"):
@@ -81,15 +84,18 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
             raise changed(other, span)
     beside = next((b for b in program.attachments if b is not a), None)
     if beside is not None:
-        raise _cannot(
-            a, f"{beside.name} on {beside.site.role} is of another kind, and a folder holds one", span, "emit them from two specs"
-        )
-    module: Any = program.module(a.module)
+        raise cannot(a, f"{beside.name} on {beside.site.role} is of another kind, and a folder holds one", span, "emit them from two specs")
+    module = program.module(a.module)
     if module.stored and len(set(module.stored)) > 1:
-        raise _cannot(a, "its keys and values differ in size between layers, and such a folder has one size", span)
+        raise cannot(a, "its keys and values differ in size between layers, and such a folder has one size", span)
     if not module.stored and not getattr(a.method, "exchange", False):
-        raise _cannot(a, f"{a.method.name} makes its embeddings from other tensors; fold it first where that stores keys and values", span)
+        raise cannot(a, f"{a.method.name} makes its embeddings from other tensors; fold it first where that stores keys and values", span)
     task = next((t for end, t in TASKS.items() if program.info.architecture.endswith(end)), "FEATURE_EXTRACTION")
+    return Tokens(a, module, module.method.entries(), task, _heads(program, task, span))
+
+
+def _heads(program: Program, task: str, span: Span | None) -> dict[str, list[str]]:
+    """The modules that peft keeps whole beside virtual tokens."""
     said = Said()
     trained(program, said, span)
     heads = HEADS.get(task, ())
@@ -103,14 +109,7 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
     for path, child in program.graph.named_children():  # peft looks for its head in the folder, trained or not
         if path in heads and path not in whole:
             whole[path] = [f"{path}.{n}" for n, _ in child.named_parameters()]
-    return Tokens(a, module, module.method.entries(), task, whole)
-
-
-def _cannot(a: Attachment, why: str, span: Span | None, help: str = "`emit torch` keeps it as it is") -> Exception:
-    return fail(
-        "S0793", f"{a.name} on {a.site.role} cannot go into an adapter folder: {why}", span, "asked for here",
-        also=[(a.origin.span, "attached here")] if a.origin.span.end else (), help=help,
-    )  # fmt: skip
+    return whole
 
 
 def folder_of(program: Program, tokens: Tokens, request: EmitRequest, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,7 +120,14 @@ def folder_of(program: Program, tokens: Tokens, request: EmitRequest, base: str)
         "task_type": tokens.task, "base_model_name_or_path": base, "inference_mode": True, "auto_mapping": None, "revision": None,
         "num_virtual_tokens": tokens.count, "num_transformer_submodules": 1, "modules_to_save": sorted({p.rpartition(".")[2] for p in tokens.whole}) or None,
     }  # fmt: skip
-    if tokens.stored:
+    if tokens.prefix:
+        core = tokens.module.site
+        made = peft_prefix.tables_of(program, tokens.prefix, tokens.turn, request.tensors)
+        config |= {
+            "peft_type": "PREFIX_TUNING", "num_layers": len(tokens.prefix), "num_attention_heads": core.heads, "token_dim": core.heads * core.key,
+            "encoder_hidden_size": core.heads * core.key, "prefix_projection": False,
+        }  # fmt: skip
+    elif tokens.stored:
         layers = len(tokens.stored) // 2
         heads, count, width = tokens.stored[0]
         # a past is all keys and then all values, the folder goes layer by layer
