@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import surgery as api
 from surgery.core.diagnostics import SurgeryError
 from surgery.core.source import NOWHERE
 from surgery.model import adapter_more
@@ -23,9 +24,10 @@ from surgery.passes import registry
 from surgery.passes.kinds import adapter_more as forms
 from surgery.passes.kinds import adapter_waves
 from tests.test_adapter_dense import T, Two, held, stirred
-from tests.test_adapter_kinds import apart
+from tests.test_adapter_kinds import BASE, apart, outputs, theirs, trained, world
 
 peft = pytest.importorskip("peft")
+__all__ = ["world"]
 
 KINDS: dict[str, Callable[[], Any]] = {
     "pvera": lambda: peft.PveraConfig(r=4, **T),
@@ -116,6 +118,19 @@ def test_functions_of_a_network_are_those_of_transformers() -> None:
     assert tuple(forms.ACTIVATIONS) == adapter_more.ACTIVATIONS
     for name, function in forms.ACTIVATIONS.items():
         assert torch.allclose(function(X), ACT2FN[name](X), atol=1e-6), name
+
+
+def test_vectors_that_layers_share_follow_the_order_of_the_model(world: Path) -> None:
+    """TinyLoRA numbers them by peft's way through the model, which is not that of the file's keys: alone, and in two groups of three layers."""
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "0.output.dense"]
+    for tying in (0.0, 0.6):
+        trained("one", "bert", peft.TinyLoraConfig(r=2, u=8, weight_tying=tying, target_modules=targets))
+        count = sum("tinylora_v" in k for k in load_file("one/adapter_model.safetensors"))
+        assert count == (6 if tying == 0 else 2)
+        made = api.compile('surg 1\nmodel "bert"\nadapter one = load("one")\nmerge linear of one * 1\n').module
+        assert (
+            apart(outputs(made, "bert"), theirs("one", "bert")) <= 3e-6 < 1e-3 < apart(outputs(BASE["bert"], "bert"), theirs("one", "bert"))
+        )
 
 
 def test_one_task_of_several_is_taken_and_has_to_be_said(tmp_path: Path) -> None:

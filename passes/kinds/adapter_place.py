@@ -29,6 +29,7 @@ from surgery.passes.kinds.adapter_frames import (
     named_otherwise,
     refusal,
 )
+from surgery.passes.kinds.adapter_order import ordered
 from surgery.passes.kinds.adapter_variant import Variant, plain, variant
 from surgery.passes.kinds.adapter_whole import stuck, whole
 from surgery.passes.kinds.delta_method import DeltaMethod
@@ -99,6 +100,7 @@ def place(program: Program, adapter: Adapter, span: Span) -> tuple[Placement, li
 
     Raises S0783 (a layer that the config leaves out), S0784 (modules that the model does not have), S0785 (shapes that do not fit), S0789 (what cannot be carried over a cut).
     """
+    adapter = ordered(program, adapter, span)
     sites = by_path(program)
     frames = frames_of(program, adapter)
     faults = [(faults_of(program, adapter, frame, sites), frame) for frame in frames]

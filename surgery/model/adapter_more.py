@@ -112,6 +112,8 @@ def _tiny(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
     if not vectors:
         raise fault("its trained vectors are not in the folder")
     rank = a.shape[0]
+    if [_number(v.key.removesuffix(".weight")) for v in vectors] != list(range(len(vectors))):
+        raise fault(f"its vectors are not numbered from 0: {', '.join(v.key for v in vectors[:4])}")
     fine = b.shape[1] == rank and len(mixed.shape) == 3 and mixed.shape[1:] == (rank, rank)
     _fits(path, fine and all(v.shape == mixed.shape[:1] for v in vectors), [*found, *vectors], fault)
     args = tuple(h.load() for h in (*found, *vectors))
