@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from surgery.backends.aoti_quick import quick
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
 
@@ -80,7 +81,7 @@ def build(
                 "S0893", "torch.export cannot express this model", exc, span, "write `emit torch` instead, or report the model's config"
             ) from exc
         try:
-            with _settled(place):
+            with _settled(place), quick():
                 made = torch._inductor.aot_compile(
                     exported.module(check_guards=False), (), example, options={**defaults(place), **(options or {})}
                 )
