@@ -267,3 +267,24 @@ def test_noise_stays_where_evaluation_draws_it_too() -> None:
     want = module(x)
     torch.manual_seed(0)
     assert torch.equal(graph(x)[0], want)
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Noisy(False), Noisy(False)])
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.parts[1](self.parts[0](x)))
+
+
+def test_a_part_that_draws_in_training_only_is_captured_as_in_evaluation() -> None:
+    module, x = Parts(), torch.randn(3, 4)
+    captured = capture_module(module, (x,))
+    assert captured.notes == (
+        "aten.rand_like is drawn outside the graph: in training this module runs parts.0 and 1 more of its class as in evaluation",
+    )
+    operations = [str(n.target) for _, g in graphs_of(captured.graph) for n in g.graph.nodes]
+    assert not any("rand" in o for o in operations) and any("dropout" in o for o in operations)
+    assert all(m.training for m in module.modules())

@@ -75,7 +75,7 @@ def capture_module(
 
     ``dynamic``: which axes stay open. ``"batch, sequence"``: axis 0 of every tensor, and axis 1 of integer tensors and of
     floating ones of three axes; ``"batch"``: axis 0 only; a dict gives ``{input: {axis: name}}``, where axes of one name
-    have one size. Raises SurgeryError S0501-S0503, S0506 (inputs do not fit ``forward``).
+    have one size. Raises SurgeryError S0501-S0503, S0506 (inputs do not fit ``forward``), S0510 (noise of the module itself that cannot be switched off).
     """
     kind = build.main_dtype(module)
     clone, _ = build.meta_clone(module, kind)
@@ -176,12 +176,47 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bound = build.stop_clipping(model)
-    captured = _captured(model, call, values, tensors)
+    quiet: dict[str, str] = {}
+    while True:
+        try:
+            captured = _captured(model, call, values, tensors)
+            break
+        except Noise as noise:
+            _calm(model, noise, quiet)
+    captured.notes += tuple(
+        f"{draw} is drawn outside the graph: in training this module runs {where} as in evaluation" for where, draw in quiet.items()
+    )
     if bound is not None:
         captured.notes += (
             f"AltUp coefficients are clipped outside the graph: in training this module does not keep them within {bound:g} of zero",
         )
     return captured
+
+
+class Noise(Exception):
+    """A part of the model draws in training only, in a form that a graph cannot switch off: ``scope`` is its path, ``draw`` the operation."""
+
+    def __init__(self, model: nn.Module, scope: str, draw: str) -> None:
+        self.scope, self.draw = scope, draw
+        self.error = fail(
+            "S0510", f"{type(model).__name__} draws random numbers in training only, in a form that a graph cannot switch off: {draw}"
+            + (f" in {scope}" if scope else ""),
+            help="write the noise as nn.Dropout, as stochastic depth or as `x * torch.empty_like(x).uniform_(a, b)`, or set its rate to zero",
+        )  # fmt: skip
+
+
+def _calm(model: nn.Module, noise: Noise, quiet: dict[str, str]) -> None:
+    """Lets a part that draws run as in evaluation, with all of its class, and notes it in ``quiet``; S0510 for the model itself and for a
+    part that draws all the same."""
+    parts = dict(model.named_modules())
+    part = parts.get(noise.scope)
+    kind = type(part)
+    if not noise.scope or part is None or not part.training or kind.__module__.startswith("torch.nn"):
+        raise noise.error from None
+    same = [path for path, module in parts.items() if type(module) is kind]
+    for path in same:
+        parts[path].eval()
+    quiet[noise.scope if len(same) == 1 else f"{noise.scope} and {len(same) - 1} more of its class"] = noise.draw
 
 
 def _captured(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors) -> Captured:
@@ -279,26 +314,23 @@ def _refuse_lost_values(model: nn.Module, graph: fx.Graph, lifted: dict[str, Ten
 
 
 def _refuse_training_noise(model: nn.Module, call: Call, graph: fx.Graph) -> None:
-    """Random draws that no leaf stands for would go on in evaluation: fine where the model draws there too, else S0510.
+    """Random draws that no leaf stands for would go on in evaluation: fine where the model draws there too, else raises Noise.
 
     Only a graph with such draws costs the second trace, in evaluation mode.
     """
     drawn = draws(graph)
     if not drawn:
         return
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         also = draws(trace(model, call, stubs=True).exported.graph)
     finally:
-        model.train()
+        for module, training in modes.items():
+            module.training = training
     for target, scope in drawn.items():
         if target not in also:
-            name = target.removesuffix(".default")
-            raise fail(
-                "S0510", f"{type(model).__name__} draws random numbers in training only, in a form that a graph cannot switch off: {name}"
-                + (f" in {scope}" if scope else ""),
-                help="write the noise as nn.Dropout, as stochastic depth or as `x * torch.empty_like(x).uniform_(a, b)`, or set its rate to zero",
-            )  # fmt: skip
+            raise Noise(model, scope, target.removesuffix(".default"))
 
 
 def _attribute(index: int) -> str:
