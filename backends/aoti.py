@@ -92,14 +92,13 @@ def build(
             ) from exc  # fmt: skip
     files = [Path(f) for f in made if isinstance(f, str) and f]
     libraries = [f for f in files if f.suffix == ".so"]
-    for library in libraries:
-        strip(library)
     return libraries + [f for f in files if f.suffix not in (".so", ".cpp", ".h")]
 
 
 def defaults(place: Path) -> dict[str, Any]:
     """Inductor's options: weights packed for the processor, constants computed ahead, no trace of this machine in what the compiler writes."""
     headers = Path(torch.__file__).parent
+    # -s: no symbols that only debuggers read; they hold names of temporary files
     return {
         "aot_inductor.package": True,
         "aot_inductor.output_path": str(place),
@@ -107,7 +106,7 @@ def defaults(place: Path) -> dict[str, Any]:
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, which are compiled at -O3: runs as fast, compiles in two thirds
-        "cpp.march": f"native -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
+        "cpp.march": f"native -s -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
         "size_asserts": False,  # their texts hold addresses of this process
         "alignment_asserts": False,
         "cpp.dynamic_threads": True,
@@ -124,13 +123,6 @@ def _settled(place: Path) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def strip(library: Path) -> None:
-    """Drops the symbols that only debuggers read; they hold names of temporary files. Where weights hang behind the library it stays as it is."""
-    if library.stat().st_size >= 2_000_000_000 or (tool := shutil.which("strip")) is None:
-        return
-    subprocess.run([tool, "--strip-all", str(library)], check=True, capture_output=True)
 
 
 def package(files: Sequence[Path], target: Path, extra: dict[str, Any]) -> None:
