@@ -112,6 +112,23 @@ def test_loads_what_peft_trained(world: Path, family: str, config: Any) -> None:
     assert all(".one." in f".{n}" for n, p in made.named_parameters() if p.requires_grad)
 
 
+def test_the_prompt_of_one_task_of_several(world: Path) -> None:
+    config = peft.MultitaskPromptTuningConfig(**LM, num_tasks=3, num_ranks=2, prompt_tuning_init="RANDOM")
+    trained_ = peft.get_peft_model(copy.deepcopy(BASE["gpt2"]), config).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in trained_.parameters():
+            if p.requires_grad:
+                p.add_(0.5 * torch.randn(p.shape))
+    trained_.save_pretrained("one")
+    given_ = given("gpt2")
+    with torch.no_grad():
+        want = trained_(**given_, task_ids=torch.tensor([1, 1]))[0][:, N:][given_["attention_mask"].bool()]
+    made = api.compile('surg 1\nmodel "gpt2"\nadapter one = load("one", task = 1)\nmerge linear of one * 1\n').module
+    assert apart(outputs(made, "gpt2"), want) <= 2e-6 < 1e-3 < apart(want, outputs(BASE["gpt2"], "gpt2"))
+    assert code(spec("gpt2")).code == "S0782" and code(spec("gpt2").replace('load("one")', 'load("one", task = 3)')).code == "S0783"
+
+
 def test_prompts_go_back_to_peft_and_folded_ones_as_a_prefix(world: Path) -> None:
     """What a folded prompt stores is what peft's cache starts with; a folder that comes and goes stays what it is."""
     text = f'surg 1\nmodel "gpt2"\ninsert prompt(length = {N}, std = 1) on embed.tokens as mine\n'
