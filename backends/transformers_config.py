@@ -23,6 +23,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "head_dim": ("head_dim", "d_kv"),
     "ffn": ("{side}_ffn_dim", "intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"),
     "expert_ffn": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim"),
+    "shared_ffn": ("shared_expert_intermediate_size", "shared_intermediate_size"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "top_k": ("num_experts_per_tok", "moe_top_k", "top_k"),
     "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
@@ -102,6 +103,8 @@ def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, lis
     norms = {s.shape[0] for s in anatomy.sites if s.op == "norm" and s.stack == stack and len(s.shape) == 1}
     if len(norms) == 1:
         yield "width", [*norms]
+    # beside experts in one layer a plain block is the shared expert, of which few configs speak apart
+    routed = {s.layer for s in anatomy.sites if s.stack == stack and s.is_region and "experts" in s.facts}
     for site in anatomy.sites:
         match = pattern.fullmatch(site.role)
         if match is None:
@@ -114,7 +117,7 @@ def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, lis
             for what, fact in (("expert_ffn", "width"), ("experts", "experts"), ("top_k", "top_k")):
                 note(site, what, site.facts.get(fact))
         elif "experts" not in site.facts:
-            note(site, "ffn", site.facts.get("width"))
+            note(site, "shared_ffn" if site.layer in routed else "ffn", site.facts.get("width"))
     for what, entries in found.items():
         values = [v for _, v in entries]
         if all(v is not None for v in values):
@@ -151,6 +154,8 @@ def _write(out: Derived, owner: Any, what: str, side: str, values: list[Any], st
     """One quantity of a stack, in the first of the forms that the config has: a list by layer, one number, a number with exceptions."""
     if what == "width":
         return  # one number for the whole model, which `_hidden` writes
+    if what == "head_dim" and _value(owner, "qk_rope_head_dim") is not None:
+        return  # with latent attention this word is the rotated part's width, and the widths have words of their own
     name = _spelling(owner, what, side)
     uniform = len(set(values)) == 1
     if name is None:

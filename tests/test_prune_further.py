@@ -49,6 +49,17 @@ def test_what_goes_is_counted_and_equal(family: str, here: Path) -> None:
         assert len(claims) == 1 and claims[0]["ok"] and claims[0]["max_abs_error"] <= 1e-5
 
 
+def test_a_plain_checkpoint_of_latent_attention_and_shared_experts(here: Path) -> None:
+    """The config says the width of the rotated part of keys, and that of a shared expert only together with the others'."""
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], **LM, **DEEPSEEK}
+    Path("model.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "first_k_dense_replace": 1}), "utf-8")
+    spec = 'prune heads(ratio = 50%) on layers[*].attn\nprune ffn(ratio = 50%) on layers[1].ffn[*]\nemit transformers to "plain"\n'
+    result = surgery.compile(f"surg 1\n\n{spec}", "config:model.json")
+    assert [c["claim"] for c in result.certificates if c["ok"]][-1] == "from_pretrained = program"
+    written = json.loads(Path("plain/config.json").read_text("utf-8"))
+    assert [written[n] for n in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "qk_rope_head_dim")] == [2, 20, 8, 4]
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
