@@ -31,6 +31,7 @@ class Breadcrumbs(TaskMethod):
     Source: Davari and Belilovsky, "Model Breadcrumbs", 2024, arXiv:2312.06795, section 3.
     """
 
+    by_pieces: ClassVar[bool] = False  # ranking goes over every tensor a few times
     version: ClassVar[int] = 2
     """1 kept fewer entries where both shares together are more than all."""
 

@@ -39,6 +39,7 @@ class Ties(Refactored):
     Source: Yadav et al., "TIES-Merging", 2023, arXiv:2306.01708, section 3.
     """
 
+    by_pieces: ClassVar[bool] = False  # ranking goes over every tensor a few times
     version: ClassVar[int] = 2
     """1 kept nothing of a tensor whose share is less than one entry."""
 

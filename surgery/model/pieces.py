@@ -110,8 +110,9 @@ def by_pieces(function: F) -> F:
 
 
 def takes_pieces(function: Callable[..., Any]) -> bool:
-    """Whether a function, or the one that it binds something to, is marked."""
-    return bool(getattr(getattr(function, "func", function), "by_pieces", False))
+    """Whether a function is marked, or the one that it binds a class to; the class may say ``by_pieces = False``."""
+    bound = getattr(function, "args", ())
+    return bool(getattr(getattr(function, "func", function), "by_pieces", False)) and all(getattr(b, "by_pieces", True) for b in bound)
 
 
 def in_pieces(arg: Expr) -> bool:
