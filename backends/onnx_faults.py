@@ -114,15 +114,22 @@ def unrunnable(exc: Exception, span: Span | None) -> SurgeryError:
 def inexpressible(exc: Exception, span: Span | None, opset: int, live: Live | None = None) -> SurgeryError:
     """S0841 with the operations that have no translation, else with the exporter's own first lines; S0871 when a live adapter is what
     needs such an operation."""
-    text, cause = str(exc), exc.__cause__
+    text, cause, innermost = str(exc), exc.__cause__, ""
     while cause is not None:
-        text, cause = f"{text}\n{cause}", cause.__cause__
+        text, innermost, cause = f"{text}\n{cause}", str(cause), cause.__cause__
     missing = sorted(set(re.findall(r"No (?:ONNX function|decomposition|translation) found for.*?([\w]+[.:]+[\w.]+)", text)))
     missing += sorted(set(re.findall(r"OpOverload\(op='([\w.]+)'", text)) - set(missing)) if "No ONNX function" in text else []
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [
-        line.strip() for line in plain.splitlines() if line.strip() and not line.strip().startswith(("#", "- If ", "Failed to convert"))
+        line.strip()
+        for line in plain.splitlines()
+        if line.strip() and not line.strip().startswith(("#", "- If ", "- Create ", "Failed to convert", "Failed to decompose"))
     ]
+    if cause_lines := [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", innermost).splitlines() if line.strip()]:
+        lines = [
+            *cause_lines[:1],
+            *(line for line in lines if line not in cause_lines),
+        ]  # what went wrong, in front of what it went wrong in
     help = "emit torch instead, or try another opset"
     if "bfloat16" in plain and opset < 22:
         help = "write `opset = 22`: older ones have no convolutions and poolings in bf16"
