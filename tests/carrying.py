@@ -33,7 +33,8 @@ def carried_is_found() -> Any:
     def checked(self: Program, group: Group | None = None) -> None:
         touch(self, group)
         if self._carry is not None and (anatomy := self._carry()) is not None:
-            assert not differences(anatomy, find_anatomy(self)), "a cut carried another anatomy than would be found"
+            found = differences(anatomy, find_anatomy(self))
+            assert not found, "a cut carried another anatomy than would be found: " + "; ".join(found[:3])
 
     patch.setattr(Program, "touch", checked)
     yield

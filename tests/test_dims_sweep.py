@@ -19,7 +19,7 @@ FREE = {
     "mpt": 7, "t5": 20, "bart": 12, "marian": 12, "whisper": 14, "vit": 10, "dinov2": 9, "beit": 9, "clip": 19, "swin": 14, "segformer": 10,
     "resnet": 5, "resnet_bottleneck": 7, "regnet": 11, "mobilenet_v2": 25, "convnext": 4, "encoder": 6,
     "conformer": 18, "wav2vec2": 12, "siglip": 13, "mobilebert": 21, "squeezebert": 11, "swinv2": 20, "pvt": 10, "levit": 26,
-    "poolformer": 8, "xlnet": 9, "deepseek_v3": 18, "shuffle": 2, "dense": 5,
+    "poolformer": 8, "xlnet": 9, "deepseek_v3": 18, "shuffle": 2, "dense": 5, "mamba2": 10,
 }  # fmt: skip
 # writes into slices of an empty tensor: masking a value does not reach its views, so only literal zeroing is an oracle there
 IN_PLACE = {"deepseek_v3"}

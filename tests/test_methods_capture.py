@@ -48,7 +48,7 @@ def test_on_every_site_of_a_captured_model(family: str, key: tuple[str, str]) ->
         stands = {  # what these two stand at; every family has a place for the others
             "sppara": any(s.op == "conv" and all(k % 2 for k in s.shape[2:]) for s in sites),
             "splopa": any(s.op == "linear" for s in sites),
-            "prompt": family in (*CAUSAL, "bert", "albert"),
+            "prompt": family in (*CAUSAL, "bert", "albert", "t5"),
         }
         nowhere = (family == "resnet" and cls.kind == "insert") or not stands.get(key[1], True)
         assert bool(done) != nowhere

@@ -75,7 +75,7 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
         program.journal.record(ref, origin)
     _refit(program, dict(every), group, sizes)
     cut_attached.apply(program, attached)
-    program.touch(group)
+    program.touch(None if attached.rewrites or attached.members else group)  # sizes of what is attached follow from no class
     return CutResult(removed, tuple(members))
 
 

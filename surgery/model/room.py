@@ -27,7 +27,7 @@ SHARED = 16 << 20
 """Bytes of a block that several tensors share: it is used again when none of them is left."""
 PAGE = 2 << 20
 """Bytes of a large page, mostly; blocks are a multiple of it."""
-SPARE = 128 << 20
+SPARE = 256 << 20
 """Bytes that are held for the next tensors, at most."""
 
 
