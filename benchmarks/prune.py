@@ -154,6 +154,7 @@ def compare_cuts(rounds: int) -> None:
         times: dict[str, list[float]] = {"cut": [], "tensors": [], "pruner": [], "peer": []}
         for _ in range(rounds):
             mine = program.copy()
+            gc.collect()  # each arm clears up after itself only
             start = time.perf_counter()
             cut(mine, statement)
             times["cut"].append(time.perf_counter() - start)
@@ -161,10 +162,12 @@ def compare_cuts(rounds: int) -> None:
             times["tensors"].append(time.perf_counter() - start)
             if peer:
                 live, units = deepcopy(model), {first: removed(mine, first) for first, *_ in paths}
+                gc.collect()
                 start = time.perf_counter()
                 theirs(live, inputs, units)
                 times["peer"].append(time.perf_counter() - start)
                 other = deepcopy(model)
+                gc.collect()
                 start = time.perf_counter()
                 their_pruner(other, inputs, paths)
                 times["pruner"].append(time.perf_counter() - start)
