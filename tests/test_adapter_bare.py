@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery as api
-from tests import fixtures
-from tests.caching import capture_cache
+from tests.adapter_world import stored_bases
 from tests.test_adapter_kinds import apart
 from tests.zoo import ZOO
 
@@ -25,27 +23,21 @@ peft = pytest.importorskip("peft")
 BASE: dict[str, nn.Module] = {}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bases() -> dict[str, nn.Module]:
     """Mixtral keeps ``[experts, out, in]``; GPT-OSS ``[experts, in, out]``, gates and values in turns."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("bare")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
-    torch.manual_seed(0)
     config = transformers.GptOssConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
         num_experts_per_tok=2, vocab_size=99, sliding_window=16, max_position_embeddings=64, layer_types=["full_attention"],
     )  # fmt: skip
-    for name, model in (("mixtral", ZOO["mixtral"].make_model(num_hidden_layers=1)), ("oss", transformers.GptOssForCausalLM(config))):
-        fixtures.save(model, folder / name)
-        BASE[name] = model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    return dict((("mixtral", ZOO["mixtral"].make_model(num_hidden_layers=1)), ("oss", transformers.GptOssForCausalLM(config))))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with stored_bases(tmp_path_factory, "bare", bases, BASE) as folder:
         yield folder
-    patch.undo()
 
 
 def trained(name: str, family: str, **more: Any) -> None:

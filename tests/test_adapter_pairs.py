@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 import surgery as api
 from surgery.train.switch import disabled
-from tests import fixtures
-from tests.caching import capture_cache
+from tests.adapter_world import stored_bases
 from tests.test_adapter_kinds import apart
 
 peft = pytest.importorskip("peft")
@@ -27,16 +25,10 @@ PAIR: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": N}
 HEAD = 'surg 1\nmodel "{}"\nadapter one = load("one")\nmerge linear of one * 1\n'
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bases() -> dict[str, nn.Module]:
     """BART multiplies its embeddings and adds learned positions; T5 has a bias of distances."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("pairs")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
-    torch.manual_seed(0)
     bart = transformers.BartConfig(
         d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
         vocab_size=60, max_position_embeddings=32, scale_embedding=True, init_std=0.3, pad_token_id=1, decoder_start_token_id=2, eos_token_id=2, bos_token_id=0,
@@ -46,13 +38,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, vocab_size=60, relative_attention_num_buckets=8, relative_attention_max_distance=12,
         initializer_factor=2.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    for name, model in (("bart", transformers.BartForConditionalGeneration(bart)), ("t5", transformers.T5ForConditionalGeneration(t5))):
-        fixtures.save(model, folder / name)
-        BASE[name] = model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    return dict((("bart", transformers.BartForConditionalGeneration(bart)), ("t5", transformers.T5ForConditionalGeneration(t5))))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with stored_bases(tmp_path_factory, "pairs", bases, BASE) as folder:
         yield folder
-    patch.undo()
 
 
 def given() -> dict[str, Tensor]:

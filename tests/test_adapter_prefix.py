@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import surgery as api
-from tests import fixtures
-from tests.caching import capture_cache
+from tests.adapter_world import stored_bases
 from tests.test_adapter_kinds import apart
 from tests.test_adapter_tokens import given
 from tests.zoo import ZOO
@@ -26,25 +23,19 @@ BASE: dict[str, nn.Module] = {}
 N = 5
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bases() -> dict[str, nn.Module]:
     """Grouped key heads, rotations of a part of each head, an encoder with learned positions."""
-    folder = tmp_path_factory.mktemp("prefix")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
-    made: dict[str, Any] = {
+    return {
         "llama": ZOO["llama"].make_model(num_hidden_layers=2),
         "phi3": ZOO["phi3"].make_model(num_hidden_layers=1, partial_rotary_factor=0.5, sliding_window=None),
         "bert": ZOO["bert"].make_model(num_hidden_layers=1),
     }
-    for name, model in made.items():
-        fixtures.save(model, folder / name)
-        BASE[name] = model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with stored_bases(tmp_path_factory, "prefix", bases, BASE) as folder:
         yield folder
-    patch.undo()
 
 
 def outputs(model: nn.Module, family: str) -> Tensor:

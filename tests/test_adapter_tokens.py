@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 import surgery as api
 from surgery.core.diagnostics import SurgeryError
-from tests import adapters, fixtures
-from tests.caching import capture_cache
+from tests import adapters
+from tests.adapter_world import stored_bases
 from tests.test_adapter_kinds import apart
 from tests.zoo import ZOO
 
@@ -27,29 +26,22 @@ BASE: dict[str, nn.Module] = {}
 N = 4
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bases() -> dict[str, nn.Module]:
     import transformers
 
-    folder = tmp_path_factory.mktemp("tokens")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
-    torch.manual_seed(0)
     small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99, "max_position_embeddings": 64}
     config = transformers.Gemma2Config(**small, num_hidden_layers=1, num_key_value_heads=2, head_dim=8, sliding_window=16, pad_token_id=0)
-    models = {
+    return {
         "gpt2": ZOO["gpt2"].make_model(n_layer=2),
         "bert": ZOO["bert"].make_model(num_hidden_layers=1),
         "gemma2": transformers.Gemma2ForCausalLM(config),
     }
-    for name, model in models.items():
-        fixtures.save(model, folder / name)
-        BASE[name] = model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with stored_bases(tmp_path_factory, "tokens", bases, BASE) as folder:
         yield folder
-    patch.undo()
 
 
 def given(family: str) -> dict[str, Tensor]:

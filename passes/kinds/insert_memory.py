@@ -10,7 +10,7 @@ the fold, in which the tables become constants and what made them goes (fold cla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -191,10 +191,25 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
 
 
 def _attach(program: Program, op: Resolved, site: Site, method: MemoryMethod, pool: dict[str, str]) -> SiteChange:
+    def place(graph: str, node: fx.Node, path: str) -> fx.Node:
+        return _place(program, graph, node, path, method.entries())
+
+    change, _ = at_attention(program, op, site, method, MemoryModule, pool, place)
+    own = [n for n in site.parameters if program.aliases.get(n, n) not in program.frozen]
+    trained = sum(torch.Size(program.weights[program.aliases.get(n, n)].shape).numel() for n in dict.fromkeys(own))
+    return replace(change, trainable=change.trainable + trained)
+
+
+def at_attention(
+    program: Program, op: Resolved, site: Site, method: MemoryMethod, kind: Any, pool: dict[str, str],
+    place: Callable[[str, fx.Node, str], fx.Node],
+) -> tuple[SiteChange, Any]:  # fmt: skip
+    """A module of ``kind`` with the method's tensors beside one attention, and what the attention is. ``place`` puts the calls of the module, whose path
+    it is given, at a node of a graph that attends, and gives the first of them. Raises S0490."""
     core, calls = core_of(program, op, site)
     parent = site.path if attach.relative(site.path, calls[0][0]) is not None else calls[0][0]
     path = attach.join(parent, attach.free_name(attach.parent_module(program, parent), op.name))
-    module = MemoryModule.bare(method, core, stored=False)
+    module = kind.bare(method, core, stored=False)
     program.graph.add_submodule(path, module)
     params = tuple((k, v) for k, v in method.params().items() if k != "seed")
     names, added, trainable = attach.add_tensors(
@@ -203,15 +218,14 @@ def _attach(program: Program, op: Resolved, site: Site, method: MemoryMethod, po
     )  # fmt: skip
     first = None
     for graph, node in calls:
-        first = first or attach.node_ref(graph, _place(program, graph, node, path, method.entries()))
+        made = place(graph, node, path)
+        first = first or attach.node_ref(graph, made)
         attach.recompile_later(program.module(graph))
     assert first is not None
     program.journal.record(first, op.origin)
     program.journal.record(path, op.origin)
     program.attachments.append(Attachment(op.name, method, site, path, first, tuple(names), op.origin))
-    own = [n for n in site.parameters if program.aliases.get(n, n) not in program.frozen]
-    trainable += sum(torch.Size(program.weights[program.aliases.get(n, n)].shape).numel() for n in dict.fromkeys(own))
-    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable)
+    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable), core
 
 
 def core_of(program: Program, op: Resolved, site: Site) -> tuple[Core, list[tuple[str, fx.Node]]]:

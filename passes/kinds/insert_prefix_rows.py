@@ -19,7 +19,7 @@ from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
-from surgery.passes.kinds.insert_memory import MemoryMethod, MemoryModule, core_of
+from surgery.passes.kinds.insert_memory import MemoryMethod, MemoryModule, at_attention
 from surgery.passes.kinds.insert_prompt import PromptMethod
 from surgery.passes.kinds.insert_prompt_graph import inputs_of, refused
 from surgery.passes.kinds.insert_prompt_rows import CUT, FILL, PromptRows, filler
@@ -126,32 +126,19 @@ def _write(program: Program, path: str, grown: list[tuple[fx.Node, int]], length
 def apply_memory(program: Program, op: Resolved, site: Site, method: MemoryMethod) -> tuple[SiteChange, Any]:
     """Stored keys and values in the place of those rows at one attention, which train; their values are for the caller to write. Also what the
     attention is. Raises S0490."""
-    core, calls = core_of(program, op, site)
-    parent = site.path if attach.relative(site.path, calls[0][0]) is not None else calls[0][0]
-    path = attach.join(parent, attach.free_name(attach.parent_module(program, parent), op.name))
-    module = MemoryRows.bare(method, core, stored=False)
-    program.graph.add_submodule(path, module)
-    params = tuple((k, v) for k, v in method.params().items() if k != "seed")
-    names, added, trainable = attach.add_tensors(
-        program, module, path, method.tensors(core), replace(op, sites=(site,)),
-        dtype=attach.adapter_dtype(program.info.dtype), source=None, params=params, pool={},
-    )  # fmt: skip
-    first = None
-    for graph, node in calls:
-        gm = program.module(graph)
+
+    def place(graph: str, node: fx.Node, path: str) -> fx.Node:
         target = attach.relative(path, graph)
         assert target is not None
+        calls = []
         for role, slot in enumerate((1, 2)):
             value = node.args[slot]
             assert isinstance(value, fx.Node)
-            with gm.graph.inserting_before(node):
-                made = gm.graph.create_node("call_module", target, (value, role, value), name=target.replace(".", "_"))
+            with node.graph.inserting_before(node):
+                made = node.graph.create_node("call_module", target, (value, role, value), name=target.replace(".", "_"))
             made.meta["spec"] = value.meta["spec"]
             node.args = tuple(made if i == slot else a for i, a in enumerate(node.args))
-            first = first or attach.node_ref(graph, made)
-        attach.recompile_later(gm)
-    assert first is not None
-    program.journal.record(first, op.origin)
-    program.journal.record(path, op.origin)
-    program.attachments.append(Attachment(op.name, method, site, path, first, tuple(names), op.origin))
-    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable), core
+            calls.append(made)
+        return calls[0]
+
+    return at_attention(program, replace(op, sites=(site,)), site, method, MemoryRows, {}, place)

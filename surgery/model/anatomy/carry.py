@@ -24,10 +24,13 @@ def carried(anatomy: Anatomy, dims: Dims, keep: Keep) -> Anatomy | None:
     if any(keep.size(axis) < 2 for axis in roots):
         return None
     work = _Carry(dims, keep, anatomy.measures)
+    known = {s.weight for s in anatomy.sites}
+    if any(len(axes) > 2 and name not in known and work.sizes(name) for name, axes in dims.parameters.items()):
+        return None  # it may be a grouped convolution that has no role
     sites = work.sites(anatomy.sites)
     if sites is None:
         return None
-    modules = Late(lambda: work.sites(anatomy.modules, parts=True) or ())
+    modules = Late(lambda: work.sites(anatomy.modules) or ())
     return replace(anatomy, sites=sites, modules=modules)
 
 
@@ -38,11 +41,15 @@ class _Carry:
         self.measures = measures
         self._stored: dict[str, tuple[int, ...] | None] = {}
 
-    def sites(self, sites: Any, *, parts: bool = False) -> tuple[Site, ...] | None:
-        """The sites with their new sizes; with ``parts`` none of them is a region."""
-        made = {s.role: self._part(s) for s in sites if not s.is_region}
-        if not parts and None in made.values():
-            return None
+    def sites(self, sites: Any) -> tuple[Site, ...] | None:
+        """The sites with their new sizes; None where one of them does not follow."""
+        made: dict[str, Site] = {}
+        for site in sites:
+            if not site.is_region:
+                part = self._part(site)
+                if part is None:
+                    return None
+                made[site.role] = part
         out: list[Site] = []
         around = ""
         counts: dict[str, int] = {}
@@ -56,7 +63,7 @@ class _Carry:
                 if found is None:
                     return None
             else:
-                found = made[site.role] or site
+                found = made[site.role]
                 if counts and (found.heads, found.kv_heads, found.head_dim) != (None, None, None) and site.role.startswith(around):
                     found = _changed(found, {n: counts[n] for n in COUNTS if n in counts})
             out.append(found)
@@ -70,7 +77,7 @@ class _Carry:
             found[name] = prod(self.keep.size(leaves[i].axis) for i in at)
         return found
 
-    def _region(self, site: Site, made: dict[str, Site | None], counts: dict[str, int]) -> Site | None:
+    def _region(self, site: Site, made: dict[str, Site], counts: dict[str, int]) -> Site | None:
         facts: dict[str, object] = {}
         if "value_dim" in counts and (counts["value_dim"] != counts.get("head_dim")) != ("value_dim" in site.facts):
             return None  # the two were equal and are told apart now, or the other way round
@@ -90,7 +97,7 @@ class _Carry:
 
     def _part(self, site: Site) -> Site | None:
         """A site of one stored tensor; None where its new sizes do not follow from the tensor's."""
-        new = self._sizes(site.weight)
+        new = self.sizes(site.weight)
         if new is None:
             return site
         if site.op == "conv" and site.facts.get("groups", 1) != 1:
@@ -117,7 +124,7 @@ class _Carry:
         own = from_ranges(site.rows, len(mask))
         return to_ranges(own[mask])
 
-    def _sizes(self, weight: str) -> tuple[int, ...] | None:
+    def sizes(self, weight: str) -> tuple[int, ...] | None:
         """The new shape of a tensor; None where it stays as it is."""
         if weight not in self._stored:
             axes = self.dims.parameters.get(weight, ())
