@@ -149,15 +149,21 @@ def _adalora(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, 
     return _thin(path, "adalora", (a.load(), e.load(), b.load()), rank, b.shape[0], a.shape[1], scale)
 
 
-def _vera(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
-    b, d = need(path, roles, ("vera_lambda_b", "vera_lambda_d"), fault)
-    if "vera_A" not in shared or "vera_B" not in shared:
+def projections(path: str, shared: Roles, kind: str, fault: Fault) -> tuple[TensorHeader, TensorHeader]:
+    """The two random matrices that all sites of VeRA and its like share."""
+    if f"{kind}_A" not in shared or f"{kind}_B" not in shared:
         raise fault(
             "the random projections of the adapter are not in its folder (`save_projection = false`)",
             "save it with `save_projection = True`",
         )
-    first, second = shared["vera_A"], shared["vera_B"]
+    first, second = shared[f"{kind}_A"], shared[f"{kind}_B"]
     matrices(path, [first, second], fault)
+    return first, second
+
+
+def _vera(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
+    b, d = need(path, roles, ("vera_lambda_b", "vera_lambda_d"), fault)
+    first, second = projections(path, shared, "vera", fault)
     rank = d.shape[0]
     if first.shape[0] != rank or second.shape[1] != rank or len(b.shape) != 1 or b.shape[0] > second.shape[0]:
         raise fault(

@@ -37,6 +37,7 @@ from surgery.model.adapter_forms import (
     need,
     number,
     patterned,
+    projections,
     whole_number,
 )
 from surgery.model.checkpoint_headers import TensorHeader
@@ -75,13 +76,7 @@ def _fits(path: str, fine: bool, headers: list[TensorHeader], fault: Fault) -> N
 
 def _pvera(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fault: Fault) -> Thin:
     b, d = need(path, roles, ("pvera_lambda_b", "pvera_lambda_d"), fault)
-    if "pvera_A" not in shared or "pvera_B" not in shared:
-        raise fault(
-            "the random projections of the adapter are not in its folder (`save_projection = false`)",
-            "save it with `save_projection = True`",
-        )
-    first, second = need(path, shared, ("pvera_A", "pvera_B"), fault)
-    matrices(path, [first, second], fault)
+    first, second = projections(path, shared, "pvera", fault)
     fine = len(b.shape) == len(d.shape) == 1 and d.shape[0] == first.shape[0] == 2 * second.shape[1] and b.shape[0] <= second.shape[0]
     _fits(path, fine, [b, d, first, second], fault)
     rank = second.shape[1]
