@@ -7,7 +7,7 @@
 ``cut`` removes a quarter of the hidden units of every feed-forward block, on three models with random weights. Ours is the analysis of a captured program and the rewriting
 of graph and weights, with and without computing the new tensors. Theirs (``pip install torch-pruning``; left out without it) is measured twice: its pruner as
 it is meant to be used (``MagnitudePruner`` with everything else ignored, which scores as well), and the dependency graph with one group asked for
-by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Garbage is collected as seldom in all arms as the command line does.
+by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Each model is measured in a process of its own. Garbage is collected as seldom in all arms as the command line does.
 
 ``whole`` removes a quarter of everything: hidden units, heads (whole key-value groups) and the residual width, which takes us three statements with an
 analysis each and torch-pruning one ``MagnitudePruner`` over all layers. Both sides choose their own units, so outputs are not compared; the share of the parameters
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import shutil
 import statistics
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -48,20 +50,27 @@ SPEC = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\n"
 # ---------------------------------------------------------------- the cut
 
 
-def models() -> dict[str, tuple[nn.Module, dict[str, Any], list[tuple[str, ...]]]]:
-    """Name -> (module, example inputs, for each block the paths of the projections whose outputs are hidden units)."""
+Case = tuple[nn.Module, dict[str, Any], list[tuple[str, ...]]]
+"""(module, example inputs, for each block the paths of the projections whose outputs are hidden units)."""
+
+
+def models() -> dict[str, Callable[[], Case]]:
+    """Name -> what makes the case, so that a process holds the model that it measures and no other."""
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
     torch.manual_seed(0)
     ids = torch.randint(3, 1000, (2, 16))
-    bert = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).eval()
-    vit = ViTModel(ViTConfig()).eval()
+
+    def case(made: nn.Module, inputs: dict[str, Any]) -> Case:
+        return made.eval(), inputs, blocks(made)
+
+    bert = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, use_cache=False, **shape)).eval()
+    llama = LlamaConfig(vocab_size=32000, use_cache=False, **shape)
     return {
-        "MiniLM (BERT, 6 layers, 384 wide)": (bert, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, blocks(bert)),
-        "ViT-base (12 layers, 768 wide)": (vit, {"pixel_values": torch.randn(2, 3, 224, 224)}, blocks(vit)),
-        "Llama-shaped (32 layers, 512 wide)": (llama, {"input_ids": ids}, blocks(llama)),
+        "MiniLM (BERT, 6 layers, 384 wide)": lambda: case(BertModel(bert), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
+        "ViT-base (12 layers, 768 wide)": lambda: case(ViTModel(ViTConfig()), {"pixel_values": torch.randn(2, 3, 224, 224)}),
+        "Llama-shaped (32 layers, 512 wide)": lambda: case(LlamaForCausalLM(llama), {"input_ids": ids}),
     }
 
 
@@ -137,48 +146,53 @@ def outputs_of(module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return found
 
 
-def compare_cuts(rounds: int) -> None:
+def cut_here(at: int, rounds: int, threads: int) -> dict[str, float]:
+    """In this process, which holds no other model: median seconds of each arm on one model, and by how much the outputs differ."""
     gc.set_threshold(200_000, 20, 100)
-    try:
-        import torch_pruning  # noqa: F401
+    torch.set_num_threads(threads)
+    peer = importlib.util.find_spec("torch_pruning") is not None
+    model, inputs, paths = list(models().values())[at]()
+    program, statement = ours(model, inputs)
+    times: dict[str, list[float]] = {"cut": [], "tensors": [], **({"peer": [], "pruner": []} if peer else {})}
+    for _ in range(rounds):
+        mine = program.copy()
+        gc.collect()  # each arm clears up after itself only
+        start = time.perf_counter()
+        cut(mine, statement)
+        times["cut"].append(time.perf_counter() - start)
+        realised(mine, program)
+        times["tensors"].append(time.perf_counter() - start)
+        if peer:
+            live, units = deepcopy(model), {first: removed(mine, first) for first, *_ in paths}
+            gc.collect()
+            start = time.perf_counter()
+            theirs(live, inputs, units)
+            times["peer"].append(time.perf_counter() - start)
+            other = deepcopy(model)
+            gc.collect()
+            start = time.perf_counter()
+            their_pruner(other, inputs, paths)
+            times["pruner"].append(time.perf_counter() - start)
+    found = {k: statistics.median(v) for k, v in times.items()}
+    if peer:
+        found["gap"] = float((outputs_of(live, inputs) - outputs_of(module_of(mine), inputs)).abs().max())
+    return found
 
-        peer = True
-    except ImportError:
-        peer = False
-        print("torch-pruning is not installed: its column is empty", file=sys.stderr)
+
+def compare_cuts(rounds: int, threads: int) -> None:
     rows: list[tuple[str, ...]] = [
         ("model", "ours: analysis + cut", "with tensors", "torch-pruning: pruner", "ratio", "groups by hand", "ratio", "outputs differ by")
     ]
-    for name, (model, inputs, paths) in models().items():
-        program, statement = ours(model, inputs)
-        times: dict[str, list[float]] = {"cut": [], "tensors": [], "pruner": [], "peer": []}
-        for _ in range(rounds):
-            mine = program.copy()
-            gc.collect()  # each arm clears up after itself only
-            start = time.perf_counter()
-            cut(mine, statement)
-            times["cut"].append(time.perf_counter() - start)
-            realised(mine, program)
-            times["tensors"].append(time.perf_counter() - start)
-            if peer:
-                live, units = deepcopy(model), {first: removed(mine, first) for first, *_ in paths}
-                gc.collect()
-                start = time.perf_counter()
-                theirs(live, inputs, units)
-                times["peer"].append(time.perf_counter() - start)
-                other = deepcopy(model)
-                gc.collect()
-                start = time.perf_counter()
-                their_pruner(other, inputs, paths)
-                times["pruner"].append(time.perf_counter() - start)
-        middle = {k: statistics.median(v) for k, v in times.items() if v}
-        row = [name, f"{middle['cut']:.3f} s", f"{middle['tensors']:.3f} s", "", "", "", "", ""]
-        if peer:
-            gap = (outputs_of(live, inputs) - outputs_of(module_of(mine), inputs)).abs().max()
-            both = [text for k in ("pruner", "peer") for text in (f"{middle[k]:.3f} s", f"{middle[k] / middle['tensors']:.1f}")]
-            row[3:] = [*both, f"{float(gap):.1e}"]
+    for at, name in enumerate(models()):
+        found = child("prune", "cut", str(at), str(rounds), str(threads))
+        row = [name, f"{found['cut']:.3f} s", f"{found['tensors']:.3f} s", "", "", "", "", ""]
+        if "gap" in found:
+            both = [text for k in ("pruner", "peer") for text in (f"{found[k]:.3f} s", f"{found[k] / found['tensors']:.1f}")]
+            row[3:] = [*both, f"{found['gap']:.1e}"]
         rows.append(tuple(row))
         print(row, file=sys.stderr)
+    if not rows[1][3]:
+        print("torch-pruning is not installed: its columns are empty", file=sys.stderr)
     print(table(rows))
 
 
@@ -200,7 +214,7 @@ def whole_by_peer(at: int, rounds: int, threads: int) -> dict[str, float]:
     gc.set_threshold(200_000, 20, 100)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    model, inputs, _ = list(models().values())[at]
+    model, inputs, _ = list(models().values())[at]()
     times = []
     for _ in range(rounds):
         live = deepcopy(model)
@@ -227,7 +241,8 @@ def compare_whole(rounds: int, threads: int, limit: int) -> None:
     rows: list[tuple[str, ...]] = [
         ("model", "ours: analyses + cuts", "with tensors", "left", "torch-pruning", "left", "ratio", "ratio with tensors")
     ]
-    for at, (name, (model, inputs, _)) in enumerate(models().items()):
+    for at, (name, case) in enumerate(models().items()):
+        model, inputs, _ = case()
         program, _ = ours(model, inputs)
         heads = "kv_groups" if "Llama" in name else "heads"
         statements = load_spec(WHOLE.format(heads=heads)).statements
@@ -363,7 +378,10 @@ def compare_shards(rounds: int, layers: int, whole: bool) -> None:
 
 def main() -> None:
     if "--child" in sys.argv:
-        which, source, target = sys.argv[sys.argv.index("--child") + 1 :]
+        which, source, target, *more = sys.argv[sys.argv.index("--child") + 1 :]
+        if which == "cut":
+            print(json.dumps(cut_here(int(source), int(target), int(more[0]))))
+            return
         if which.isdigit():
             print(json.dumps(whole_by_peer(int(which), int(source), int(target))))
             return
@@ -379,7 +397,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "cut":
-        compare_cuts(args.rounds)
+        compare_cuts(args.rounds, args.threads)
     elif args.what == "whole":
         compare_whole(args.rounds, args.threads, args.limit)
     else:
