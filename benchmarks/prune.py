@@ -7,7 +7,8 @@
 ``cut`` removes a quarter of the hidden units of every feed-forward block, on three models with random weights. Ours is the analysis of a captured program and the rewriting
 of graph and weights, with and without computing the new tensors. Theirs (``pip install torch-pruning``; left out without it) is measured twice: its pruner as
 it is meant to be used (``MagnitudePruner`` with everything else ignored, which scores as well), and the dependency graph with one group asked for
-by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Each model is measured in a process of its own. Garbage is collected as seldom in all arms as the command line does.
+by hand for each block, of the very units that ours took; that result is run on the same inputs and compared. Each model is measured in a
+process of its own, after two rounds that do not count. Garbage is collected as seldom in all arms as the command line does.
 
 ``whole`` removes a quarter of everything: hidden units, heads (whole key-value groups) and the residual width, which takes us three statements with an
 analysis each and torch-pruning one ``MagnitudePruner`` over all layers. Both sides choose their own units, so outputs are not compared; the share of the parameters
@@ -45,6 +46,10 @@ from surgery.model.weights import Select
 
 WHOLE = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\nprune {heads}(ratio = 25%) on layers[*].attn\nprune width(ratio = 25%)\n"
 SPEC = "surg 1\n\nprune ffn(ratio = 25%) on layers[*].ffn\n"
+
+
+WARM_UP = 2
+"""Rounds of the cut that are not counted, of every arm: what is done once in a process is not what is compared."""
 
 
 # ---------------------------------------------------------------- the cut
@@ -154,7 +159,9 @@ def cut_here(at: int, rounds: int, threads: int) -> dict[str, float]:
     model, inputs, paths = list(models().values())[at]()
     program, statement = ours(model, inputs)
     times: dict[str, list[float]] = {"cut": [], "tensors": [], **({"peer": [], "pruner": []} if peer else {})}
-    for _ in range(rounds):
+    for done in range(WARM_UP + rounds):
+        if done == WARM_UP:
+            times = {arm: [] for arm in times}
         mine = program.copy()
         gc.collect()  # each arm clears up after itself only
         start = time.perf_counter()

@@ -13,7 +13,6 @@ from surgery.model import cost
 from surgery.model.cut import CutResult
 from surgery.model.cut_sizes import NewSizes
 from surgery.model.program import Program
-from surgery.model.walk import edited
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts
 from surgery.passes.kinds.slice_scores import positions
@@ -42,7 +41,7 @@ class Costs:
 
     def foreseen(self, program: Program, sizes: NewSizes) -> int | None:
         """Operations as a cut will leave them, from the analysis that there is; None where something stands on top of the model."""
-        if program.attachments or edited(program.graph):
+        if program.attachments or not self.counted.plain(program):
             return None
         return cost.foreseen(program, self.counted, sizes)
 

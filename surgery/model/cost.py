@@ -17,7 +17,7 @@ from torch import fx
 from surgery.core.site import NodeRef, Site
 from surgery.model.anatomy import ops
 from surgery.model.cost_ops import Sizes, flops_of, weight_of
-from surgery.model.cut_sizes import NewSizes, touched
+from surgery.model.cut_sizes import NewSizes
 from surgery.model.flat import flatten
 from surgery.model.program import Program
 from surgery.model.walk import edited, tensors
@@ -100,6 +100,10 @@ class Cost:
         """``" at length 128"`` where the length matters, else nothing."""
         return f" at length {self.length}" if self.tokens > 1 else ""
 
+    def plain(self, program: Program) -> bool:
+        """Whether it was counted on the graph of the program's dimension classes: nothing stood on top of the model then."""
+        return self._graph is program.dims.graph
+
     @property
     def per_token(self) -> int:
         return round(self.total / self.tokens)
@@ -132,7 +136,7 @@ def foreseen(program: Program, counted: Cost, cut: NewSizes) -> int:
     sizes = Sizes(program, counted._graph, counted.length, cut)
     total = counted.total
     for node, entry in zip(counted._flat, counted.nodes, strict=True):
-        if any([touched(cut.factors(n)) for n in (node, *node.all_input_nodes)]):
+        if cut.moved(node) or any([cut.moved(n) for n in node.all_input_nodes]):
             total += flops_of(node, sizes) - entry.flops
     return round(total / counted.tokens)
 

@@ -37,7 +37,7 @@ class Sizes:
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, int) or not getattr(size, "is_Symbol", False) or size in self.values:
                     continue
-                name = str(size)
+                name = size.name  # printing takes long
                 source = traced[name][0] if name in traced else node.name
                 self.values[size] = self._value(axis, spec, source, traced.get(name), length)
 
@@ -74,6 +74,9 @@ class Sizes:
 # ---------------------------------------------------------------- operations of one node
 
 
+COUNTED = frozenset(("linear", "addmm", "einsum", "scaled_dot_product_attention")) | ops.MATMUL | ops.CONV
+
+
 def flops_of(node: fx.Node, sizes: Sizes) -> int:
     """Operations of one node for batch 1; 0 for what is not counted."""
     if node.op == "call_module":
@@ -81,6 +84,8 @@ def flops_of(node: fx.Node, sizes: Sizes) -> int:
     if node.op != "call_function":
         return 0
     name = ops.name_of(node)
+    if name not in COUNTED:
+        return 0
     if name == "linear":
         return _product(sizes.shape(node.args[0]), sizes.shape(node.args[1]), transposed=True)
     if name == "addmm":
@@ -96,9 +101,7 @@ def flops_of(node: fx.Node, sizes: Sizes) -> int:
         if q is None or k is None or v is None:
             return 0
         return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-    if name in ops.CONV:
-        return _convolution(node, name, sizes)
-    return 0
+    return _convolution(node, name, sizes)
 
 
 def _product(x: tuple[int, ...] | None, weight: tuple[int, ...] | None, *, transposed: bool = False, grouped: bool = False) -> int:

@@ -25,7 +25,7 @@ from surgery.model.cut_sizes import NewSizes
 from surgery.model.dims import Group, Member
 from surgery.model.dims.masks import from_ranges
 from surgery.model.program import Origin, Program
-from surgery.model.walk import tree
+from surgery.model.walk import edits, tree
 from surgery.model.weights import select
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -65,13 +65,14 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
     for path, changes in graphs.leaves.items():
         _check_leaf(program, path, changes, origin.span)
     every = tree(program.graph, every=True)
-    attached = cut_attached.plan(program, group, _groups(every, graphs), origin.span)
+    anything = any([edits(module) is not None for _, module in every])
+    attached = cut_attached.plan(program, group, _groups(every, graphs), origin.span) if anything else cut_attached.AttachedCut()
     members = [*group.members, *attached.members]
     program.weights.update(attached.rewrites)
     removed = _tensors(program, every, members, origin)
     for path, changes in graphs.leaves.items():
         apply_changes(program.module(path), changes)
-    for ref in graphs.write():
+    for ref in graphs.write(anything):
         program.journal.record(ref, origin)
     _refit(program, dict(every), group, sizes)
     cut_attached.apply(program, attached)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
@@ -16,15 +16,16 @@ from torch import fx
 from surgery.core.diagnostics import fail
 from surgery.core.site import NodeRef
 from surgery.core.source import Span
-from surgery.model.cut_sizes import NewSizes, resized, scaled, touched
+from surgery.model.cut_sizes import NewSizes, resized, scaled
 from surgery.model.dims import Change
-from surgery.model.dims.context import name_of
 from surgery.model.lazygraph import LazyGraphModule
 from surgery.model.program import Program, ValueSpec
 from surgery.model.walk import edits, graphs, inside
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default, aten.view_copy.default: aten.reshape.default}  # fmt: skip
+_VIEWS = {id(op): aten.reshape.default for op in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default)}
+_SQUEEZES = {id(getattr(aten.squeeze, overload)) for overload in aten.squeeze.overloads()}
+"""By identity: torch's operations are hashed in Python. They live as long as torch does."""
 
 
 def recompile_later(gm: fx.GraphModule) -> None:
@@ -70,11 +71,13 @@ class GraphCut:
             meta = change.node.meta
             key = ("leaf", meta["path"]) if "path" in meta else ("node", meta["origin"])
             found.setdefault((*key, change.path), []).append(change)
+        wanted = {(what, where) for what, where, _ in found}
         copies: dict[tuple[Any, ...], int] = {}
         for node in self.sizes.dims.graph.nodes:
             if node.op == "call_function":
                 key = ("leaf", node.meta["path"]) if "path" in node.meta else ("node", node.meta["origin"])
-                copies[*key, node.target] = copies.get((*key, node.target), 0) + 1
+                if key in wanted:
+                    copies[*key, node.target] = copies.get((*key, node.target), 0) + 1
         for (what, where, _), same in found.items():
             first = same[0]
             everywhere = len(same) == copies[what, where, first.node.target]
@@ -97,16 +100,23 @@ class GraphCut:
         )  # fmt: skip
 
     def _collect_specs(self) -> None:
+        values, same = self.sizes.dims.values, []
         for node in self.sizes.dims.graph.nodes:
-            if node.op == "output" or node not in self.sizes.dims.values:
+            if node.op == "output" or node not in values:
+                continue
+            if id(node.target) in _SQUEEZES:
+                self._still_squeezes(node)
+            if not self.sizes.moved(node):
+                same.append(node)
                 continue
             factors = self.sizes.factors(node)
-            if node.op == "call_function" and name_of(node.target)[1] == "aten.squeeze":
-                self._still_squeezes(node)
             for ref in node.meta["refs"]:
                 if self.specs.setdefault(ref, factors) != factors:
                     raise self._shared(ref.graph)
-        self.specs = {ref: f for ref, f in self.specs.items() if touched(f)}
+        for node in same:
+            for ref in node.meta["refs"]:
+                if ref in self.specs:
+                    raise self._shared(ref.graph)
 
     def _still_squeezes(self, node: fx.Node) -> None:
         """An axis of which one unit is left would be taken for one that has always been single."""
@@ -118,8 +128,8 @@ class GraphCut:
 
     # ---------------------------------------------------------------- writing
 
-    def write(self) -> list[NodeRef]:
-        """Rewrite the nodes; returns those whose arguments changed."""
+    def write(self, attached: bool) -> list[NodeRef]:
+        """Rewrite the nodes; returns those whose arguments changed. ``attached``: modules that methods added stand in the graphs."""
         changed = set()
         for ref, changes in self.constants.items():
             node = self.node(ref)
@@ -136,22 +146,23 @@ class GraphCut:
         for path in changed:
             gm = self.program.module(path)
             for node in gm.graph.nodes:
-                if node.op == "call_function" and node.target in _VIEWS:
-                    node.target = _VIEWS[node.target]  # the cut may change strides
+                if (reshape := _VIEWS.get(id(node.target))) is not None:
+                    node.target = reshape  # the cut may change strides
             recompile_later(gm)
-        for _, gm in graphs(self.program.graph):
-            self._respec_attached(gm)
-        respec_calls(self.program.graph)
+        every = [gm for _, gm in graphs(self.program.graph)]
+        for gm in every:
+            self._respec_attached(gm, attached)
+        respec_calls(every)
         return list(self.constants)
 
     @staticmethod
-    def _respec_attached(gm: fx.GraphModule) -> None:
+    def _respec_attached(gm: fx.GraphModule, attached: bool) -> None:
         """Nodes that surgery added after the analysis was made: attached modules pass on what they edit, tensors are read as they are."""
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 tensor = reduce(getattr, str(node.target).split("."), gm)
                 node.meta["spec"] = replace(node.meta["spec"], shape=tuple(tensor.shape))  # type: ignore[arg-type]
-            elif node.op == "call_module":
+            elif attached and node.op == "call_module":
                 at = edits(inside(gm, str(node.target)))
                 if at is not None:
                     node.meta["spec"] = _passed(node.meta.get("spec"), node.args[at].meta["spec"])
@@ -167,10 +178,9 @@ def _passed(old: Any, given: Any) -> Any:
     return replace(given, shape=shape)
 
 
-def respec_calls(root: fx.GraphModule) -> None:
-    """Specs of outputs and of calls of GraphModules follow from what the inner graphs return."""
-    modules = [gm for _, gm in graphs(root)]
-    for gm in reversed(modules):  # inner ones first
+def respec_calls(every: Sequence[fx.GraphModule]) -> None:
+    """Specs of outputs and of calls of GraphModules follow from what the inner graphs return; ``every`` GraphModule, outer ones first."""
+    for gm in reversed(every):
         for node in gm.graph.nodes:
             if node.op == "call_module":
                 inner = inside(gm, str(node.target))

@@ -34,7 +34,8 @@ class NewSizes:
         self.dims = dims
         self.keep = keep
         self.lost: set[fx.Node] = set()
-        self._factors: dict[fx.Node, Any] = {}
+        self._factors: dict[int, Any] = {}
+        self._moved: dict[int, bool] = {}
         self._factor: dict[Any, Fraction] = {}
         self._integers: dict[fx.Node, Any] = {}
         for node in dims.graph.nodes:
@@ -44,20 +45,30 @@ class NewSizes:
 
     def factors(self, node: fx.Node) -> Any:
         """New over old size for each axis of a value; a list of such tuples for several values, None for no tensor."""
-        if node not in self._factors:
-            axes = self.dims.axes(node) if node.op != "output" else None
-            if isinstance(axes, list):
-                self._factors[node] = [tuple(self.factor(a) for a in one) for one in axes]
-            else:
-                self._factors[node] = None if axes is None else tuple(self.factor(a) for a in axes)
-        return self._factors[node]
+        axes = self.dims.axes(node) if node.op != "output" else None
+        if axes is None:
+            return None
+        known = self._factors.get(id(axes))  # values of one shape have one tuple of axes, which the analysis holds
+        if known is None:
+            factor = self.factor
+            known = [tuple([factor(a) for a in one]) for one in axes] if isinstance(axes, list) else tuple([factor(a) for a in axes])
+            self._factors[id(axes)] = known
+        return known
+
+    def moved(self, node: fx.Node) -> bool:
+        """Whether any size of a value changes."""
+        axes = self.dims.axes(node) if node.op != "output" else None
+        known = self._moved.get(id(axes))
+        if known is None:
+            known = self._moved[id(axes)] = touched(self.factors(node))
+        return known
 
     def factor(self, axis: Any) -> Fraction:
-        root = self.dims.root(axis)
-        known = self._factor.get(root)
+        known = self._factor.get(axis)
         if known is None:
+            root = self.dims.root(axis)
             left = self.keep.size(root)
-            known = self._factor[root] = SAME if left == root.size else Fraction(left, root.size)
+            known = self._factor[axis] = SAME if left == root.size else Fraction(left, root.size)
         return known
 
     def integer(self, node: fx.Node) -> Any:

@@ -29,10 +29,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.lru_cache(1 << 10)
+_WORDS: dict[int, tuple[str, Any]] = {}
+"""By the identity of the target, which stays because it is kept here: torch's operations are hashed in Python."""
+
+
 def _word(target: Any) -> str:
     """What ``create_node`` calls a node of this target before it makes the name unique."""
-    return fx.Graph()._target_to_str(target)
+    known = _WORDS.get(id(target))
+    if known is None:
+        known = _WORDS[id(target)] = fx.Graph()._target_to_str(target), target
+    return known[0]
 
 
 @functools.lru_cache(1 << 12)

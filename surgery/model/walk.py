@@ -7,20 +7,23 @@ from torch import Tensor, fx, nn
 
 def tree(root: nn.Module, *, every: bool = False) -> list[tuple[str, nn.Module]]:
     """Path and module, parents before children; a module that stands in several places once, or ``every`` time."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    waiting = [("", root)]
-    while waiting:
-        path, module = waiting.pop()
-        if not every:
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-        found.append((path, module))
-        if children := module._modules:
-            lead = path + "." if path else ""
-            waiting.extend([(lead + name, child) for name, child in reversed(children.items()) if child is not None])
+    found: list[tuple[str, nn.Module]] = [("", root)]
+    _below(root, "", found, None if every else {id(root)})
     return found
+
+
+def _below(module: nn.Module, lead: str, found: list[tuple[str, nn.Module]], seen: set[int] | None) -> None:
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if seen is not None:
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+        path = lead + name
+        found.append((path, child))
+        if child._modules:
+            _below(child, path + ".", found, seen)
 
 
 def edits(module: nn.Module) -> int | None:

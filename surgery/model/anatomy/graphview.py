@@ -75,10 +75,11 @@ class GraphView:
         self.norm_inner: dict[fx.Node, Norm] = {}
         self._biases: set[fx.Node] = set()
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
+        self._users: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             self._index(node)
         for node in self.nodes:
-            if ops.name_of(node) == "rsqrt" or (ops.name_of(node) == "pow" and node.args[1:] == (-0.5,)):
+            if ops.name_of(node) in ("rsqrt", "sqrt") or (ops.name_of(node) == "pow" and node.args[1:] == (-0.5,)):
                 self._decomposed_norm(node)
 
     # ---------------------------------------------------------------- construction
@@ -250,12 +251,13 @@ class GraphView:
 
     def _decomposed_norm(self, rsqrt: fx.Node) -> None:
         """``x * rsqrt(mean(x * x) + eps)`` and its centred form, up to the scale (``w``, ``1 + w``) and shift behind it. The root may be
-        written as a power of -1/2."""
+        written as a power of -1/2, or divided by."""
         mean = self._statistic(rsqrt)
         if mean is None:
             return
-        product = next((u for u in rsqrt.users if ops.name_of(u) == "mul" and len(self.inputs(u)) == 2), None)
-        if product is None:
+        how = "div" if ops.name_of(rsqrt) == "sqrt" else "mul"
+        product = next((u for u in rsqrt.users if ops.name_of(u) == how and len(self.inputs(u)) == 2), None)
+        if product is None or (how == "div" and self.inputs(product)[0] is rsqrt):
             return
         x = next(n for n in self.inputs(product) if n is not rsqrt)
         kind = "rms"
@@ -318,8 +320,14 @@ class GraphView:
         return "" if found is None else str(found.target)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """Users that take the value itself, in graph order (sizes left out)."""
-        return sorted((u for u in node.users if ops.name_of(u) not in ops.SIZES), key=self.position.__getitem__)
+        """Users that take the value itself, in graph order (sizes left out), asked for once a node. The list is not to be changed."""
+        found = self._users.get(node)
+        if found is None:
+            found = [u for u in node.users if ops.name_of(u) not in ops.SIZES]
+            if len(found) > 1:
+                found.sort(key=self.position.__getitem__)
+            self._users[node] = found
+        return found
 
     def path(self, node: fx.Node, weight: str = "") -> str:
         """Path of the module that a node was, else of the module that holds its parameter."""

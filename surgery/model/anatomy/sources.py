@@ -104,8 +104,11 @@ class Sources:
         dims, projection = self.dims, part.projection
         inner = set(dims.leaves(width))
         there = {leaf for axis in dims.axes(operand) for leaf in dims.leaves(axis)} - inner
+        axis = self.out_axis(projection)
+        if len(part.rows) == len(projection.rows):
+            return {leaf: leaf.size for leaf in dims.leaves(axis) if leaf in there}
         at = np.searchsorted(projection.rows, part.rows)
-        return {leaf: units for leaf, units in leaves_at(dims, self.out_axis(projection), at).items() if leaf in there}
+        return {leaf: units for leaf, units in leaves_at(dims, axis, at).items() if leaf in there}
 
     # ---------------------------------------------------------------- steps
 

@@ -42,8 +42,6 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
     cx = Context()
     parameters: dict[str, tuple[Axis, ...]] = {}
     unknown: list[tuple[fx.Node, str]] = []
-    found: dict[Any, Rule | None] = {}
-    names: dict[Any, str] = {}
     aliases = aliases or {}
     carried = _carried(graph)
     for node in graph.nodes:
@@ -86,15 +84,12 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
             cx.values[node] = parameters[name]
         else:
             target = node.target
-            if target not in found:
-                found[target] = _rule_for(target)
-                names[target] = name_of(target)[0]
-            run = found[target]
+            run, called, _ = _FOUND.get(id(target)) or _rule_for(target)
             if run is None:
-                unknown.append((node, names[target]))
-                cx.values[node] = _opaque(cx, node, f"{names[target]} has no dimension rule")
+                unknown.append((node, called))
+                cx.values[node] = _opaque(cx, node, f"{called} has no dimension rule")
             else:
-                cx.values[node] = _checked(cx, node, run, names[target], shapes, strict)
+                cx.values[node] = _checked(cx, node, run, called, shapes, strict)
     return Dims(cx, parameters, unknown, graph)
 
 
@@ -113,11 +108,18 @@ def _carried(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _rule_for(target: Any) -> Rule | None:
+_FOUND: dict[int, tuple[Rule | None, str, Any]] = {}
+"""Rules and names by the identity of the operation, which stays because it is kept here: torch's are hashed in Python."""
+
+
+def _rule_for(target: Any) -> tuple[Rule | None, str, Any]:
     full, short = name_of(target)
-    found = RULES.get(full) or RULES.get(short)
-    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-        found = rules_elementwise.pointwise
+    rule = RULES.get(full) or RULES.get(short)
+    if rule is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        rule = rules_elementwise.pointwise
+    found = rule, full, target
+    if rule is not None:  # one may be registered later
+        _FOUND[id(target)] = found
     return found
 
 

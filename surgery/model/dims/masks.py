@@ -15,8 +15,8 @@ Mask: TypeAlias = np.ndarray
 
 def to_ranges(mask: Mask) -> Ranges:
     """Half-open ranges of the true positions."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
-    return tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0])))).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def from_ranges(ranges: Iterable[tuple[int, int]], size: int) -> Mask:
