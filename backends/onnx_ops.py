@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.model import grouped  # noqa: F401  (registers the product of sorted rows)
+from surgery.model import grouped, recurrence  # noqa: F401  (registers the product of sorted rows, and linear recurrences)
 
 
 def prepare(root: fx.GraphModule) -> None:
@@ -48,4 +48,34 @@ def translations() -> dict[Any, Callable[..., Any]]:
             start = end
         return op.Concat(*parts, axis=0)
 
-    return {torch.ops.surgery.grouped_mm.default: products}
+    def states(decay: FLOAT, given: FLOAT, dim: int) -> FLOAT:
+        """A scan along one axis whose body is one product and one sum."""
+        from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
+
+        rank = len(decay.shape)
+        axis = dim % rank
+        rest = op.Constant(value_ints=[i for i in range(rank) if i != axis])
+        start = op.CastLike(op.ConstantOfShape(op.Gather(op.Shape(decay), rest)), decay)
+        return call_op(
+            "Scan", start, decay, given, _num_outputs=2, body=_step(decay, axis), num_scan_inputs=2, scan_input_axes=[axis, axis],
+            scan_output_axes=[axis],
+        )[1]  # fmt: skip
+
+    return {torch.ops.surgery.grouped_mm.default: products, torch.ops.surgery.recurrence.default: states}
+
+
+def _step(like: Any, axis: int) -> Any:
+    """One step of a recurrence: the next state from the state, its decay and what is given, once to go on with and once to keep."""
+    from onnxscript import ir
+
+    shape = ir.Shape([n for i, n in enumerate(like.shape) if i != axis])
+    state, decay, given = (
+        ir.Value(name=f"{like.name}_{n}", shape=shape, type=ir.TensorType(like.dtype)) for n in ("state", "decay", "given")
+    )
+    faded = ir.Node("", "Mul", [decay, state])
+    after = ir.Node("", "Add", [faded.outputs[0], given])
+    kept = ir.Node("", "Identity", [after.outputs[0]])
+    for node, name in ((faded, "faded"), (after, "after"), (kept, "kept")):
+        node.outputs[0].name = f"{like.name}_{name}"
+        node.outputs[0].shape, node.outputs[0].type = shape, ir.TensorType(like.dtype)
+    return ir.Graph([state, decay, given], [after.outputs[0], kept.outputs[0]], nodes=[faded, after, kept], name=f"{like.name}_step")

@@ -18,6 +18,7 @@ from surgery.model.lazygraph import copy_tree
 from surgery.model.naming import Naming, naming_of, read_naming, write_naming
 from surgery.model.program import ModelInfo, Program
 from surgery.model.realise import held
+from surgery.model.stacked import fuse_stacked
 from surgery.model.weights import Weights
 
 
@@ -126,7 +127,9 @@ def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:
     for name, tensor in captured.constants.items():
         weights.setdefault(name, held(tensor))
     info = replace(info, notes=captured.notes)
-    return Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
+    program = Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
+    fuse_stacked(program)
+    return program
 
 
 def capture(module: nn.Module, inputs: Any, *, dynamic: Any = "batch, sequence") -> Program:

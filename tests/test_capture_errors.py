@@ -16,9 +16,9 @@ from tests.zoo import ZOO
 
 def test_fixed_length_names_the_line() -> None:
     with pytest.raises(SurgeryError) as caught:
-        capture_config(ZOO["mamba"].make_config(), "MambaModel")
+        capture_config(ZOO["rwkv"].make_config(), "RwkvModel")
     (found,) = caught.value.diagnostics
-    assert found.code == "S0503" and "modeling_mamba.py:" in found.message and "mamba_selective_scan" in found.message
+    assert found.code == "S0503" and "modeling_rwkv.py:" in found.message and "rwkv_linear_attention" in found.message
 
 
 def test_value_in_size_names_the_line() -> None:

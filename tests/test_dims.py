@@ -345,7 +345,21 @@ def test_outputs_of_the_cut_move(case_name: str = "llama"):
 
 
 def test_positions_that_an_unprepared_operation_receives_freeze_the_axis():
-    """cat has a rule for axes but none for numbers of units: the domain must not be lost silently."""
+    """stack has a rule for axes but none for numbers of units: the domain must not be lost silently."""
+
+    def build(weight, call, x):
+        scores = call(aten.linear.default, (x, weight("router", 6, 4)), (2, 6))
+        best = call(aten.argmax.default, (scores, -1), (2,))
+        twice = call(aten.stack.default, ([best, best],), (2, 2))
+        return call(aten.embedding.default, (weight("table", 6, 5), twice), (2, 2, 5))
+
+    dims = analyse(graph_of(build, x=(2, 4)), strict=True)
+    assert "aten.stack" in dims.leaves(dims.parameter("router")[0])[0].reason
+    assert not dims.leaves(dims.parameter("table")[0])[0].free
+
+
+def test_positions_side_by_side_are_positions():
+    """Choices that are made one after the other (Phi-MoE) and put side by side still number the axis that they were made on."""
 
     def build(weight, call, x):
         scores = call(aten.linear.default, (x, weight("router", 6, 4)), (2, 6))
@@ -354,8 +368,8 @@ def test_positions_that_an_unprepared_operation_receives_freeze_the_axis():
         return call(aten.embedding.default, (weight("table", 6, 5), twice), (4, 5))
 
     dims = analyse(graph_of(build, x=(2, 4)), strict=True)
-    assert "aten.cat" in dims.leaves(dims.parameter("router")[0])[0].reason
-    assert not dims.leaves(dims.parameter("table")[0])[0].free
+    (leaf,) = dims.leaves(dims.parameter("router")[0])
+    assert leaf.free and leaf in dims.leaves(dims.parameter("table")[0])
 
 
 def test_slices_of_slices_of_a_concatenation_are_traced_to_its_rows():

@@ -245,9 +245,9 @@ _ENTRIES = [
         spectrogram,
     ),
     Entry(
-        "mamba",
-        "MambaModel",
-        dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4),
+        "rwkv",
+        "RwkvModel",
+        dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=32),
         lambda b, n: {"input_ids": _ids(b, n)},
         capturable=False,
     ),

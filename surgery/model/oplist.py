@@ -67,8 +67,8 @@ PURE = frozenset(
     view_as_real.default where.Scalar where.ScalarOther where.ScalarSelf where.default where.self xlogy.Tensor zeros.default zeros_like.default
     """.split()
 )
-OURS = frozenset({"surgery.grouped_mm.default"})
-"""Operations of this package (``surgery.model.grouped``)."""
+OURS = frozenset({"surgery.grouped_mm.default", "surgery.recurrence.default"})
+"""Operations of this package (``surgery.model.grouped``, ``surgery.model.recurrence``)."""
 ATEN = PURE | IN_PLACE | OURS
 
 PYTHON: dict[str, Callable[..., Any]] = {
@@ -100,7 +100,7 @@ def overload(name: str) -> torch._ops.OpOverload:
     """The torch operation of a name on the list; AttributeError when this torch lacks it."""
     space, packet, overload_name = name.split(".")
     if name in OURS:
-        from surgery.model import grouped  # noqa: F401  (registers it)
+        from surgery.model import grouped, recurrence  # noqa: F401  (registers them)
     return getattr(getattr(getattr(torch.ops, space), packet), overload_name)
 
 

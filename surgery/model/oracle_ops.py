@@ -38,13 +38,13 @@ def spread(x: Tensor, masks: Masks) -> Tensor:
 
 
 def hidden(x: Tensor, dim: int, masks: Masks) -> Tensor:
-    """``x`` with minus infinity at the removed positions of one axis."""
+    """``x`` with minus infinity, of integers the smallest one, at the removed positions of one axis."""
     mask = masks.get(dim % x.dim())
     if mask is None:
         return x
     shape = [1] * x.dim()
     shape[dim] = -1
-    return x.masked_fill(~mask.view(shape), -torch.inf)
+    return x.masked_fill(~mask.view(shape), -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
 
 @runner("layer_norm", "rms_norm")

@@ -34,6 +34,8 @@ class Core:
     """The products that make the scores, where they stand apart from the rest."""
     sinks: tuple[fx.Node, ...] = ()
     """Parameters that the softmax counts as scores of a position without a value (Xiao et al., arXiv:2309.17453)."""
+    added: tuple[fx.Node, ...] = ()
+    """Everything else that is added to the scores besides ``mask``, such as a table of positions that is no part of it."""
 
 
 @dataclass(eq=False)
@@ -128,7 +130,7 @@ class Attentions(Streams):
             node = inputs[0]
         pair = self.view.inputs(score)[-2:]
         causal = any(map(self.is_causal, mask))
-        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores), tuple(sinks))
+        return Core(context, pair[0], pair[1], operands[0], mask[0] if mask else None, causal, tuple(scores), tuple(sinks), tuple(mask[1:]))
 
     def _score_products(self, softmax: fx.Node) -> list[fx.Node]:
         """Products behind a softmax through elementwise and shape ops; the one whose operands both come from data first."""
@@ -298,7 +300,8 @@ class Attentions(Streams):
             # these read sizes and types of their input, not its values
             return node.op == "placeholder" or products or name.startswith("new_") or name.endswith("_like")
 
-        reached = (n for n in self.view.backward(core.mask, stop) if n.op == "get_attr" and n.meta.get("parameter"))
+        every = [n for start in (core.mask, *core.added) for n in self.view.backward(start, stop)]
+        reached = (n for n in every if n.op == "get_attr" and n.meta.get("parameter"))
         found = dict.fromkeys(n for n in reached if n.meta["spec"].dtype.startswith(("float", "bfloat")))
         return list(found)
 

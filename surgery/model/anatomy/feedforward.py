@@ -138,9 +138,9 @@ class FeedForwards(Streams):
             top_k = dims.picks(axis)
             if top_k is None or projection in self._taken:
                 continue
-            source = self.view.strip(projection.x, gather=True, dropout=False)
+            source = self.view.strip(projection.x, gather=True)  # routers may look at a noisy input
             for block in self.found:
-                if block.experts is None or block.router is not None or block.input is not source:
+                if block.experts is None or block.router is not None or self.view.strip(block.input, gather=True) is not source:
                     continue
                 experts = dims.parameter(block.parts["down"].projection.weight)[0]
                 if dims.same(experts, axis) or dims.size(experts) == dims.size(axis):

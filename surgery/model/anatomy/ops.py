@@ -39,7 +39,7 @@ def is_pointwise(node: fx.Node) -> bool:
 SHAPE = frozenset(
     """view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT mH matrix_H adjoint swapaxes swapdims movedim
     unsqueeze squeeze expand expand_as broadcast_to contiguous clone alias detach to _to_copy type_as dropout dropout_ native_dropout
-    lift_fresh_copy lift_fresh view_as reshape_as flip float half bfloat16 requires_grad_ feature_dropout
+    lift_fresh_copy lift_fresh view_as reshape_as flip float half bfloat16 requires_grad_ feature_dropout view_as_complex view_as_real
     feature_alpha_dropout alpha_dropout""".split()
 )
 """Ops of one input that move values without mixing them."""
@@ -98,4 +98,4 @@ def is_activation(node: fx.Node) -> bool:
     spec = node.meta.get("spec")
     if node.op == "get_attr" or spec is None or isinstance(spec, (tuple, list)):
         return False
-    return spec.kind == "tensor" and spec.dtype.startswith(("float", "bfloat"))
+    return spec.kind == "tensor" and spec.dtype.startswith(("float", "bfloat", "complex"))

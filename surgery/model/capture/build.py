@@ -100,9 +100,10 @@ def draws_spec_augment(config: Any) -> bool:
 
 
 def _steady(config: Any) -> None:
-    """Switches off what has no graph: SpecAugment draws its masks with numpy."""
+    """Switches off what has no graph: SpecAugment draws its masks with numpy; overlapping strides fix a length."""
     if getattr(config, "apply_spec_augment", False):
         config.apply_spec_augment = False
+    config.__dict__["onnx_export"] = True  # Longformer and LED then cut their windows in a way that a graph of any length can
     for sub in getattr(config, "sub_configs", {}):
         inner = getattr(config, sub, None)
         if inner is not None:
@@ -124,8 +125,9 @@ def stop_clipping(model: nn.Module) -> float | None:
     return bound
 
 
-def hf_model(config: Any, cls: type[Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """An instance on meta in train mode, written in bfloat16, and the values of its buffers by full name.
+def hf_model(config: Any, cls: type[Any], *, uniform: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+    """An instance on meta in train mode, written in bfloat16, and the values of its buffers by full name. ``uniform``: also of those
+    parameters that the class makes in float32 whatever its dtype.
 
     It is built in full precision, so that numbers computed while building are not rounded, and then given the dtypes that the
     same model built in bfloat16 has (some tensors stay float32 in any model). Raises S0504 if it cannot be built.
@@ -161,8 +163,9 @@ def hf_model(config: Any, cls: type[Any]) -> tuple[nn.Module, dict[str, Tensor]]
                 if not isinstance(tensor, nn.Parameter):
                     values[f"{path}.{name}" if path else name] = tensor
                 if id(tensor) not in made:
-                    meta = torch.empty_like(tensor, dtype=twin.dtype, device="meta", requires_grad=False)
                     is_parameter = isinstance(tensor, nn.Parameter)
+                    dtype = torch.bfloat16 if uniform and is_parameter and twin.dtype is torch.float32 else twin.dtype
+                    meta = torch.empty_like(tensor, dtype=dtype, device="meta", requires_grad=False)
                     made[id(tensor)] = (tensor, nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta)
                 table[name] = made[id(tensor)][1]  # type: ignore[assignment]
     return model.train(), values

@@ -17,11 +17,15 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import SurgeryError
 from surgery.model import pytree
 from surgery.model.capture import markers
+from surgery.model.capture.casts import casting
 from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, watch_sizes
 from surgery.model.capture.literals import Literals
+from surgery.model.capture.questions import name_input
 from surgery.model.capture.regions import Region, Regions
+from surgery.model.capture.routing import countable
+from surgery.model.capture.scans import whole_scans
 
-Axes = dict[int, str]  # axis -> name of its size; axes with one name have one size; "a+b" is a sum of others
+Axes = dict[int, str]  # axis -> name of its size; axes with one name have one size; "a+b" is a sum of others, "4*a" a multiple of one
 
 
 @dataclass
@@ -131,6 +135,8 @@ class FlatModel(nn.Module):
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         self._unify(given)
         leaves = self.likes.spread(given)
+        for name, leaf in zip(self.names, leaves, strict=True):
+            name_input(leaf, name)
         values = _build(iter(leaves), self.tree)
         out = self.model(**values, **self.call.constants)
         tree = pytree.spec_of(out)
@@ -143,7 +149,7 @@ class FlatModel(nn.Module):
         sums = []
         for name, leaf in zip([self.names[i] for i in self.likes.first], leaves, strict=True):
             for axis, size in self.call.axes.get(name, {}).items():
-                if "+" in size:
+                if "+" in size or "*" in size:
                     sums.append((leaf.shape[axis], size))
                     continue
                 if isinstance(leaf.shape[axis], torch.SymInt):
@@ -153,6 +159,10 @@ class FlatModel(nn.Module):
                 else:
                     first[size] = leaf.shape[axis]
         for actual, size in sums:
+            if "*" in size:
+                times, one = size.split("*")
+                torch._check(actual == int(times) * first[one])
+                continue
             left, right = size.split("+")
             if left in first and right in first:
                 torch._check(actual == first[left] + first[right])
@@ -190,7 +200,7 @@ def filled_cache(keys: list[Tensor], values: list[Tensor]) -> Any:
 @dataclass
 class Trace:
     """A raw export: the flat program, the calls of layers found in it, the output's tree, the flat names, and the rates at
-    which the model's code would skip layers in training."""
+    which the model's code would skip layers in training, and what it asked about its masks."""
 
     exported: torch.export.ExportedProgram
     regions: list[Region]
@@ -198,6 +208,7 @@ class Trace:
     names: list[str]
     likes: Likes
     skips: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 class _Draw(float):
@@ -273,7 +284,15 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
     every = [leaf for _, leaf in call.flat()]
     leaves = tuple(every[i] for i in likes.first)
     skips: dict[float, None] = {}
-    with _quiet(skips), _lean(stubs), Regions(model, stubs) as regions, Literals():
+    with (
+        _quiet(skips),
+        _lean(stubs),
+        Regions(model, stubs) as regions,
+        Literals(model) as literals,
+        whole_scans(model),
+        casting(model),
+        countable(),
+    ):
         try:
             exported = torch.export.export(flat, leaves, dynamic_shapes=(dynamic,), strict=False)
         except Fallback:
@@ -287,4 +306,12 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         if stubs:
             return trace(model, call, stubs=False)  # raises the same, with the line of model code
         raise
-    return Trace(exported, regions.regions, found[-1], flat.names, likes, tuple(rate for rate in skips if rate > 0))
+    return Trace(
+        exported,
+        regions.regions,
+        found[-1],
+        flat.names,
+        likes,
+        tuple(rate for rate in skips if rate > 0),
+        tuple(literals.questions.answers),
+    )

@@ -28,10 +28,10 @@ def hf_call(model: Any) -> Call:
     axes: dict[str, Axes] = {}
     constants: dict[str, Any] = {}
 
-    def ids(name: str, length: int, size: str) -> None:
+    def ids(name: str, length: int, size: str, rows: int = 1) -> None:
         if name in taken:
-            values[name] = torch.ones(BATCH, length, dtype=torch.long, device="meta")
-            axes[name] = {0: "batch", 1: size}
+            values[name] = torch.ones(BATCH * rows, length, dtype=torch.long, device="meta")
+            axes[name] = {0: f"{rows}*batch" if rows > 1 else "batch", 1: size}
 
     causal = _is_causal(model, taken) and not other_states(model.config)
     both = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in taken
@@ -41,15 +41,11 @@ def hf_call(model: Any) -> Call:
         longest = getattr(text, "max_position_embeddings", None) or LENGTH
         longest = longest if isinstance(longest, int) and longest > 0 else LENGTH  # XLNet says -1: no limit
         length = min(LENGTH, longest)
-        block = getattr(text, "local_radius", None)  # LongT5 fills up to whole blocks, by code that whole blocks do not run
-        length += int(isinstance(block, int) and length % (block + 1) == 0)
-        chunks = [
-            getattr(text, name, None) for name in ("chunk_size", "mamba_chunk_size")
-        ]  # Mamba-2 fills up to whole chunks in the same way
-        length += int(any(isinstance(n, int) and n > 1 and length % n == 0 for n in chunks))
+        while any(length % whole == 0 for whole in _blocks(text)):
+            length += 1
+        books = _codebooks(model)
         if causal:
-            values["input_ids"] = torch.ones(BATCH, QUERY, dtype=torch.long, device="meta")
-            axes["input_ids"] = {0: "batch", 1: "query"}
+            ids("input_ids", QUERY, "query", books)
             values["attention_mask"] = torch.ones(BATCH, QUERY + PAST, dtype=torch.long, device="meta")
             axes["attention_mask"] = {0: "batch", 1: "query+past"}
             if "position_ids" in taken and _learned_positions(model):
@@ -58,7 +54,7 @@ def hf_call(model: Any) -> Call:
             _cache(model, values, axes)
             constants["use_cache"] = True
         else:
-            ids("input_ids", length, "sequence")
+            ids("input_ids", length, "sequence", books)
             ids("attention_mask", length, "sequence")
             if (getattr(text, "type_vocab_size", 0) or 0) > 1:
                 ids("token_type_ids", length, "sequence")
@@ -85,6 +81,15 @@ def hf_call(model: Any) -> Call:
     return Call({n: values[n] for n in order}, axes, constants)
 
 
+def _blocks(text: Any) -> list[int]:
+    """Numbers of tokens that a model fills up to whole multiples of, by code that whole ones do not run: blocks of LongT5, chunks of Mamba-2,
+    windows of Longformer and LED."""
+    radius, window = getattr(text, "local_radius", None), getattr(text, "attention_window", None)
+    found = [radius + 1 if isinstance(radius, int) else None, getattr(text, "chunk_size", None), getattr(text, "mamba_chunk_size", None)]
+    found += window if isinstance(window, list) else [window]
+    return [n for n in found if isinstance(n, int) and n > 1]
+
+
 def _is_causal(model: Any, taken: Any) -> bool:
     """Decoder-only models that can cache; a cross-attending or encoder-only model cannot."""
     config = model.config
@@ -95,6 +100,20 @@ def _is_causal(model: Any, taken: Any) -> bool:
     if encoder_like and not _always_causal(config):
         return False
     return getattr(text, "is_decoder", None) is not False or _always_causal(config)
+
+
+def _codebooks(model: Any) -> int:
+    """How many rows of ids make one sample: MusicGen takes those of all codebooks, one below the other. What the model caches tells."""
+    books = getattr(model.config.get_text_config(decoder=True), "num_codebooks", None)
+    if not isinstance(books, int) or books < 2:
+        return 1
+    try:
+        with torch.no_grad():
+            out = model(input_ids=torch.ones(BATCH * books, QUERY, dtype=torch.long, device="meta"), use_cache=True)
+        kept = getattr(out.past_key_values, "self_attention_cache", out.past_key_values)
+        return books if kept.layers[0].keys.shape[0] == BATCH else 1
+    except Exception:  # ids of another form, or a model that cannot run by itself
+        return 1
 
 
 _KEPT = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dummy")

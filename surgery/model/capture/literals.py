@@ -10,29 +10,49 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from surgery.model import grouped  # noqa: F401  (registers surgery.grouped_mm)
+from surgery.model.capture import questions, routing, sizes, windows
 
 MADE = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 PRODUCTS = tuple(f for f in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)) if f is not None)
 
 
 FOURIER = tuple(getattr(torch.fft, name) for name in ("fft", "fft2", "fftn"))
+FILLS = (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill)
 PARTS_OF_COMPLEX = (Tensor.real, Tensor.imag)
 
 
 class Literals(TorchFunctionMode):
     """Lists in indices and literal tensors keep their values. A literal in bfloat16, which stands for the model's own dtype, is held in
     double precision and cast in the graph, so that it is not rounded in a model of another dtype. Products of sorted rows become ours
-    where torch's would refuse the sizes or the dtype, whatever they are."""
+    where torch's would refuse the sizes or the dtype, whatever they are. What becomes of sizes in tensors and of experts that run one by one
+    is told in ``sizes`` and ``routing``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sizes, self.routing, self.questions = sizes.Sizes(), routing.Routing(model), questions.Questions()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (answer := self.questions.answer(func, args)) is not None:
+            return answer
+        out = self._call(func, args, kwargs)
+        self.questions.keep(func, args, kwargs, out)
+        return out
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (found := self.sizes.follow(func, args, kwargs)) is not sizes.NO:
+            return found
+        if (found := self.routing.follow(func, args, kwargs)) is not routing.NO:
+            return found
+        if (found := windows.windows(func, args, kwargs)) is not windows.NO:
+            return found
         if func is Tensor.__getitem__ and (part := _one_position(args[1])) is not None:
             return func(args[0], part).clone()
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
@@ -45,6 +65,8 @@ class Literals(TorchFunctionMode):
             return _made(func, args, kwargs)
         if func in PRODUCTS:
             return _product(func, args, kwargs)
+        if func in FILLS and len(args) > 2 and hasattr(args[2], "one_number"):  # a number of its own device would meet another
+            return func(*args[:2], args[2].one_number, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -92,7 +114,10 @@ def _made(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     elif device is None:
         device = torch.empty(0).device
     if torch.device(device).type != "meta" and dtype is not torch.bfloat16:
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if type(data) in (int, float) and isinstance(made, Tensor):
+            made.one_number = data
+        return made
     value = torch.tensor(data, dtype=torch.float64 if dtype is torch.bfloat16 else dtype, device="cpu")
     return value.to(device=device, dtype=dtype or value.dtype)
 

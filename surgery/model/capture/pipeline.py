@@ -59,13 +59,26 @@ def capture_config(config: Any, architecture: str | None = None, *, cache_dir: P
 
 def _capture_hf(config: Any, cls: type[Any]) -> Captured:
     model, values = build.hf_model(config, cls)
-    captured = capture_traced(model, hf_call(model), values)
+    try:
+        captured = capture_traced(model, hf_call(model), values)
+    except SurgeryError as error:
+        if not _mixes_types(error):
+            raise
+        # the class gives some parameters float32 of their own and does not run in any other type: they are of the model's type in it
+        model, values = build.hf_model(config, cls, uniform=True)
+        captured = capture_traced(model, hf_call(model), values)
     captured.notes += note_of_cache(model)
     if build.draws_spec_augment(config):
         captured.notes += (
             "SpecAugment is drawn outside the graph: in training this module masks no features (apply_spec_augment = false)",
         )
     return captured
+
+
+def _mixes_types(error: SurgeryError) -> bool:
+    """Whether a trace ended at a product of two types."""
+    said = " ".join(note for d in error.diagnostics for note in d.notes)
+    return "expected scalar type" in said or "to have the same dtype" in said
 
 
 def capture_module(
@@ -296,7 +309,8 @@ def _assemble(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: 
         notes=tuple(
             f"layer drop is drawn outside the graph: in training this module runs every layer (the model skips each with probability {rate:g})"
             for rate in traced.skips
-        ),
+        )
+        + traced.answers,
     )
 
 

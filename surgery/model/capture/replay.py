@@ -202,6 +202,8 @@ class _Recorder(TorchFunctionMode):
             return ("slice", self.encode((value.start, value.stop, value.step)))
         if value is Ellipsis or isinstance(value, type):
             return value
+        if hasattr(value, "same_as"):
+            return (type(value), self.encode(value.same_as()))
         return ("object", id(value))
 
 

@@ -68,12 +68,13 @@ def matmul_axes(cx: Context, a: Axes, b: Axes) -> Axes:
 
 @rule("aten.einsum")
 def einsum(cx: Context, node: fx.Node) -> Axes:
-    equation, tensors = str(node.args[0]).replace(" ", ""), node.args[1]
-    arrays = [cx.axes(t) for t in tensors]  # type: ignore[union-attr]
-    if "..." in equation or "->" not in equation:
+    tensors: Any = node.args[1]
+    arrays = [cx.axes(t) for t in tensors]
+    equation = spelled_out(str(node.args[0]), [len(a) for a in arrays])
+    if equation is None:
         for axes in arrays:
-            cx.freeze(axes, "einsum with an ellipsis")
-        return cx.fresh("einsum with an ellipsis")
+            cx.freeze(axes, "einsum without a result")
+        return cx.fresh("einsum without a result")
     inputs, output = equation.split("->")
     named: dict[str, Axis] = {}
     for letters, axes in zip(inputs.split(","), arrays, strict=True):
@@ -87,7 +88,28 @@ def einsum(cx: Context, node: fx.Node) -> Axes:
     for letter, axis in named.items():
         if letter not in output:
             cx.mark(axis, "contract")
+    if len(arrays) == 2:
+        first, second = inputs.split(",")
+        both = [c for c in second if c in first]
+        inner, value = [c for c in both if c not in output], [c for c in second if c in output and c not in first]
+        if len(inner) == len(value) == 1 and len(both) > 1:
+            product_marks(cx, tuple(named[c] for c in both if c in output), named[inner[0]], named[value[0]])
     return tuple(named[letter] for letter in output)
+
+
+def spelled_out(equation: str, ranks: list[int]) -> str | None:
+    """An equation of einsum with letters for its dots; None where it says no result."""
+    equation = equation.replace(" ", "")
+    if "->" not in equation:
+        return None
+    if "..." not in equation:
+        return equation
+    inputs, output = equation.split("->")
+    parts = inputs.split(",")
+    dots = [rank - len(p) + 3 if "..." in p else 0 for p, rank in zip(parts, ranks, strict=True)]
+    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation][: max(dots)]
+    given = [p.replace("...", "".join(free[len(free) - n :])) for p, n in zip(parts, dots, strict=True)]
+    return ",".join(given) + "->" + output.replace("...", "".join(free))
 
 
 def grouped(cx: Context, node: fx.Node) -> Axes:

@@ -89,6 +89,13 @@ def scan(cx: Context, node: fx.Node) -> Axes:
     return axes
 
 
+@rule("surgery.recurrence")
+def recurrence(cx: Context, node: fx.Node) -> Axes:
+    axes = cx.broadcast([cx.axes(node.args[0]), cx.axes(node.args[1])])
+    cx.mark(axes[dim_of(argument(node, 2, "dim"), len(axes))], "scan")
+    return axes
+
+
 def chosen(cx: Context, node: fx.Node, axis: Axis, values: Axes, flag: str) -> list[Axes]:
     """(values, indices) of an operation that picks positions on ``axis``."""
     cx.mark(axis, flag)
@@ -133,7 +140,9 @@ def argmax(cx: Context, node: fx.Node) -> Axes:
     if dim is None:
         cx.freeze(axes, "the largest of all values is picked")
         return cx.fresh("the largest of all values is picked")
-    cx.domains[node] = axes[dim_of(dim, len(axes))]
+    picked = axes[dim_of(dim, len(axes))]
+    cx.domains[node] = picked
+    cx.limits.append((picked, 1, node))
     return reduced(cx, axes, dim, bool(argument(node, 2, "keepdim", False)), "topk")
 
 

@@ -309,7 +309,20 @@ def cat(cx: Context, node: fx.Node) -> Axes:
         for i, (x, y) in enumerate(zip(first, other, strict=True)):
             if i != dim:
                 cx.unify(x, y)
+    _same_domain(cx, node)
     return (*first[:dim], cx.algebra.concat(a[dim] for a in arrays), *first[dim + 1 :])
+
+
+def _same_domain(cx: Context, node: fx.Node) -> None:
+    """Numbers of positions on one axis, side by side, are such numbers (experts that are chosen one after the other)."""
+    parts = list(node.args[0])  # type: ignore[arg-type]
+    found = [cx.domains[p] for p in parts if p in cx.domains]
+    if len(found) < len(parts) or len({axis.size for axis in found}) != 1:
+        return
+    for axis in found[1:]:
+        cx.unify(found[0], axis)
+    cx.handled.update(parts)
+    cx.domains[node] = found[0]
 
 
 @rule("aten.stack")
