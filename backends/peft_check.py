@@ -32,6 +32,11 @@ Write = Callable[[Program, Said, Path, EmitRequest], None]
 """Writes a program's adapter into a folder."""
 
 
+LARGE = "not compared with peft: running two copies of the model takes more memory than writing did"
+STARTED = "not compared with peft: the base before its principal part was taken out is not stored here"
+NO_MODEL = "not compared with peft: there is no transformers model that the base is"
+
+
 def certify(program: Program, said: Said, folder: Path, request: EmitRequest, write: Write) -> tuple[list[dict[str, Any]], str]:
     """The certificate, or why there is none. Raises S0794 where what peft loads computes something else.
 
@@ -39,21 +44,27 @@ def certify(program: Program, said: Said, folder: Path, request: EmitRequest, wr
     the place of its zeros.
     """
     if not is_small(program):
-        return [], "not compared with peft: running two copies of the model takes more memory than writing did"
+        return [], LARGE
     if START in said.flags:
-        return [], "not compared with peft: the base before its principal part was taken out is not stored here"
+        return [], STARTED
     model = base_model(request.base or program, request.tensors)
     if model is None:
-        return [], "not compared with peft: there is no transformers model that the base is"
+        return [], NO_MODEL
     worst, scale = _difference(program, loaded(model, folder), request)
-    stirred = _stirred(program)
-    if stirred is not None and worst <= TOLERANCE * scale:
+    moved = stirred(program)
+    if moved is not None and worst <= TOLERANCE * scale:
         fresh = base_model(request.base or program, request.tensors)
         with tempfile.TemporaryDirectory() as place:
-            again = collect(stirred, int(request.params.get("rank") or 0), request.span)
-            write(stirred, again, Path(place), request)
+            again = collect(moved, int(request.params.get("rank") or 0), request.span)
+            write(moved, again, Path(place), request)
             assert fresh is not None
-            worst, scale = max((worst, scale), _difference(stirred, loaded(fresh, Path(place)), request))
+            worst, scale = max((worst, scale), _difference(moved, loaded(fresh, Path(place)), request))
+    return judged(worst, scale, request, said.truncated), ""
+
+
+def judged(worst: float, scale: float, request: EmitRequest, truncated: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The certificate of a difference between outputs of which the largest is ``scale``. Raises S0794 where it is too large; ``truncated`` are changes that
+    were factored to a rank."""
     tolerance = TOLERANCE * scale
     entry = {
         "claim": "peft = program",
@@ -63,9 +74,9 @@ def certify(program: Program, said: Said, folder: Path, request: EmitRequest, wr
         "samples": [c[0] for c in CASES],
     }
     if entry["ok"]:
-        return [entry], ""
-    also = [(span, "attached here") for span in origin_of(said.truncated)[:3]]
-    if said.truncated:
+        return [entry]
+    also = [(span, "attached here") for span in origin_of(truncated)[:3]]
+    if truncated:
         raise fail(
             "S0794", f"the changes do not fit into the rank: with peft the outputs differ by {worst:.3g}, allowed {tolerance:.3g}", request.span,
             "asked for here", also=also, help="nothing was written; ask for a larger rank, `emit peft(rank = ...)`",
@@ -76,7 +87,7 @@ def certify(program: Program, said: Said, folder: Path, request: EmitRequest, wr
     )  # fmt: skip
 
 
-def _stirred(program: Program) -> Program | None:
+def stirred(program: Program) -> Program | None:
     """A copy whose adapters do something: what starts at zero gets small seeded values. None where nothing starts at zero."""
     zeros = {
         first for a in program.attachments for t in a.tensors
@@ -117,6 +128,13 @@ def loaded(model: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("ignore")
         wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder)).eval()  # type: ignore[arg-type]
     return wrapped
+
+
+def merged(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with an adapter folder merged into its weights, by peft."""
+    wrapped: Any = loaded(model, folder)
+    plain: nn.Module = wrapped.merge_and_unload()
+    return plain.eval()
 
 
 def both(root: nn.Module, model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:

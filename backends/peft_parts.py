@@ -53,11 +53,17 @@ class Said:
         return sum(e.rank * (2 if e.start is not None else 1) for e in self.parts[path])
 
 
-def collect(program: Program, rank: int, span: Span | None) -> Said:
-    """Raises S0792 (the base was changed) and S0793 (something that such a folder cannot hold)."""
-    _base_as_it_was(program, span)
+def collect(
+    program: Program, rank: int, span: Span | None, tokens: Sequence[Attachment] = (), tables: frozenset[str] = frozenset()
+) -> Said:
+    """What goes into a folder of low-rank changes. ``tokens`` are virtual ones, which go into another folder with all that trains whole and the
+    ``tables`` of positions that were moved for them.
+
+    Raises S0792 (the base was changed) and S0793 (something that such a folder cannot hold).
+    """
+    _base_as_it_was(program, span, tokens, tables)
     said = Said()
-    for a in program.attachments:
+    for a in (a for a in program.attachments if not any(a is t for t in tokens)):
         path, entry = _entry(program, a, rank, span)
         if entry.site.op == "experts":
             said.experts.setdefault(path, []).append(entry)
@@ -67,6 +73,8 @@ def collect(program: Program, rank: int, span: Span | None) -> Said:
             said.truncated.append(entry)
     _flags(said, span)
     trained(program, said, span)
+    if tokens:
+        said.whole = {}
     if not said.parts and not said.experts and not said.whole and not said.biases:
         raise fail(
             "S0793", "nothing in the model is an adapter", span, "asked for here",
@@ -75,11 +83,17 @@ def collect(program: Program, rank: int, span: Span | None) -> Said:
     return said
 
 
-def _base_as_it_was(program: Program, span: Span | None) -> None:
+def _base_as_it_was(program: Program, span: Span | None, tokens: Sequence[Attachment], tables: frozenset[str]) -> None:
+    own = {x for a in tokens for x in (a.module, *a.tensors)} | tables
+    theirs = {a.origin for a in tokens}
     added = {t for a in program.attachments for t in a.tensors}
     split = {(program.aliases.get(w, w), a.origin) for a in program.attachments if (w := _rebased(program, a))}
     for key, origins in program.journal.entries.items():
+        if key in own or any(key.startswith(f"{a.module}.") for a in tokens):
+            continue
         for origin in origins:
+            if origin in theirs and origin.verb == "insert":
+                continue
             merged = (
                 origin.verb == "merge"
                 and key in program.weights

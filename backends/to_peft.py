@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.backends import peft_experts, peft_tokens, streaming
+from surgery.backends import peft_both, peft_experts, peft_tokens, streaming
 from surgery.backends.peft_check import certify
-from surgery.backends.peft_parts import START, Said, collect, factors
+from surgery.backends.peft_parts import START, Said, factors
+from surgery.backends.peft_tokens import Tokens
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
 from surgery.core.plan import plural
 from surgery.core.source import Span, portable
@@ -39,48 +40,31 @@ class PeftBackend:
 
     def plan(self, program: Program, params: Mapping[str, Any], live: frozenset[str], span: Span | None = None) -> Iterable[str]:
         """What the folder will hold. Raises S0792 and S0793."""
-        tokens = peft_tokens.tokens_of(program, span)
+        tokens, said = peft_both.held(program, params, span)
         if tokens is not None:
+            if said is not None:
+                yield peft_both.HOW
             yield tokens.text()
-            return
-        said = collect(program, int(params.get("rank") or 0), span)
-        ranks = sorted({said.rank(p) for p in said.parts})
-        shown = "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        if said.parts:
-            yield f"factors of {shown} for {plural(len(said.parts), 'layer')}"
-        if said.experts:
-            yield f"factors of rank {peft_experts.rank_of(said.experts)} for {plural(len(said.experts), 'tensor')} of experts"
-            if any(float(getattr(e.method, "dropout", 0.0)) for g in (*said.experts.values(), *said.parts.values()) for e in g):
-                yield "dropout is 0 in the folder: peft has none where an adapter stands on experts"
-        if said.whole or said.biases:
-            kinds = [plural(len(said.whole), "module") + " whole"] if said.whole else []
-            yield " and ".join([*kinds, *([plural(len(said.biases), "bias").replace("biass", "biases")] if said.biases else [])])
-        if said.truncated:
-            names = list(dict.fromkeys(e.attachment.method.name for e in said.truncated))
-            yield f"the changes of {', '.join(names)} are factored by their singular vectors; compile refuses a rank that is too small"
+            yield from tokens.notes(program)
+        if said is not None:
+            yield from _told(said)
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
         """``params``: ``dtype``, ``rank``. Raises what :meth:`plan` does, S0794 (peft computes something else), S0801 to S0805 (storage, target)."""
-        tokens = peft_tokens.tokens_of(program, request.span)
-        said = collect(program, int(request.params.get("rank") or 0), request.span) if tokens is None else Said()
+        tokens, said = peft_both.held(program, request.params, request.span)
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
         notes: list[str] = []
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
-            if tokens is not None:
-                _files(folder, *peft_tokens.folder_of(program, tokens, request, _base(program)["ref"]), dtype)
-            else:
-                _write(program, said, folder, request, dtype)
+            _put(program, tokens, said, folder, request, dtype)
+            if tokens is not None and said is not None:
+                notes.append(peft_both.HOW)
             found: list[dict[str, Any]] = []
             if dtype:
                 notes.append(f"not compared with peft: the tensors are rounded to {dtype}")
             elif importlib.util.find_spec("peft") is None:
                 notes.append("not compared with peft, which is not installed")
             else:
-                found, why = (
-                    certify(program, said, folder, request, _write)
-                    if tokens is None
-                    else peft_tokens.certify(program, tokens, folder, request)
-                )
+                found, why = _certified(program, tokens, said, folder, request)
                 notes += [why] if why else []
             record = {
                 "schema": "surgery.export/1", "owner": request.spec_digest, "spec": request.spec.text if request.spec else "",
@@ -90,6 +74,46 @@ class PeftBackend:
                 (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
             written = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
         return Emitted((request.target, *(request.target / n for n in written)), tuple(found), tuple(notes))
+
+
+def _told(said: Said) -> Iterable[str]:
+    """Lines of the plan about changes of weights."""
+    ranks = sorted({said.rank(p) for p in said.parts})
+    shown = "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    if said.parts:
+        yield f"factors of {shown} for {plural(len(said.parts), 'layer')}"
+    if said.experts:
+        yield f"factors of rank {peft_experts.rank_of(said.experts)} for {plural(len(said.experts), 'tensor')} of experts"
+        if any(float(getattr(e.method, "dropout", 0.0)) for g in (*said.experts.values(), *said.parts.values()) for e in g):
+            yield "dropout is 0 in the folder: peft has none where an adapter stands on experts"
+    if said.whole or said.biases:
+        kinds = [plural(len(said.whole), "module") + " whole"] if said.whole else []
+        yield " and ".join([*kinds, *([plural(len(said.biases), "bias").replace("biass", "biases")] if said.biases else [])])
+    if said.truncated:
+        names = list(dict.fromkeys(e.attachment.method.name for e in said.truncated))
+        yield f"the changes of {', '.join(names)} are factored by their singular vectors; compile refuses a rank that is too small"
+
+
+def _put(program: Program, tokens: Tokens | None, said: Said | None, folder: Path, request: EmitRequest, dtype: str = "") -> None:
+    """Writes what there is: one adapter into the folder, or two into folders of their own in it."""
+    low, front = peft_both.places(folder) if tokens is not None and said is not None else (folder, folder)
+    if said is not None:
+        _write(program, said, low, request, dtype)
+    if tokens is not None:
+        _files(front, *peft_tokens.folder_of(program, tokens, request, _base(program)["ref"]), dtype)
+    if tokens is not None and said is not None:
+        peft_both.note_base(folder, _base(program))
+
+
+def _certified(
+    program: Program, tokens: Tokens | None, said: Said | None, folder: Path, request: EmitRequest
+) -> tuple[list[dict[str, Any]], str]:
+    if tokens is None:
+        assert said is not None
+        return certify(program, said, folder, request, _write)
+    if said is None:
+        return peft_tokens.certify(program, tokens, folder, request)
+    return peft_both.certify(program, tokens, said, folder, request, _put)
 
 
 def _base(program: Program) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Keys and values inserted in front of attentions, as folders of peft: where positions are rotary, and where they came from such a folder."""
+"""Keys and values inserted in front of attentions, as folders of peft: what its cache can say, against peft itself, and what it cannot."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import surgery as api
+from tests import test_adapter_pairs as pairs
 from tests.adapter_world import stored_bases
 from tests.test_adapter_kinds import apart
 from tests.test_adapter_tokens import given
@@ -24,11 +27,28 @@ N = 5
 
 
 def bases() -> dict[str, nn.Module]:
-    """Grouped key heads, rotations of a part of each head, an encoder with learned positions."""
+    """Grouped key heads, rotations of a part of each head; learned positions of two decoders, of an encoder and of one beside a decoder; biases by
+    distance."""
+    import transformers
+
+    opt = transformers.OPTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, max_position_embeddings=24, vocab_size=99, word_embed_proj_dim=16, init_std=0.3,
+    )  # fmt: skip
+    bart = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        vocab_size=60, max_position_embeddings=32, init_std=0.3, pad_token_id=1, decoder_start_token_id=2, eos_token_id=2, bos_token_id=0,
+        forced_eos_token_id=2,
+    )  # fmt: skip
+    bloom = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=99, initializer_range=0.3)
     return {
         "llama": ZOO["llama"].make_model(num_hidden_layers=2),
         "phi3": ZOO["phi3"].make_model(num_hidden_layers=1, partial_rotary_factor=0.5, sliding_window=None),
         "bert": ZOO["bert"].make_model(num_hidden_layers=1),
+        "gpt2": ZOO["gpt2"].make_model(n_layer=1),
+        "opt": transformers.OPTForCausalLM(opt),
+        "bart": transformers.BartForConditionalGeneration(bart),
+        "t5": pairs.bases()["t5"],
+        "bloom": transformers.BloomForCausalLM(bloom),
     }
 
 
@@ -40,8 +60,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def outputs(model: nn.Module, family: str) -> Tensor:
     """The first output at the real tokens."""
+    if family in ("bart", "t5"):
+        return pairs.outputs(model)
+    inputs = given(family)
+    if family == "opt":  # counts its positions along the mask unless it is told them
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        found: Tensor = model.eval()(**given(family))[0]
+        found: Tensor = model.eval()(**inputs)[0]
     return found[:, found.shape[1] - 9 :][given(family)["attention_mask"].bool()]
 
 
@@ -49,24 +74,58 @@ def theirs(family: str) -> Tensor:
     return outputs(peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "out"), family)
 
 
-@pytest.mark.parametrize(("family", "how"), [("llama", "reparametrise = true, width = 6"), ("phi3", "reparametrise = false")])
-def test_a_prefix_of_a_rotary_model_goes_to_peft(world: Path, family: str, how: str) -> None:
-    """Its keys are turned to the positions that peft's cache gives to what follows; trained values, plain and from a network."""
-    made = api.compile(
-        f'surg 1\nmodel "{family}"\ninsert prefix(length = {N}, {how}) on layers[*].attn as mine\nemit torch to "trained"\n', force=True
-    ).module
+def emitted(text: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The module of a spec with other values in all that trains, its folder ``out``, and what the folder's config says."""
+    made = api.compile(f'surg 1\n{text}emit torch to "trained"\n', force=True).module
     with torch.no_grad():
         for i, p in enumerate(p for p in made.parameters() if p.requires_grad):
             p.add_(0.8 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     api.save(made, "trained", force=True)
     done = api.compile('surg 1\nmodel "trained"\nemit peft to "out"\n', force=True)
     assert [c["ok"] for c in done.certificates if c["claim"] == "peft = program"] == [True]
+    return made, json.loads(Path("out/adapter_config.json").read_text("utf-8"))
+
+
+LOADED = 'adapter one = load("{}")\nmerge linear of one * 1\n'
+HOWS = [
+    ("llama", "reparametrise = true, width = 6", "layers[*].attn"),
+    ("phi3", "reparametrise = false", "layers[*].attn"),
+    ("gpt2", "reparametrise = true, width = 6", "layers[*].attn"),
+    ("opt", "reparametrise = false", "layers[*].attn"),
+    ("bert", "reparametrise = false", "layers[*].attn"),
+    ("bart", "reparametrise = false", "decoder.layers[*].attn"),
+]
+
+
+@pytest.mark.parametrize(("family", "how", "where"), HOWS)
+def test_a_prefix_goes_to_peft_and_comes_back(world: Path, family: str, how: str, where: str) -> None:
+    """Where positions are rotary its keys are turned to those that peft's cache gives to what follows; a table of positions goes along, further down."""
+    made, config = emitted(f'model "{family}"\ninsert prefix(length = {N}, {how}) on {where} as mine\n')
     want = outputs(made, family)
     assert apart(theirs(family), want) <= 3e-6 < 1e-2 < apart(want, outputs(BASE[family], family))
-    assert json.loads(Path("out/adapter_config.json").read_text("utf-8"))["peft_type"] == "PREFIX_TUNING"
-    if how.startswith("reparametrise = false"):
-        back = api.compile(f'surg 1\nmodel "{family}"\nadapter one = load("out")\nmerge linear of one * 1\n')
-        assert apart(outputs(back.module, family), want) <= 3e-6
+    assert config["peft_type"] == "PREFIX_TUNING" and (config["modules_to_save"] is None) == (family in ("llama", "phi3"))
+    back = api.compile(f'surg 1\nmodel "{family}"\n{LOADED.format("out")}emit peft to "again"\n', force=True)
+    assert apart(outputs(back.module, family), want) <= 3e-6
+    first, second = (load_file(f"{n}/adapter_model.safetensors") for n in ("out", "again"))
+    assert torch.equal(first["prompt_embeddings"], second["prompt_embeddings"])
+
+
+def test_the_plan_says_that_positions_are_lost(world: Path) -> None:
+    plan = api.plan(f'surg 1\nmodel "opt"\ninsert prefix(length = {N}) on layers[*].attn\nemit peft to "out"\n')
+    assert any(f"the last {N} of 26 positions cannot be used" in f for s in plan.steps for f in s.facts)
+    long = api.plan('surg 1\nmodel "opt"\ninsert prefix(length = 30) on layers[*].attn\nemit peft to "out"\n').diagnostics[-1]
+    assert long.code == "S0793" and "nothing is left of 26 positions" in long.message
+
+
+def test_a_decoders_prefix_has_a_place_for_every_layer(world: Path) -> None:
+    """peft reads every second layer of a file, so that two layers share one of those that it trained itself; ours, trained further, has twice as many."""
+    pairs.BASE["t5"] = BASE["t5"]
+    pairs.trained("t5", pairs.KINDS[2]())
+    made, config = emitted(f'model "t5"\n{LOADED.format("one")}')
+    want = outputs(made, "t5")
+    assert apart(theirs("t5"), want) <= 3e-6 < 1e-2 < apart(want, outputs(BASE["t5"], "t5")) and config["num_layers"] == 4
+    back = api.compile(f'surg 1\nmodel "t5"\n{LOADED.format("out")}').module
+    assert apart(outputs(back, "t5"), want) <= 3e-6
 
 
 def test_what_came_from_peft_to_an_encoder_goes_back_bit_for_bit(world: Path) -> None:
@@ -82,12 +141,22 @@ def test_what_came_from_peft_to_an_encoder_goes_back_bit_for_bit(world: Path) ->
 
 
 def test_what_no_cache_can_say_is_refused(world: Path) -> None:
-    """Learned positions, which a cache would move; layers without one; another adapter beside it."""
+    """Biases by distance, which entries of a cache have; layers without one; the attentions of an encoder beside a decoder. Where the graph has no place for
+    keys and values in front, a prompt that was folded makes some."""
     body = f"insert prefix(length = {N}, reparametrise = false) on "
     for text, words in (
-        (f'model "bert"\n{body}layers[*].attn\n', "moves the positions"),
+        (f'model "t5"\n{body}decoder.layers[*].attn\n', "entry j of 5 gets the one of the distance"),
         (f'model "llama"\n{body}layers[0].attn\n', "stands at 1"),
-        (f'model "llama"\n{body}layers[*].attn\nadapt lora(rank = 1) on layers[*].attn.q\n', "another kind"),
+        (f'model "bart"\n{body}encoder.layers[*].attn\n', "the decoder's own alone"),
+        (f'model "bart"\n{body}decoder.layers[*].cross\n', "what the encoder made"),
+        (f'model "bart"\n{body}decoder.layers[0].attn\n', "stands at 1"),
     ):
         found = api.plan(f'surg 1\n{text}emit peft to "no"\n').diagnostics[-1]
-        assert found.code == "S0793" and words in found.message, found.message
+        assert found.code == "S0793" and words in found.message and found.help, (found.code, found.message)
+    found = api.plan(f'surg 1\nmodel "bloom"\n{body}layers[*].attn\n').diagnostics[-1]
+    assert found.code == "S0490" and "fold all" in found.help[0]
+    done = api.compile(
+        f'surg 1\nmodel "bloom"\ninsert prompt(length = {N}, std = 1) on embed.tokens\nfold all\nemit peft to "out"\n', force=True
+    )
+    assert [c["ok"] for c in done.certificates if c["claim"] == "peft = program"] == [True]
+    assert apart(theirs("bloom"), outputs(done.module, "bloom")) <= 3e-6

@@ -136,17 +136,47 @@ def test_prompts_go_back_to_peft_and_folded_ones_as_a_prefix(world: Path) -> Non
         assert Path("again/adapter_model.safetensors").read_bytes() == Path(name, "adapter_model.safetensors").read_bytes()
 
 
+def both(family: str) -> Tensor:
+    """What peft computes with the two folders in ``both``, the way that the plan states."""
+    under = peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "both/weights").merge_and_unload()
+    return outputs(peft.PeftModel.from_pretrained(under, "both/tokens"), family)
+
+
 def test_stands_beside_a_low_rank_adapter_of_any_factor(world: Path) -> None:
-    """Both changes at once: peft's prompt on a base into which the other adapter is folded."""
+    """Both changes at once: peft's prompt on a base into which the other adapter is folded; and as two folders that peft loads one after the other."""
     trained("one", "bert", KINDS[-2][1]())
     adapters.write(world / "low", adapters.low(adapters.bert("value", layers=1), 4))
     body = 'surg 1\nmodel "bert"\nadapter one = load("one")\nadapter low = load("low")\n'
-    made = api.compile(body + "merge linear of one * 1, low * 0.5\n")
+    made = api.compile(body + 'merge linear of one * 1, low * 0.5\nemit peft to "both"\n', force=True)
     api.compile('surg 1\nmodel "bert"\nadapter low = load("low")\nmerge linear of low * 0.5\nfold all\nemit transformers to "folded"\n')
     folded: Any = type(BASE["bert"]).from_pretrained("folded")  # type: ignore[attr-defined]
     want = outputs(peft.PeftModel.from_pretrained(folded, "one"), "bert")
-    assert apart(outputs(made.module, "bert"), want) <= 3e-6
-    assert code(body + 'merge linear of one * 1, low * 0.5\nemit peft to "both"\n').code == "S0793"
+    assert apart(outputs(made.module, "bert"), want) <= 3e-6 and apart(both("bert"), want) <= 3e-6
+    assert next(c for c in made.certificates if c["claim"] == "peft = program")["ok"]
+    assert any("merge_and_unload" in f for s in made.plan.steps for f in s.facts)
+    with pytest.raises(SurgeryError) as caught:
+        api.plan(body.replace('"one"', '"both"') + "merge linear of one * 1\n")
+    assert 'load("both/tokens")' in caught.value.diagnostics[0].help[0]
+    again = body.replace('"one"', '"both/tokens"').replace('"low"', '"both/weights"') + "merge linear of one * 1, low * 1\n"
+    assert apart(outputs(api.compile(again).module, "bert"), want) <= 3e-6 and not api.plan(again).diagnostics
+
+
+@pytest.mark.parametrize("tokens", ["prefix(length = 4, reparametrise = false) on layers[*].attn", "prompt(length = 4) on embed.tokens"])
+def test_tokens_and_weights_that_were_trained_here_go_to_two_folders(world: Path, tokens: str) -> None:
+    """Fresh factors change nothing, so that the certificate stirs them; a bias that trains goes with the weights, a table of positions with the tokens."""
+    text = f'surg 1\nmodel "gpt2"\ninsert {tokens}\nadapt lora(rank = 2) on layers[*].attn.o\nunfreeze biases on layers[0].ffn.up\n'
+    made = api.compile(text + 'emit peft to "both"\nemit torch to "trained"\n', force=True)
+    assert [c["ok"] for c in made.certificates if c["claim"] == "peft = program"] == [True]
+    with torch.no_grad():
+        for i, p in enumerate(p for p in made.module.parameters() if p.requires_grad):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    api.save(made.module, "trained", force=True)
+    api.compile('surg 1\nmodel "trained"\nemit peft to "both"\n', force=True)
+    want = outputs(made.module, "gpt2")
+    assert apart(both("gpt2"), want) <= 3e-6 < 1e-2 < apart(want, outputs(BASE["gpt2"], "gpt2"))
+    mixed = text.replace("unfreeze biases on layers[0].ffn.up", "adapt dora(rank = 2) on layers[0].ffn.down")
+    found = api.plan(mixed + 'emit peft to "no"\n').diagnostics[-1]
+    assert found.code == "S0793" and "another kind" in found.message
 
 
 def test_tokens_lose_the_features_that_a_cut_took(world: Path) -> None:

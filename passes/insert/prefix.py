@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.cut_attached import Kept
+from surgery.model.dims.masks import Mask
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.insert_memory import Core, MemoryMethod, Tensors
 
@@ -65,6 +69,17 @@ class Prefix(MemoryMethod):
             TensorSpec("out_weight", (out, w), "uniform", (-second, second)),
             TensorSpec("out_bias", (out,), "uniform", (-second, second)),
         )
+
+    def follow(self, site: Core, heads: Mask | None, key: Mask | None, value: Mask | None) -> Mapping[str, Kept]:
+        if not self.reparametrise:
+            return {"keys": (heads, None, key), "values": (heads, None, value)}
+        whole = np.ones(site.heads, bool) if heads is None else heads
+        parts = [
+            np.outer(whole, np.ones(size, bool) if mask is None else mask).reshape(-1)
+            for mask, size in ((key, site.key), (value, site.value))
+        ]
+        rows = np.concatenate(parts)  # all keys, then all values
+        return {"out_weight": (rows, None), "out_bias": (rows,)}
 
     def count(self, site: Core) -> int:
         out = site.heads * (site.key + site.value)

@@ -26,6 +26,7 @@ from surgery.model import masked
 from surgery.model.program import Program
 from surgery.model.weights import Add, Expr, Scale, cast
 from surgery.passes.kinds import attach
+from surgery.passes.kinds.adapter_basis import check_bases
 from surgery.passes.kinds.adapter_checks import check_finite, is_copy
 from surgery.passes.kinds.adapter_claim import sum_claim
 from surgery.passes.kinds.adapter_join import (
@@ -64,6 +65,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     placements = []
     for item in loaded:
         check_finite(item.adapter, op.study, item.span)
+        check_bases(program, item.adapter, op.study, item.span)
         placement, warnings = place(program, item.adapter, item.span)
         for warning in [*warnings, *_randomised(item)]:
             op.warn(warning)
@@ -71,15 +73,18 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     places, left = _gather(program, op, placements, weights)
     whole = _whole(program, op, placements, weights)
     _told(op, placements, left)
-    changes = put(program, op, loaded)
+    changes = put(program, op, loaded, whole)
     if not places and not whole and not changes:
         raise fail(
             "S0791", f"nothing of {listed([i.adapter.name for i in loaded])} stands at what is selected", op.origin.span, "merged here",
             notes=[f"{i.adapter.name} has parts at {_few(program, p)}" for i, p in zip(loaded, placements, strict=True)],
             help="select what the adapters change, or leave the selector out",
         )  # fmt: skip
+    moved = [name for name, parts in whole.items() if not parts]
+    whole = {name: parts for name, parts in whole.items() if parts}
     before = program.copy() if op.study is not None else None
     attach.freeze_base(program)
+    program.frozen -= {program.aliases.get(n, n) for n in moved}
     touched: dict[str, fx.GraphModule] = {}
     by_layer = [(site, m) for site, m in op.data.layers]
     methods = [_method_of(here.site, by_layer, method) for here in places]

@@ -140,8 +140,9 @@ def low_spectrum(weight: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return weight + (u * s) @ v - old
 
 
-def shared_basis(weight: Tensor, basis: Tensor, places: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """``U (S + diag(l)) V^T``: ``V`` is one for all layers of a sort, ``U`` the directions of ``W V^-T`` and ``S`` sparse."""
+def shared_basis(weight: Tensor, basis: Tensor, places: Tensor, values: Tensor, scales: Tensor, *, alpha: float = 1e-3) -> Tensor:
+    """``U (S + diag(l)) V^T``: ``V`` is one for all layers of a sort, ``U`` the directions of ``W V^-T`` and ``S`` sparse. ``alpha`` says what ``V`` was
+    made with, which is looked at beforehand (:mod:`adapter_basis`)."""
     _within(places, scales.shape[0])
     one = weight.double()
     try:

@@ -77,7 +77,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
 def _no_virtual_tokens(program: Program, op: Resolved) -> None:
     """What stands in front of the sequence has keys and values of every layer, which no part of one layer takes along."""
     a = next(
-        (a for a in program.attachments if a.method.stands == "tokens" and not getattr(program.module(a.module), "own_calls", False)), None
+        (a for a in program.attachments if a.method.stands == "tokens" and not getattr(program.module(a.module), "in_rows", False)), None
     )
     if a is not None:
         raise fail(

@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import Site
-from surgery.model.cut_attached import Around, Follow
+from surgery.model.cut_attached import Follow, Kept
+from surgery.model.dims.masks import Mask
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program, ValueSpec
 from surgery.model.weights import Apply, Expr
-from surgery.passes.kinds import attach
+from surgery.passes.kinds import attach, insert_follow
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.operation import Resolved, SiteChange
 
@@ -83,6 +84,11 @@ class MemoryMethod(Method):
     def generated(self) -> bool:
         """Whether the tables are made from other tensors, so that folding leaves something out."""
         return True
+
+    def follow(self, site: Core, heads: Mask | None, key: Mask | None, value: Mask | None) -> Mapping[str, Kept] | str:
+        """What stays of each tensor's axes when the attention keeps these key heads and these features of its keys and values (None: all); a text
+        says why they cannot follow."""
+        return "its tables come from a network that says nothing about single heads"
 
 
 class MemoryModule(nn.Module):
@@ -144,9 +150,29 @@ class MemoryModule(nn.Module):
         """Who acts during training on whose behalf (see ``surgery.train``)."""
         return self.method, self
 
-    def follow(self, around: Around) -> Follow | str:
-        """Stored tables lose the heads and the width that the keys and values around them lose; a generator is not cut."""
-        return "its tables and the attention would have to lose the same heads"
+    def follow_calls(self, calls: insert_follow.Calls) -> Follow | str:
+        """Tables lose the heads and the width that the keys and values around them lose; of a network that makes them its last layer does."""
+        site = self.site
+        left = insert_follow.of_calls(calls, (KEYS, VALUES), site.heads, site.repeat, (site.key, site.value))
+        if isinstance(left, str):
+            return left
+        keys, values = left[KEYS], left[VALUES]
+        stay: Mapping[str, Kept] | str = (
+            {"keys": (keys.heads, None, keys.width), "values": (values.heads, None, values.width)}
+            if self.stored
+            else self.method.follow(site, keys.heads, keys.width, values.width)
+        )
+        if isinstance(stay, str):
+            return stay
+        count = insert_follow.count
+        new = replace(
+            site,
+            heads=count(keys.heads, site.heads),
+            repeat=keys.repeat,
+            key=count(keys.width, site.key),
+            value=count(values.width, site.value),
+        )
+        return Follow(new, stay)
 
     def module_config(self) -> dict[str, Any]:
         config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": asdict(self.site)}
@@ -239,7 +265,10 @@ def core_of(program: Program, op: Resolved, site: Site) -> tuple[Core, list[tupl
     for graph, node in calls:
         gm = program.module(graph)
         if not is_core(gm, node):
-            raise _refused(op, site, "it computes its scores, their softmax and the product with the values as separate operations")
+            raise _refused(
+                op, site, "it computes its scores, their softmax and the product with the values as separate operations",
+                "keys and values in front of a decoder's cache: `insert prompt(..) on embed.tokens`, then `fold all`; or leave this block out",
+            )  # fmt: skip
         if takes_causal_flag(gm, node):
             raise _refused(op, site, "its attention is causal by a flag and has no mask that could be extended")
         k, v = (a.meta["spec"].shape for a in node.args[1:3])  # type: ignore[union-attr]

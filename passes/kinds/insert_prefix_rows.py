@@ -1,4 +1,5 @@
-"""Keys and values that a decoder's cache starts with, in a graph without a cache: rows of the decoder's sequence whose keys and values are stored.
+"""Virtual tokens of a decoder beside an encoder, in a graph without a cache: rows of the decoder's sequence, with embeddings that train, or with keys and
+values that are stored.
 
 The decoder gets ``n`` further tokens in front; in every self attention their keys and values are the stored ones, and outputs lose them again. So
 positions, distances and masks of the real tokens are those that they have behind a cache of ``n`` entries, whatever the model makes of positions.
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.core.site import Site
-from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.passes.kinds import attach
+from surgery.passes.kinds.calls import calls_of
 from surgery.passes.kinds.insert_memory import MemoryMethod, MemoryModule, at_attention
 from surgery.passes.kinds.insert_prompt import PromptMethod
-from surgery.passes.kinds.insert_prompt_graph import inputs_of, refused
-from surgery.passes.kinds.insert_prompt_rows import CUT, FILL, PromptRows, filler
+from surgery.passes.kinds.insert_prompt_graph import embedded_at, inputs_of, looked_up, refused
+from surgery.passes.kinds.insert_prompt_rows import CUT, EMBED, FILL, PromptRows, filler
 from surgery.passes.operation import Resolved, SiteChange
 
 ROWS_TAG = "surgery.empty_rows"
@@ -39,12 +40,12 @@ class EmptyRows(PromptRows):
         nn.Module.__init__(self)
         self._setup(method, width, stored)
 
-    def follow(self, around: Around) -> Follow | str:
-        return "its rows stand in front of ids, which lose nothing"
-
 
 class MemoryRows(MemoryModule):
     """``(k, KEYS, k) -> [P_k; k[n:]]`` and the same of values: what stands in the place of the first ``n`` rows."""
+
+    in_place = True
+    """Whether its entries stand in the place of rows that the sequence has, whose positions they have."""
 
     def forward(self, value: Tensor, role: int, keys: Tensor) -> Tensor:
         if not self.active:
@@ -65,8 +66,9 @@ def decoder_attentions(program: Program) -> list[Site]:
     return [s for s in program.anatomy.sites if s.is_region and s.stack in crossed and s.facts.get("causal") and not s.facts.get("cross")]
 
 
-def apply_rows(program: Program, op: Resolved, prompt: PromptMethod) -> SiteChange:
-    """Rows in front of a decoder's tokens, as many as ``prompt`` has. Raises S0491 where the model takes what they have no values for."""
+def apply_rows(program: Program, op: Resolved, prompt: PromptMethod, width: int = 0) -> SiteChange:
+    """Rows in front of a decoder's tokens, as many as ``prompt`` has; with a ``width`` the prompt's embeddings stand in them, whose values are for the
+    caller to write. Raises S0491 where the model takes what they have no values for."""
     site = op.sites[0]
     holders = {
         n: name for n, (name, _) in zip([x for x in program.graph.graph.nodes if x.op == "placeholder"], inputs_of(program), strict=True)
@@ -82,17 +84,48 @@ def apply_rows(program: Program, op: Resolved, prompt: PromptMethod) -> SiteChan
         if name != SEEN or node.meta["spec"].shape[1] != length:
             raise refused(op, site, f"virtual tokens have no value for the input `{name}`", "")
         grown.append((node, 1))
+    embedded = _embedded(program, op, site) if width else None
     attach.freeze_base(program)
     path = attach.free_name(program.graph, op.name)
-    program.graph.add_submodule(path, EmptyRows(prompt, 0))
+    module = PromptRows.bare(prompt, width) if width else EmptyRows(prompt, 0)
+    program.graph.add_submodule(path, module)
+    params = tuple((k, v) for k, v in prompt.params().items() if k != "seed")
+    names, added, trainable = attach.add_tensors(
+        program, module, path, prompt.tensors(width) if width else (), op,
+        dtype=attach.adapter_dtype(program.info.dtype), source=program.weights[program.aliases.get(site.weight, site.weight)], params=params, pool={},
+    )  # fmt: skip
     first = _write(program, path, grown, length)
+    if embedded is not None:
+        first = _put(program, path, embedded)
     attach.recompile_later(program.graph)
     program.journal.record(first, op.origin)
     program.journal.record(path, op.origin)
-    program.attachments.append(Attachment(op.name, prompt, site, path, first, (), op.origin))
+    program.attachments.append(Attachment(op.name, prompt, site, path, first, tuple(names), op.origin))
     program.touch()
     note = f"{prompt.entries()} rows in front of the decoder's tokens: positions move by as many, outputs keep those of the real tokens"
-    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, 0, 0, 0, note)
+    return SiteChange(site.role, site.path, site.rows, site.shape, site.shape, added, 0, trainable, note)
+
+
+def _embedded(program: Program, op: Resolved, site: Site) -> fx.Node:
+    """Where the embeddings of a decoder's tokens stand. Raises S0491."""
+    for table in (s for s in program.anatomy.sites if s.op == "embedding"):
+        for graph, call in calls_of(program, table):
+            ids = None if graph else looked_up(call)
+            if ids is not None and str(ids.target) == IDS:
+                return embedded_at(program, table, call)[0]
+    raise refused(op, site, f"nothing in the graph shows where `{IDS}` are looked up", "")
+
+
+def _put(program: Program, path: str, embedded: fx.Node) -> Any:
+    """The trained embeddings over the first rows."""
+    graph = program.graph.graph
+    users = list(embedded.users)
+    with graph.inserting_after(embedded):
+        made = graph.create_node("call_module", path, (embedded, EMBED), name=path)
+    made.meta["spec"] = embedded.meta["spec"]
+    for user in users:
+        user.replace_input_with(embedded, made)
+    return attach.node_ref("", made)
 
 
 def _has(size: Any, symbol: sympy.Symbol) -> bool:

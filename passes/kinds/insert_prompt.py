@@ -23,12 +23,12 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.model import graphjson
-from surgery.model.cut_attached import Around, Follow
+from surgery.model.cut_attached import Follow
 from surgery.model.live import Tensors, live_root
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, ModelInfo, Program, Signature
 from surgery.model.weights import Apply, Expr, Held, Scale, Weights, cast
-from surgery.passes.kinds import attach
+from surgery.passes.kinds import attach, insert_follow
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.insert_memory import replace_module
 from surgery.passes.kinds.insert_prompt_graph import (
@@ -38,6 +38,7 @@ from surgery.passes.kinds.insert_prompt_graph import (
     JOIN,
     MASK,
     ONES,
+    REST,
     SHIFT,
     STEPS,
     ancestors,
@@ -91,8 +92,8 @@ class PromptModule(nn.Module):
     that number), ``MASK`` a mask with ``n`` ones in front, ``SHIFT`` positions ``n`` later, ``REST`` a grown cache without its first ``n`` steps.
     """
 
-    own_calls = False
-    """Whether its calls stand on values of several sorts, of which a cut asks about those that lose something."""
+    in_rows = False
+    """Whether its tokens are rows of the sequence, of which nothing can be stored."""
     edits = 0
     """Which argument is the value that passes through when the module is taken out."""
     folded = "its keys and values are stored, and the pass that made them is gone"
@@ -143,9 +144,9 @@ class PromptModule(nn.Module):
         """Who acts during training on whose behalf (see ``surgery.train``)."""
         return self.method, self
 
-    def follow(self, around: Around) -> Follow | str:
-        """A prompt pass runs through all layers: what one of them loses is not one place's affair."""
-        return "its keys and values come from all layers"
+    def follow_calls(self, calls: insert_follow.Calls) -> Follow | str:
+        """Stored tables lose the heads of their layers, embeddings the features of the stream; a prompt pass runs through the cut layers."""
+        return insert_follow.follow_past(self, calls, (EMPTY, JOIN, REST), JOIN, EMBED)
 
     def module_config(self) -> dict[str, Any]:
         config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "width": self.site}
@@ -257,7 +258,7 @@ def fold(program: Program, a: Attachment, op: Resolved) -> str:
     """Replace the prompt pass by its keys and values; a reason when that is done already, else an empty text."""
     module = program.module(a.module)
     assert isinstance(module, PromptModule)
-    if module.own_calls:
+    if module.in_rows:
         return str(getattr(module, "stays", ROWS))
     if module.stored:
         return "its keys and values are stored already"
@@ -300,7 +301,7 @@ def _stored(program: Program, a: Attachment, results: Sequence[Any]) -> tuple[di
                 holder = part.placeholder(f"given_{len(inputs)}")
                 holder.meta["spec"] = source.meta["spec"]
                 table[source] = holder
-                inputs.append([int(source.args[1]), list(source.meta["spec"].shape), source.meta["spec"].dtype])  # type: ignore[call-overload,arg-type]
+                inputs.append([int(source.args[1]), _size(source), source.meta["spec"].dtype])  # type: ignore[call-overload,arg-type]
         copy = part.node_copy(node, lambda x: table[x])
         copy.meta["spec"] = node.meta.get("spec")
         table[node] = copy
@@ -323,6 +324,16 @@ def _stored(program: Program, a: Attachment, results: Sequence[Any]) -> tuple[di
     function = f"{a.method.verb}/{a.method.name}:stored"
     made: dict[str, Expr] = {f"table_{i}": Apply(shape, dtype, function, args, params, i) for i, shape in enumerate(shapes)}
     return made, shapes  # type: ignore[return-value]
+
+
+def _size(call: fx.Node) -> list[Any]:
+    """The shape of what a call gives to the pass; heads and features are those that the model has now."""
+    shape, given = list(call.meta["spec"].shape), call.args[0].meta["spec"].shape  # type: ignore[union-attr]
+    if call.args[1] == EMPTY:
+        shape[1], shape[3] = given[1], given[3]
+    elif call.args[1] == EMBED:
+        shape[-1] = given[-1]
+    return shape
 
 
 def stored(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from surgery.core.site import NodeRef, Site
-from surgery.model.cut_attached import Around, Follow
+from surgery.model.cut_attached import Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Program, ValueSpec
+from surgery.passes.kinds import insert_follow
 from surgery.passes.kinds.insert_prompt import PromptMethod, PromptModule
 from surgery.passes.kinds.insert_prompt_graph import embedded_at, inputs_of, looked_up, lookups, refused
 from surgery.passes.operation import Resolved
@@ -40,7 +41,7 @@ class PromptRows(PromptModule):
     ``(y, CUT, axis)`` takes the first ``n`` entries off an axis of an output.
     """
 
-    own_calls = True
+    in_rows = True
 
     def forward(self, value: Tensor, what: int, more: Tensor | int | None = None) -> Tensor:
         if not self.active:
@@ -61,15 +62,9 @@ class PromptRows(PromptModule):
         """Tokens that the model computes beside those of its caller."""
         return self.method.entries()
 
-    def follow(self, around: Around) -> Follow | str:
-        """The embeddings lose the features that those of the real tokens lose."""
-        kept = around.inputs[0][-1]
-        if kept is None:
-            return "it stands on values that lose something else than features"
-        specs = self.method.tensors(self.site)
-        if any(s.shape[-1] != self.site for s in specs):
-            return "its tensors do not have the features of the embeddings"
-        return Follow(int(kept.sum()), {s.name: (*(None,) * (len(s.shape) - 1), kept) for s in specs})
+    def follow_calls(self, calls: insert_follow.Calls) -> Follow | str:
+        """The embeddings lose the features that those of the real tokens lose; inputs and outputs of the model pass through whatever they are."""
+        return insert_follow.follow_past(self, [c for c in calls if c[0][1] == EMBED], (), -1, EMBED)
 
 
 register_module(MODULE_TAG, PromptRows)

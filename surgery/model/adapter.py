@@ -99,7 +99,8 @@ class Adapter:
         found |= {load.identity: load for part in self.dense.values() for load in (*part.tensors, *(part.bias_tensors or ()))} | {
             r.stored.identity: r.stored for r in self.rows.values()
         }
-        return [*found.values(), *(loads(self.tokens.stored) if self.tokens else ())]
+        tokens = {load.identity: load for e in (self.tokens.expressions if self.tokens else ()) for load in loads(e)}
+        return [*found.values(), *tokens.values()]
 
     def digest(self) -> str:
         """sha256 over both files: what a lock keeps."""
@@ -174,6 +175,10 @@ def _config(folder: Path, ref: str, span: Span) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         more = f"{ref} has a config.json: open it as a model, `checkpoint name = load(...)`" if (folder / "config.json").is_file() else ""
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        if inside:
+            named = ", ".join(f'`load("{ref}/{n}")`' for n in inside[:4])
+            more = f"it holds {'another adapter' if len(inside) == 1 else 'several adapters'}: {named}"
         raise fail(
             "S0781", f"there is no {CONFIG} in {ref}", span, "opened here", exit_code=2, notes=(f"folder: {folder}",),
             help=more or "name the folder that peft's `save_pretrained` wrote",

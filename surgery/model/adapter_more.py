@@ -297,7 +297,8 @@ def _frod(path: str, roles: Roles, config: Mapping[str, Any], shared: Roles, fau
     size = basis.shape[0] if basis.shape else 0
     fine = basis.shape == (size, size) and places.shape == (2, values.shape[0]) and scales.shape == (size,) and len(values.shape) == 1
     _fits(path, fine, [basis, places, values, scales], fault)
-    return _changed(path, "shared_basis", [basis, places, values, scales], 0, size)
+    alpha = number(config, "regularization_alpha", 1e-3, fault)
+    return _changed(path, "shared_basis", [basis, places, values, scales], 0, size, alpha=alpha)
 
 
 def _sort_of(path: str) -> str:

@@ -54,8 +54,11 @@ PREFIXES: Mapping[str, frozenset[str]] = {
 }
 """Kinds that hold keys and values."""
 
-PAIRED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+PAIRED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 """Kinds that peft runs on an encoder with a decoder."""
+
+BOTH = ("MULTITASK_PROMPT_TUNING",)
+"""Those whose second half peft puts in front of the decoder; of the others it uses the first half alone."""
 
 NAMES = {
     "PROMPT_TUNING": "prompt tuning",
@@ -70,13 +73,18 @@ NAMES = {
 @dataclass(frozen=True)
 class VirtualTokens:
     """``count`` virtual tokens: ``stored [count, width]`` are their embeddings, or with ``layers`` more than 0 the keys and values
-    ``[count, layers 2 heads head]`` that they have in every layer, keys first. ``pair`` says that they are those of an encoder and its decoder."""
+    ``[count, layers 2 heads head]`` that they have in every layer, keys first. ``pair`` says that they are those of an encoder and its decoder, whose own embeddings are ``decoder [count, width]``, if it has some."""
 
     stored: Expr
     count: int
     layers: int = 0
     heads: int = 0
     pair: bool = False
+    decoder: Expr | None = None
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        return (self.stored,) if self.decoder is None else (self.stored, self.decoder)
 
     @property
     def head(self) -> int:
@@ -133,8 +141,9 @@ def read_tokens(
         if width != found.shape[1]:
             raise fault(f"its config says {width} features a token, and `{KEY}` has {found.shape[1]}", "correct `token_dim`")
         stored = found.load() if kind != "MULTITASK_PROMPT_TUNING" else _of_task(found, factors, config, fault)
-        # of an encoder and a decoder peft trains tokens for both and uses those of the encoder
-        return VirtualTokens(select(stored, 0, ((0, count),)), count, pair=pair), whole
+        # of an encoder and a decoder peft trains tokens for both, and mostly uses those of the encoder
+        second = select(stored, 0, ((count, rows),)) if kind in BOTH and times == 2 else None
+        return VirtualTokens(select(stored, 0, ((0, count),)), count, pair=pair, decoder=second), whole
     layers, heads = _size(config, "num_layers", fault), _size(config, "num_attention_heads", fault)
     if found.shape[1] != 2 * layers * width or width % heads:
         raise fault(

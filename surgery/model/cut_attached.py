@@ -1,13 +1,14 @@
 """What a cut does to attached modules: their tensors lose the units that their site loses.
 
 A module that surgery attached (it has ``edits``) says itself how it follows, through ``follow(around) -> Follow | str``; a text is the
-reason why it cannot. The analysis of dimensions sees the model without attachments, so everything here is in terms of what stands
+reason why it cannot. One that stands on values of several sorts has ``follow_calls(calls)`` instead, which is told the arguments of every call with
+what stays around it. The analysis of dimensions sees the model without attachments, so everything here is in terms of what stands
 around the module: the stored weight of its site and the values that enter its call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -56,6 +57,8 @@ class Follow:
     tensors: Mapping[str, Kept] = field(default_factory=dict)
     rewrite: Mapping[str, Callable[[Mapping[str, Expr]], Expr]] = field(default_factory=dict)
     method: Any = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Further attributes of the module, with the values that they have then."""
 
 
 @dataclass
@@ -68,6 +71,7 @@ class AttachedCut:
     """New ``site`` of the module at a path."""
     methods: dict[str, Any] = field(default_factory=dict)
     """New ``method`` of the module at a path, where it has another."""
+    attributes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) -> AttachedCut:
@@ -93,15 +97,12 @@ def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) 
         ]
         if not any(a.touched for a in seen):
             continue
-        if getattr(module, "own_calls", False):
-            seen = [replace(a, inputs=a.inputs[:1]) for a in seen if any(m is not None for m in a.inputs[0])]
-        if any(not _equal(a, seen[0]) for a in seen[1:]):
-            raise _refused(label, attachment, "it is called at several places that lose different units", span)
-        follow = getattr(module, "follow", None)
-        answer = "its class does not say how it follows" if follow is None else follow(seen[0])
+        answer = _answer(module, nodes, seen)
         if isinstance(answer, str):
             raise _refused(label, attachment, answer, span)
         found.sites[path] = answer.site
+        if answer.attributes:
+            found.attributes[path] = answer.attributes
         if answer.method is not None:
             found.methods[path] = answer.method
         for leaf, kept in answer.tensors.items():
@@ -119,12 +120,27 @@ def plan(program: Program, group: Group, groups: Mapping[str, int], span: Span) 
     return found
 
 
+def _answer(module: Any, nodes: Sequence[tuple[str, fx.Node]], seen: Sequence[Around]) -> Follow | str:
+    """How a module follows what stays around its calls, or why it cannot."""
+    each = getattr(module, "follow_calls", None)
+    if each is not None:
+        found: Follow | str = each([(node.args, around) for (_, node), around in zip(nodes, seen, strict=True)])
+        return found
+    if any(not _equal(a, seen[0]) for a in seen[1:]):
+        return "it is called at several places that lose different units"
+    follow = getattr(module, "follow", None)
+    return "its class does not say how it follows" if follow is None else follow(seen[0])
+
+
 def apply(program: Program, found: AttachedCut) -> None:
     """Write the new sites into modules and attachments; the tensors were cut with all others."""
     for path, site in found.sites.items():
         program.module(path).site = site
     for path, method in found.methods.items():
         program.module(path).method = method
+    for path, attributes in found.attributes.items():
+        for name, value in attributes.items():
+            setattr(program.module(path), name, value)
     for i, a in enumerate(program.attachments):
         if a.module in found.sites:
             program.attachments[i] = replace(a, site=_site(program, a, found.sites[a.module]), method=found.methods.get(a.module, a.method))
