@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ from surgery.model.weights import Apply
 from surgery.passes import registry
 from surgery.passes.kinds import adapter_more as forms
 from surgery.passes.kinds import adapter_waves
+from tests import fixtures
 from tests.test_adapter_dense import T, Two, held, stirred
 from tests.test_adapter_kinds import BASE, apart, outputs, theirs, trained, world
+from tests.zoo import ZOO
 
 peft = pytest.importorskip("peft")
 __all__ = ["world"]
@@ -131,6 +134,39 @@ def test_vectors_that_layers_share_follow_the_order_of_the_model(world: Path) ->
         assert (
             apart(outputs(made, "bert"), theirs("one", "bert")) <= 3e-6 < 1e-3 < apart(outputs(BASE["bert"], "bert"), theirs("one", "bert"))
         )
+
+
+def test_a_basis_that_the_config_does_not_make_is_refused(world: Path) -> None:
+    """peft makes FRoD's basis anew when it loads, and mixes it with the stored one: with another ``regularization_alpha`` that is another model."""
+    model = ZOO["bert"].make_model(num_hidden_layers=3, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    fixtures.save(model, world / "deep")
+    BASE["deep"] = model.eval()
+    inputs = ZOO["bert"].inputs(2, 9)
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(
+        copy.deepcopy(model), peft.FrodConfig(progressbar=False, sparse_rate=0.1, target_modules=["query", "output.dense"])
+    )
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+        want = adapted.eval()(**inputs)[0]
+    adapted.save_pretrained("one")
+    text = 'surg 1\nmodel "deep"\nadapter one = load("one")\nmerge linear of one * 1\n'
+    with torch.no_grad():
+        assert apart(api.compile(text).module(**inputs)[0], want) <= 4e-6
+    path = Path("one/adapter_config.json")
+    said = json.loads(path.read_text("utf-8"))
+    for alpha in (0.1, 5.0):
+        path.write_text(json.dumps({**said, "regularization_alpha": alpha}), "utf-8")
+        with torch.no_grad():
+            assert apart(peft.PeftModel.from_pretrained(copy.deepcopy(model), "one").eval()(**inputs)[0], want) > 1e-2
+        with pytest.raises(SurgeryError) as caught:
+            api.compile(text)
+        found = caught.value.diagnostics[-1]
+        assert found.code == "S0783" and "not the one that its config makes" in found.message and not Path("out").exists()
+    path.write_text(json.dumps({**said, "regularization_alpha": "x"}), "utf-8")
+    assert api.plan(text).diagnostics[-1].code == "S0783"
 
 
 def test_one_task_of_several_is_taken_and_has_to_be_said(tmp_path: Path) -> None:

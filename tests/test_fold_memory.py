@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.core.diagnostics import SurgeryError
 from surgery.folding import fold_all, kept
 from surgery.model.live import Tensors
 from surgery.model.program import Origin, Program
