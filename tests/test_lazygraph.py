@@ -91,3 +91,19 @@ def test_copies_by_python_and_compiled_ones_run() -> None:
 
 def test_a_graph_that_ends_in_nothing_is_copied() -> None:
     assert difference(empty(), copy_tree(empty())) == ""
+
+
+def test_a_copy_has_the_names_the_order_and_the_users_of_the_nodes() -> None:
+    root = tree()
+    made = copy_tree(root)
+    for ours, theirs in ((root.graph, made.graph), (root.layer.graph, made.layer.graph)):
+        theirs.lint()
+        assert [(n.name, n.op, n.target, n.type, n.meta) for n in ours.nodes] == [
+            (n.name, n.op, n.target, n.type, n.meta) for n in theirs.nodes
+        ]
+        assert [[u.name for u in n.users] for n in ours.nodes] == [[u.name for u in n.users] for n in theirs.nodes]
+        assert all(n.graph is theirs for n in theirs.nodes) and len(ours.nodes) == len(theirs.nodes)
+    own = made.layer.graph
+    (found,) = own.find_nodes(op="call_function", target=torch.relu)
+    with own.inserting_after(found):
+        assert own.call_function(torch.relu, (found,)).name == "relu_1"  # and knows which names are taken

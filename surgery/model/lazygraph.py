@@ -84,16 +84,27 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for name, child in module._modules.items():
         made._modules[name] = None if child is None else _copy(child, memo)
     if graph is not None:
-        table: dict[fx.Node, fx.Node] = {}
-        copied = fx.Graph(tracer_cls=graph._tracer_cls)
-        output = copied.graph_copy(graph, table)
-        end = next(iter(reversed(graph.nodes)), None)
-        if end is not None and end.op == "output":
-            node = copied.output(output, type_expr=end.type)
-            node.meta = dict(end.meta)
-        copied._codegen = deepcopy(graph._codegen)
-        made.graph = copied
+        made.graph = _copy_graph(graph)
     return made
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes under the same names. ``Graph.graph_copy`` does this, too, and looks through the arguments of every node for symbolic
+    numbers to warn of, which takes longer than all the rest; a node that is copied has none that the first one had not."""
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    table: dict[fx.Node, fx.Node] = {}
+    names = copied._graph_namespace
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), table.__getitem__)
+        made = fx.Node(copied, names.create_name(node.name, None), node.op, node.target, args, kwargs, node.type)
+        names.associate_name_with_obj(made.name, made)
+        copied._insert(made)
+        copied._find_nodes_lookup_table.insert(made)
+        copied._len += 1
+        made.meta = dict(node.meta)
+        table[node] = made
+    copied._codegen = deepcopy(graph._codegen)
+    return copied
 
 
 def _tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
