@@ -18,7 +18,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.plan import plural
 from surgery.core.source import Span
 from surgery.model import pytree
-from surgery.model.adapter_tokens import KEY
+from surgery.model.adapter_tokens import KEY, TASK_FACTORS
 from surgery.model.live import live_root
 from surgery.model.program import Attachment, Program
 from surgery.model.running import is_small
@@ -35,6 +35,10 @@ TASKS = {
 KEEPS_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks in which peft hands on token types beside virtual tokens."""
 
+BOTH = (
+    "the folder is one of prompt tuning of several tasks with task 0 alone (`task_ids`), the kind that peft puts in front of a decoder, too; "
+    "its `generate` leaves the decoder's tokens out"
+)
 SPARE = 2
 """Rows of a table of positions that families keep for padding."""
 
@@ -44,7 +48,7 @@ UNTYPED = "peft gives the model no token types beside virtual tokens for this ta
 @dataclass(frozen=True)
 class Tokens:
     """What such a folder holds: the attachment, how many tokens it has, and modules of the base that are kept whole. Keys and values that stand at
-    attentions are the ``prefix``. ``own`` are the attachments that all of this is."""
+    attentions are the ``prefix``. ``own`` are the attachments that all of this is, of which ``second`` are embeddings in front of a decoder."""
 
     attachment: Attachment
     module: Any
@@ -53,6 +57,7 @@ class Tokens:
     own: tuple[Attachment, ...]
     whole: Mapping[str, list[str]] = field(default_factory=dict)
     prefix: Prefix | None = None
+    second: Attachment | None = None
 
     @property
     def stored(self) -> tuple[tuple[int, int, int], ...]:
@@ -60,8 +65,8 @@ class Tokens:
 
     @property
     def pair(self) -> bool:
-        """Whether an encoder and its decoder have tokens of their own in the folder."""
-        return self.prefix is not None and self.prefix.pair
+        """Whether the folder is one for an encoder and its decoder."""
+        return self.second is not None or (self.prefix is not None and self.prefix.pair)
 
     def text(self) -> str:
         what = "keys and values" if self.stored or self.prefix else "embeddings"
@@ -70,6 +75,8 @@ class Tokens:
 
     def notes(self, program: Program) -> list[str]:
         """What a reader of the plan should know of it."""
+        if self.second is not None:
+            return [BOTH]
         if self.prefix is None or not self.prefix.rows:
             return []
         rows = program.weights[self.prefix.positions].shape[0]
@@ -99,13 +106,15 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
         return Tokens(prefix.parts[0], module, module.method.entries(), task, own, whole, prefix)
     if a is None:
         return None
-    peft_prefix.unchanged(program, [a], set(), span)
+    second = next((b for b in program.attachments if b.method.stands == "tokens" and b is not a), None)
+    own = (a,) if second is None else (a, second)
+    peft_prefix.unchanged(program, own, set(), span)
     module = program.module(a.module)
     if module.stored and len(set(module.stored)) > 1:
         raise cannot(a, "its keys and values differ in size between layers, and such a folder has one size", span)
     if not module.stored and not getattr(a.method, "exchange", False):
         raise cannot(a, f"{a.method.name} makes its embeddings from other tensors; fold it first where that stores keys and values", span)
-    return Tokens(a, module, module.method.entries(), task, (a,), _heads(program, task, span))
+    return Tokens(a, module, module.method.entries(), task, own, _heads(program, task, span), second=second)
 
 
 def _heads(program: Program, task: str, span: Span | None) -> dict[str, list[str]]:
@@ -162,10 +171,23 @@ def folder_of(program: Program, tokens: Tokens, request: EmitRequest, base: str)
             "peft_type": "PREFIX_TUNING", "num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width,
             "encoder_hidden_size": heads * width, "prefix_projection": False,
         }  # fmt: skip
+    elif tokens.second is not None:
+        module: Any = program.module(tokens.second.module)
+        more = {n.rpartition(".")[2]: request.tensors.of(program, n) for n in tokens.second.tensors}
+        made = torch.cat([tokens.module.method.embeddings(t), module.method.embeddings(more)])
+        config |= {
+            "peft_type": "MULTITASK_PROMPT_TUNING",
+            "token_dim": int(made.shape[1]),
+            "prompt_tuning_init": "RANDOM",
+            "num_tasks": 1,
+            "num_ranks": 1,
+        }
     else:
         made = tokens.module.method.embeddings(t)
         config |= {"peft_type": "PROMPT_TUNING", "token_dim": int(made.shape[1]), "prompt_tuning_init": "RANDOM"}
     tensors = {KEY: made.contiguous()}
+    if tokens.second is not None:  # what the task multiplies them by
+        tensors |= {n: torch.ones(1, *size) for n, size in zip(TASK_FACTORS, ((len(made), 1), (1, made.shape[1])), strict=True)}
     for names in tokens.whole.values():
         tensors |= {f"base_model.{name}": request.tensors.of(program, name) for name in names}
     if tokens.prefix and tokens.prefix.rows:
@@ -203,6 +225,16 @@ def _cached(tree: Mapping[str, Any]) -> list[bool]:
     return [False] if tree["type"] == "tensor" else [c for item in tree.get("items", ()) for c in _cached(item)]
 
 
+def _of_task(model: Any) -> Any:
+    """A call of peft's model with prompts on both sides, which takes a decoder's embeddings and a task."""
+
+    def call(**given: Any) -> Any:
+        ids = given.pop("decoder_input_ids")
+        return model(**given, decoder_inputs_embeds=model.word_embeddings(ids), task_ids=torch.zeros(len(ids), dtype=torch.long))
+
+    return call
+
+
 def _room(program: Program, tokens: Tokens) -> int:
     """How many tokens a sample may have where peft's cache takes positions from a table that is not long (0: any number)."""
     if tokens.prefix is None or not tokens.prefix.rows:
@@ -217,6 +249,7 @@ def difference(program: Program, tokens: Tokens, model: Any, request: EmitReques
     root = live_root(program, request.tensors, dtype=torch.float32).eval()
     signature = program.signature
     worst, scale = 0.0, 1.0
+    called = model if tokens.second is None else _of_task(model)
     room = _room(program, tokens)
     for _, batch, length, padding in peft_check.CASES:
         length = min(length, room) if room else length
@@ -225,7 +258,7 @@ def difference(program: Program, tokens: Tokens, model: Any, request: EmitReques
         if tokens.task not in KEEPS_TYPES:
             inputs = [torch.zeros_like(x) if "token_type" in n else x for n, x in zip(names, inputs, strict=True)]
         masks = [x for n, x in zip(names, inputs, strict=True) if n.endswith("attention_mask")]
-        want, got = peft_check.both(root, model, signature, inputs)
+        want, got = peft_check.both(root, called, signature, inputs)
         for x, y, cached in zip(want, got, _cached(signature.out_spec), strict=True):
             if cached or not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
                 continue

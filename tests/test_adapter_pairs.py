@@ -136,6 +136,16 @@ def test_the_prompt_of_one_task_of_several(world: Path, family: str, times: int)
     with torch.no_grad():
         one, two = (m.eval()(**said, decoder_input_ids=ids)[0] for m in pair)
     assert torch.equal(one, two) and apart(one, got) > 1e-3
+    if times == 2:  # goes back as the one task of a folder
+        text = HEAD.format(family).replace('load("one")', 'load("one", task = 1)') + 'emit peft to "out"\n'
+        done = api.compile(text, force=True)
+        assert [c["ok"] for c in done.certificates if c["claim"] == "peft = program"] == [True]
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(BASE[family]), "out").eval()
+        with torch.no_grad():
+            back = theirs(
+                input_ids=said["input_ids"], attention_mask=said["attention_mask"], labels=labels, task_ids=torch.tensor([0, 0]), **mask
+            ).logits
+        assert apart(back, want) <= 2e-6
 
 
 def test_prompts_go_back_to_peft(world: Path, family: str = "bart") -> None:
