@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +82,7 @@ def build(
                 "S0893", "torch.export cannot express this model", exc, span, "write `emit torch` instead, or report the model's config"
             ) from exc
         try:
-            with _settled(place), quick():
+            with _settled(), quick():
                 made = torch._inductor.aot_compile(
                     exported.module(check_guards=False), (), example, options={**defaults(place), **(options or {})}
                 )
@@ -115,7 +116,7 @@ def defaults(place: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _settled(place: Path) -> Iterator[None]:
+def _settled() -> Iterator[None]:
     """Random numbers (a marker in large packages) and autotuning start from the same state; the caches of inductor are not this run's."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -125,13 +126,21 @@ def _settled(place: Path) -> Iterator[None]:
         yield
 
 
-def package(files: Sequence[Path], target: Path, extra: dict[str, Any]) -> None:
-    """Writes the package: a zip that is not compressed, so that the owner's mark in ``extra`` is found without opening it."""
+def package(files: Sequence[Path], target: Path) -> None:
+    """Writes the package without our record (:func:`mark`): a zip that is not compressed."""
     from torch.export.pt2_archive._package import package_pt2
 
-    text = json.dumps(extra, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     with target.open("w+b") as stream:
-        package_pt2(stream, aoti_files={NAME: [str(f) for f in files]}, extra_files={EXTRA: text})
+        package_pt2(stream, aoti_files={NAME: [str(f) for f in files]})
+
+
+def mark(path: Path, extra: dict[str, Any]) -> None:
+    """Adds our record to a package that has none yet. It is not compressed either, so that the owner's mark in it is found without opening the
+    zip; what the package has already stays where it is, so that what was measured is what is kept."""
+    text = json.dumps(extra, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(zipfile.ZipInfo(f"{folder}/data/extra/{EXTRA}"), text)
 
 
 def load(path: Path, threads: bool = True) -> Callable[..., Any]:
@@ -143,8 +152,6 @@ def load(path: Path, threads: bool = True) -> Callable[..., Any]:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """Our record of a package, read as data: nothing in the file runs. None where there is none."""
-    import zipfile
-
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((n for n in archive.namelist() if n.endswith(f"extra/{EXTRA}")), None)

@@ -115,24 +115,25 @@ class Pt2Backend:
             place = Path(folder)
             report("emitting pt2: compiling", 0, STEPS)
             files = compiled(program, fused.graph if fused else root, place, target, span=request.span)
-            report("emitting pt2: packing", 1, STEPS)
-            aoti.package(files, place / "model.pt2", record)
-            report("emitting pt2: measuring torch against the package", 2, STEPS)
-            run = flat_run(aoti.load(place / "model.pt2"), program, target)
-            certificates = served.measure(measured, run, names, claim="torch = pt2", tolerance=TOLERANCE[precision])
-            bad = [c for c in certificates if not c["ok"]]
-            if bad:
-                raise SurgeryError(
-                    error(
-                        "S0894", "the compiled package does not compute what the module computes", request.span, "asked for here",
-                        notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                        help="nothing was written; please report this with the model's config and `g++ --version`",
-                    )
-                )  # fmt: skip
-            report("emitting pt2: writing", 3, STEPS)
-            record["certificates"] = [*request.certificates, *certificates]
             with AtomicOutput(request.target, folder=False, force=request.force, own=lambda p: owns(p, request.spec_digest)) as temporary:
-                aoti.package(files, temporary, record)
+                report("emitting pt2: packing", 1, STEPS)
+                aoti.package(files, temporary)
+                (place / "model.pt2").symlink_to(temporary.absolute())  # torch opens files of this name only
+                report("emitting pt2: measuring torch against the package", 2, STEPS)
+                run = flat_run(aoti.load(place / "model.pt2"), program, target)
+                certificates = served.measure(measured, run, names, claim="torch = pt2", tolerance=TOLERANCE[precision])
+                bad = [c for c in certificates if not c["ok"]]
+                if bad:
+                    raise SurgeryError(
+                        error(
+                            "S0894", "the compiled package does not compute what the module computes", request.span, "asked for here",
+                            notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
+                            help="nothing was written; please report this with the model's config and `g++ --version`",
+                        )
+                    )  # fmt: skip
+                report("emitting pt2: writing", 3, STEPS)
+                record["certificates"] = [*request.certificates, *certificates]
+                aoti.mark(temporary, record)
         call = ", ".join(
             f"{n}=..."
             for n, item in zip(record["call"]["inputs"]["keys"], program.signature.in_spec["items"], strict=True)
