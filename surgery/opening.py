@@ -55,7 +55,7 @@ def open_program(
 
     checkpoint = open_checkpoint(ref, allow_code=allow_code, span=span, base=base)
     if hash_content:
-        checkpoint = checkpoint.read_ahead()
+        checkpoint = checkpoint.read_ahead(cache_folder() if use_cache else None)
     if checkpoint.kind == "artifact":
         from surgery.model.artifact import read_artifact
         from surgery.passes import registry

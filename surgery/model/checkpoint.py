@@ -90,9 +90,10 @@ class Checkpoint:
             digest.update(bytes.fromhex(hashes[path]))
         return digest.hexdigest()
 
-    def read_ahead(self) -> Checkpoint:
-        """The same checkpoint, whose weight files are being hashed from now on, beside other work."""
-        return replace(self, hashing=Hashing(self.files)) if self.files else self
+    def read_ahead(self, folder: Path | None = None) -> Checkpoint:
+        """The same checkpoint, whose weight files are being hashed from now on, beside other work; ``folder`` is where captures are kept, and with
+        them hashes of files that do not change."""
+        return replace(self, hashing=Hashing(self.files, folder)) if self.files else self
 
 
 def open_checkpoint(ref: str, *, allow_code: bool = False, span: Span | None = None, base: Path | None = None, seed: int = 0) -> Checkpoint:

@@ -3,7 +3,8 @@
 The lock holds a hash of every byte of the weights. Tracing a model uses one core and no disk, so the files are hashed beside it:
 when the first weight is computed the bytes were read once and, where memory allows, still are in the system's cache. Who waits for the
 hashes has no other work, so that the files that are left are then shared out among all cores. A file that was hashed in this process and has not
-changed (device, inode, size, times) is not read again.
+changed (device, inode, size, times) is not read again; nor is one that an earlier process hashed, where there is a folder of captures
+(:mod:`surgery.model.hashstore`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,14 +20,14 @@ from pathlib import Path
 
 from surgery.core.diagnostics import fail
 from surgery.core.progress import Bytes, report
+from surgery.model import hashstore
+from surgery.model.hashstore import Key
 
 CHUNK = 1 << 22
 HELPERS = 3
 """Most threads that help with what is left when somebody waits."""
 KEPT = 4096
 """How many hashes a process remembers."""
-
-Key = tuple[str, int, int, int, int, int]
 
 
 def _key(path: Path) -> Key:
@@ -42,10 +44,13 @@ class _Work:
     """What the thread works on: it must not hold the :class:`Hashing`, whose end is the thread's."""
 
     files: list[Path]
+    folder: Path | None = None
+    began: int = 0
     done: int = 0
     total: int = 0
     keys: dict[Path, Key] = field(default_factory=dict)
     found: dict[Path, str] = field(default_factory=dict)
+    fresh: dict[Path, str] = field(default_factory=dict)
     fault: tuple[Path, OSError] | None = None
     left: deque[Path] = field(default_factory=deque)
     running: int = 1  # the first thread, from the beginning
@@ -55,10 +60,11 @@ class _Work:
 
 
 class Hashing:
-    """sha256 of some files, in order. Begins at once in a thread of its own, which ends when nobody holds this object any more."""
+    """sha256 of some files, in order. Begins at once in a thread of its own, which ends when nobody holds this object any more. ``folder`` is where
+    captures are kept."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._work = _Work(list(files))
+    def __init__(self, files: Iterable[Path], folder: Path | None = None) -> None:
+        self._work = _Work(list(files), folder)
         threading.Thread(target=_run, args=(self._work,), name="hashing weights", daemon=True).start()
 
     def __del__(self) -> None:
@@ -79,17 +85,24 @@ class Hashing:
                 raise fail(
                     "S0721", f"{path} changed while it was read", help="leave the checkpoint alone while surgery runs, and start again"
                 )  # fmt: skip
+        if work.folder is not None:
+            keys = {work.keys[path]: digest for path, digest in work.fresh.items()}
+            hashstore.keep(work.folder, {key: digest for key, digest in keys.items() if hashstore.settled(key, work.began)})
+            work.fresh.clear()
         return dict(work.found)
 
 
 def _run(work: _Work) -> None:
     """Finds out what is missing and hashes it, with whoever helps."""
     path = Path()
+    work.began = time.time_ns()
     try:
         for path in work.files:
             work.keys[path] = _key(path)
+        kept = {} if work.folder is None else hashstore.known(work.folder)
         with _lock:
-            work.found |= {p: _known[k] for p, k in work.keys.items() if k in _known}
+            known = {**kept, **_known}
+        work.found |= {p: known[k] for p, k in work.keys.items() if k in known}
         missing = [p for p in work.files if p not in work.found]
         work.total = sum(work.keys[p][3] for p in missing)
         work.left.extend(dict.fromkeys(missing))
@@ -118,7 +131,7 @@ def _rest(work: _Work) -> None:
             digest = _hash(path, work)
             if work.stopped.is_set():
                 return
-            work.found[path] = digest
+            work.found[path] = work.fresh[path] = digest
             with _lock:
                 if len(_known) >= KEPT:
                     _known.clear()
