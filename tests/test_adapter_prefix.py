@@ -34,21 +34,13 @@ def bases() -> dict[str, nn.Module]:
     opt = transformers.OPTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, max_position_embeddings=24, vocab_size=99, word_embed_proj_dim=16, init_std=0.3,
     )  # fmt: skip
-    bart = transformers.BartConfig(
-        d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
-        vocab_size=60, max_position_embeddings=32, init_std=0.3, pad_token_id=1, decoder_start_token_id=2, eos_token_id=2, bos_token_id=0,
-        forced_eos_token_id=2,
-    )  # fmt: skip
-    bloom = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=99, initializer_range=0.3)
     return {
         "llama": ZOO["llama"].make_model(num_hidden_layers=2),
         "phi3": ZOO["phi3"].make_model(num_hidden_layers=1, partial_rotary_factor=0.5, sliding_window=None),
         "bert": ZOO["bert"].make_model(num_hidden_layers=1),
-        "gpt2": ZOO["gpt2"].make_model(n_layer=1),
+        "gpt2": ZOO["gpt2"].make_model(n_layer=2),
         "opt": transformers.OPTForCausalLM(opt),
-        "bart": transformers.BartForConditionalGeneration(bart),
-        "t5": pairs.bases()["t5"],
-        "bloom": transformers.BloomForCausalLM(bloom),
+        **pairs.bases(),
     }
 
 
@@ -119,8 +111,11 @@ def test_the_plan_says_that_positions_are_lost(world: Path) -> None:
 
 def test_a_decoders_prefix_has_a_place_for_every_layer(world: Path) -> None:
     """peft reads every second layer of a file, so that two layers share one of those that it trained itself; ours, trained further, has twice as many."""
-    pairs.BASE["t5"] = BASE["t5"]
-    pairs.trained("t5", pairs.KINDS[2]())
+    torch.manual_seed(1)
+    model = peft.get_peft_model(copy.deepcopy(BASE["t5"]), pairs.KINDS[2]())
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.normal_()
+    model.save_pretrained("one")
     made, config = emitted(f'model "t5"\n{LOADED.format("one")}')
     want = outputs(made, "t5")
     assert apart(theirs("t5"), want) <= 3e-6 < 1e-2 < apart(want, outputs(BASE["t5"], "t5")) and config["num_layers"] == 4
@@ -141,22 +136,14 @@ def test_what_came_from_peft_to_an_encoder_goes_back_bit_for_bit(world: Path) ->
 
 
 def test_what_no_cache_can_say_is_refused(world: Path) -> None:
-    """Biases by distance, which entries of a cache have; layers without one; the attentions of an encoder beside a decoder. Where the graph has no place for
-    keys and values in front, a prompt that was folded makes some."""
+    """Biases by distance, which entries of a cache have; layers without one; the attentions of an encoder beside a decoder."""
     body = f"insert prefix(length = {N}, reparametrise = false) on "
     for text, words in (
         (f'model "t5"\n{body}decoder.layers[*].attn\n', "entry j of 5 gets the one of the distance"),
         (f'model "llama"\n{body}layers[0].attn\n', "stands at 1"),
         (f'model "bart"\n{body}encoder.layers[*].attn\n', "the decoder's own alone"),
         (f'model "bart"\n{body}decoder.layers[*].cross\n', "what the encoder made"),
-        (f'model "bart"\n{body}decoder.layers[0].attn\n', "stands at 1"),
+        (f'model "t5"\n{body}decoder.layers[0].attn\n', "stands at 1"),
     ):
         found = api.plan(f'surg 1\n{text}emit peft to "no"\n').diagnostics[-1]
         assert found.code == "S0793" and words in found.message and found.help, (found.code, found.message)
-    found = api.plan(f'surg 1\nmodel "bloom"\n{body}layers[*].attn\n').diagnostics[-1]
-    assert found.code == "S0490" and "fold all" in found.help[0]
-    done = api.compile(
-        f'surg 1\nmodel "bloom"\ninsert prompt(length = {N}, std = 1) on embed.tokens\nfold all\nemit peft to "out"\n', force=True
-    )
-    assert [c["ok"] for c in done.certificates if c["claim"] == "peft = program"] == [True]
-    assert apart(theirs("bloom"), outputs(done.module, "bloom")) <= 3e-6
