@@ -8,7 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from surgery.backends import streaming
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
 from surgery.backends.transformers_config import Derived, derive, original
 from surgery.backends.transformers_moe import as_mixtral
+from surgery.backends.transformers_stacks import apart, members
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
 from surgery.model import pytree
@@ -35,13 +36,14 @@ CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
 
 @dataclass(frozen=True)
 class Sayable:
-    """A program as a plain checkpoint: its config, its class, the name in the checkpoint of every stored tensor, and the names in the
-    order of the class's state dict."""
+    """A program as a plain checkpoint: its config, its class, the name in the checkpoint of every stored tensor, the names in the
+    order of the class's state dict, and which tensors are stored as several (``transformers_stacks``)."""
 
     derived: Derived
     architecture: str
     names: Mapping[str, str]
     order: tuple[str, ...]
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class TransformersBackend:
@@ -73,7 +75,10 @@ class TransformersBackend:
             config, architecture, renamed = converted
             names = {name: renamed.get(name, target) for name, target in names.items()}
         derived = derive(program, config)
-        said = Sayable(derived, architecture, names, _agree(program, derived, architecture, names, span))
+        stacks = _stacks(derived, architecture, names) if any(s.op == "experts" for s in program.anatomy.sites) else {}
+        names = {n: t for n, t in names.items() if n not in stacks} | {m: m for parts in stacks.values() for m in parts}
+        order = _agree(apart(program, stacks), derived, architecture, names, span)
+        said = Sayable(derived, architecture, names, order, stacks)
         self._checked = weakref.ref(program), _sizes(program), said
         return said
 
@@ -91,7 +96,7 @@ class TransformersBackend:
         derived, architecture = said.derived, said.architecture
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
         with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
-            stored = _write(program, said, dtype, folder, request)
+            stored = _write(apart(program, said.stacks), said, dtype, folder, request)
             if is_small(program):
                 found = [] if dtype else _certify(program, architecture, folder, request)
             else:  # names and shapes were compared; running two copies would take more memory than writing did
@@ -165,6 +170,14 @@ def _empty(derived: Derived, architecture: str) -> torch.nn.Module:
     with torch.device("meta"), torch.no_grad(), _quiet():
         model: torch.nn.Module = getattr(transformers, architecture)(derived.config)
     return model
+
+
+def _stacks(derived: Derived, architecture: str, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The tensors that the class has one by one; none where it cannot be built, which is said later."""
+    try:
+        return members(_empty(derived, architecture), names)
+    except Exception:
+        return {}
 
 
 def _agree(program: Program, derived: Derived, architecture: str, names: Mapping[str, str], span: Span | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "ffn": ("{side}_ffn_dim", "intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"),
-    "expert_ffn": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim"),
+    "expert_ffn": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff"),
     "shared_ffn": ("shared_expert_intermediate_size", "shared_intermediate_size"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "top_k": ("num_experts_per_tok", "moe_top_k", "top_k"),

@@ -106,8 +106,12 @@ class MaskedRun(FlatRun):
         axes = self.axes(node)
         if isinstance(axes, list) and isinstance(value, (tuple, list)):
             return [self._masked(a, v) for a, v in zip(axes, value, strict=True)]
-        written = node.op == "call_function" and any(user.args[:1] == (node,) and _writes(user) for user in node.users)
-        return self._masked(axes, value, written)
+        return self._masked(axes, value, node.op == "call_function" and self._written(node))
+
+    def _written(self, node: fx.Node) -> bool:
+        """Something is written to the value later, or to a part or view of it."""
+        users = [user for user in node.users if user.args[:1] == (node,)]
+        return any(_writes(user) or (name_of(user.target)[1] in _VIEWS and self._written(user)) for user in users)
 
     def _masked(self, axes: Any, value: Any, written: bool = False) -> Any:
         """``written``: the value is a place to write to, and what it is a part of is to see it."""
@@ -129,6 +133,9 @@ class MaskedRun(FlatRun):
         sources = [*node.args]
         masks = [dict(self.masks(s, a)) for s, a in zip(sources, args, strict=True)]
         return run(node.target, args, kwargs, masks) if any(masks) else None
+
+
+_VIEWS = frozenset(f"aten.{name}" for name in "slice select transpose permute unsqueeze squeeze narrow view expand".split())
 
 
 def _writes(node: fx.Node) -> bool:

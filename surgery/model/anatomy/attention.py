@@ -260,6 +260,8 @@ class Attentions(Streams):
                 node = norm.out
                 continue
             step = next((u for u in users if self._passes(u, node)), None)
+            # other heads beside these, such as those of a convolution (ConvBERT, arXiv:2008.02496)
+            step = step or next((u for u in users if ops.name_of(u) == "cat"), None)
             if step is None:
                 return None
             node = step

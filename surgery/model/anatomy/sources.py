@@ -23,6 +23,8 @@ Reach = dict[Projection, dict[tuple[Cut, ...], None]]
 """The projections behind a value, each with the different chains of cuts between them, outermost last."""
 
 
+_MOVED = frozenset(("roll", "pad", "constant_pad_nd", "repeat"))
+"""Operations of one input that leave its features as they are and change how many of them there are along other axes."""
 _FRESH = frozenset(("new_empty", "empty", "empty_like", "empty_strided"))
 """Operations that give memory without values."""
 
@@ -116,8 +118,10 @@ class Sources:
         if node in self.view.by_node or node.op in ("placeholder", "get_attr", "output"):
             return []
         name = ops.name_of(node)
-        if name in ops.SHAPE or name in ops.PARTS or name in ops.NORMS or name in ("roll", "pad", "constant_pad_nd"):
+        if name in ops.SHAPE or name in ops.PARTS or name in ops.NORMS or name in _MOVED:
             return node.all_input_nodes[:1]
+        if name == "index_add":  # rows of experts in their old order, onto zeros
+            return [n for n in node.args[3:4] if isinstance(n, fx.Node)]
         if node.op == "call_module":
             return node.all_input_nodes[:1]
         if name in ("cat", "stack", "concat", "copy", "slice_scatter"):
@@ -151,7 +155,7 @@ class Sources:
                 for p, chains in self._reach[n].items():
                     joined.setdefault(p, {}).update(chains)
             return joined
-        if name not in ops.SHAPE and name not in ops.PARTS and name not in ("roll", "pad", "constant_pad_nd"):
+        if name not in ops.SHAPE and name not in ops.PARTS and name not in _MOVED and name != "index_add":
             # factors of fewer positions (rotary angles, gates of whole channels) are not what the value is made of
             sizes = self._sizes(node)
             reached = [n for n in reached if self._sizes(n) == sizes]

@@ -47,7 +47,10 @@ class Literals(TorchFunctionMode):
         return out
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (found := self.sizes.follow(func, args, kwargs)) is not sizes.NO:
+        found: Any = self.sizes.follow(func, args, kwargs)
+        if isinstance(found, sizes.Plain):
+            args, kwargs = found.args, found.kwargs
+        elif found is not sizes.NO:
             return found
         if (found := self.routing.follow(func, args, kwargs)) is not routing.NO:
             return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def holding(tensor: Tensor, number: Any) -> Tensor:
     return tensor
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A call with numbers in the place of tensors that hold sizes; it is still to be made."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Sizes:
     """Follows the tensors of one trace that hold sizes; costs next to nothing while there are none."""
 
@@ -48,7 +57,8 @@ class Sizes:
         self.seen = False
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call of torch that puts a size into a tensor or is given one that was; else ``NO``."""
+        """The result of a call of torch that puts a size into a tensor or is given one that was, or that call with
+        plain numbers; else ``NO``."""
         if func is torch.scalar_tensor and isinstance(args[0], torch.SymInt) and kwargs.get("dtype") in (None, *_INTEGERS):
             self.seen = True
             return holding(func(*args, **kwargs), args[0])
@@ -73,8 +83,7 @@ def _among(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return holding(out, _of(args[0])) if out.dtype in _INTEGERS else out
     if alone and func not in _MADE:
         return NO
-    plain_args, plain_kwargs = _numbers(args), {k: _numbers(v) for k, v in kwargs.items()}
-    return func(*plain_args, **plain_kwargs)
+    return Plain(tuple(_numbers(a) for a in args), {k: _numbers(v) for k, v in kwargs.items()})
 
 
 def _leaves(value: Any) -> list[Any]:

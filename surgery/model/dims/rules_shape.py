@@ -104,6 +104,16 @@ def unflatten(cx: Context, node: fx.Node) -> Axes:
     return keep_domain(cx, node, axes[:dim] + middle + axes[dim + 1 :])
 
 
+@rule("aten.unfold")
+def unfold(cx: Context, node: fx.Node) -> Axes:
+    """Windows of one axis: which window stands in its place, the positions within one come last."""
+    axes = cx.axes(node.args[0])
+    dim, why = dim_of(cx.integer(argument(node, 1, "dimension")) or 0, len(axes)), "cut into windows"
+    cx.freeze(axes[dim], why)
+    shape = cx.shape()
+    return (*axes[:dim], cx.frozen(shape[dim], why), *axes[dim + 1 :], cx.frozen(shape[-1], why))
+
+
 @rule("aten.unsqueeze")
 def unsqueeze(cx: Context, node: fx.Node) -> Axes:
     axes = cx.axes(node.args[0])
