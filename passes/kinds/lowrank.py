@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.room import scratch
 from surgery.passes.kinds import lowrank_linear
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.delta import DeltaMethod, Tensors
@@ -74,7 +75,13 @@ class LowRankMethod(DeltaMethod):
         if own.delta is not LowRankMethod.delta or own.fold is not DeltaMethod.fold:
             return super().fold_into(site, t, weight)
         a, b = self.factors(site, t)
-        return weight.add_(product(site, a, b).mul_(self.scale()))
+        if site.op == "linear" and weight.dtype == torch.float32 == a.dtype == b.dtype and not torch.is_grad_enabled():
+            # no fresh memory for the product: it would cost more than the product
+            (place,) = scratch((b.shape[0], a.shape[1]), 1)
+            change = torch.mm(b, a, out=place)
+        else:
+            change = product(site, a, b)
+        return weight.add_(change if self.scale() == 1 else change.mul_(self.scale()))
 
     def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
         own = type(self)

@@ -8,7 +8,6 @@ do not depend on how many there are.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.model.pieces import Operand, flat, like
+from surgery.model.room import scratch
 
 CHUNK = 1 << 17
 """Elements of a chunk, about: 512 KiB in float32, so that the few that a formula needs stay in a core's cache."""
@@ -104,15 +104,6 @@ def keep_all(tau: Tensor, at: slice) -> Tensor:
 # ------------------------------------------------------------------ fusing
 
 SIGN_BIT = -(1 << 31)
-_places = threading.local()
-
-
-def scratch(like: Tensor, count: int) -> list[Tensor]:
-    """Float32 buffers of the size of ``like``, the same ones each time in a thread: nobody holds them longer than one chunk takes."""
-    n = like.numel()
-    if getattr(_places, "size", 0) < n or len(_places.buffers) < count:
-        _places.size, _places.buffers = n, [torch.empty(n) for _ in range(count)]
-    return [b[:n].view(like.shape) for b in _places.buffers[:count]]
 
 
 def elected(parts: Sequence[Tensor], weights: Sequence[float], when: str, divide: str, zero: float = 1.0) -> Tensor:
@@ -143,7 +134,7 @@ def elect(
     else:
         inner = list(weights)
     first = parts[0]
-    sign, summed, *more = scratch(first, 4 if mean else 2)
+    sign, summed, *more = scratch(first.shape, 4 if mean else 2)
     total = torch.add(first, parts[1], out=summed) if len(parts) > 1 else summed.copy_(first)
     for p in parts[2:]:
         total.add_(p)

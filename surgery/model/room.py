@@ -96,6 +96,18 @@ def copied(value: torch.Tensor) -> torch.Tensor:
     return room(value.shape, value.dtype).copy_(value)
 
 
+_scratch = threading.local()
+
+
+def scratch(shape: Sequence[int], count: int) -> list[torch.Tensor]:
+    """Uninitialised float32 tensors, in each thread the same memory each time: nobody holds them longer than one chunk or block takes."""
+    size = math.prod(shape)
+    if getattr(_scratch, "size", 0) < size or len(_scratch.places) < count:
+        _scratch.size = max(size, getattr(_scratch, "size", 0))
+        _scratch.places = [torch.empty(_scratch.size) for _ in range(max(count, len(getattr(_scratch, "places", ()))))]
+    return [place[:size].view(tuple(shape)) for place in _scratch.places[:count]]
+
+
 def _place(size: int) -> np.ndarray[Any, Any]:
     whole, block = spare.take(-(-size // PAGE) * PAGE)
     start = np.frombuffer(block, np.uint8).ctypes.data
