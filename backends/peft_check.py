@@ -16,6 +16,7 @@ from surgery.backends.peft_parts import START, Said, collect, origin_of
 from surgery.backends.protocol import EmitRequest
 from surgery.backends.transformers_config import original
 from surgery.core.diagnostics import fail
+from surgery.core.source import Span
 from surgery.model import pytree
 from surgery.model.live import live_root
 from surgery.model.program import Program, Signature
@@ -137,13 +138,21 @@ def merged(model: nn.Module, folder: Path) -> nn.Module:
     return plain.eval()
 
 
-def both(root: nn.Module, model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The flat outputs of a program's module and of the live model, for the same flat inputs."""
+def both(
+    root: nn.Module, model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor], span: Span | None = None
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The flat outputs of a program's module and of the live model, for the same flat inputs. Raises S0794 where the live model cannot run."""
     with torch.no_grad(), one_thread():
         want = root(*inputs)
         given = pytree.unflatten(list(inputs), signature.in_spec)
         given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
-        out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+        try:
+            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as exc:
+            raise fail(
+                "S0794", f"peft cannot run what it loads: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}", span, "asked for here",
+                help="nothing was written; `emit torch` keeps what is attached",
+            ) from exc  # fmt: skip
         return want, pytree.flatten(out, signature.out_spec)
 
 
@@ -154,7 +163,7 @@ def _difference(program: Program, model: nn.Module, request: EmitRequest) -> tup
     worst, scale = 0.0, 1.0
     for _, batch, length, padding in CASES:
         inputs = sample_inputs(program, batch=batch, length=length, seed=11, padding=padding)
-        want, got = both(root, model, signature, inputs)
+        want, got = both(root, model, signature, inputs, request.span)
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
                 error = float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf")

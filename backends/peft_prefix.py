@@ -93,6 +93,8 @@ def prefix_of(program: Program, span: Span | None) -> Prefix:
         )
     table = _table(program, first, blocks, count, span)
     turn = count if _rotary(program) is not None else 0
+    if turn:
+        _turned(program, first, torch.randn(1, count, module.site.key, generator=torch.Generator().manual_seed(0)), turn, span)
     if not table and not turn:
         raise cannot(
             first,
@@ -179,11 +181,11 @@ def _table(program: Program, a: Attachment, blocks: Sequence[Site], count: int, 
     ]  # fmt: skip
     if not found:
         return ""
-    site, name = found[0], program.aliases.get(found[0].weight, found[0].weight)
+    name = program.aliases.get(found[0].weight, found[0].weight)
     rows = program.weights[name].shape[0] if name in program.weights else 0
     why = (
         "the model has several tables of positions" if len(found) > 1
-        else "the model's positions are no table that is looked up" if site.op != "embedding" or site.in_axis != 0 or not rows
+        else "the model's positions are no table of a module of their own" if not rows or not name.endswith(".weight") or len(program.weights[name].shape) != 2
         else f"`{name}` is shared with other parts" if name in program.aliases.values()
         else f"behind {count} entries of peft's cache nothing is left of {rows} positions" if rows <= count
         else ""
@@ -246,7 +248,7 @@ def tables_of(program: Program, prefix: Prefix, tensors: Any) -> Tensor:
         module: Any = program.module(a.module)
         t = {n.rpartition(".")[2]: tensors.of(program, n).float() for n in a.tensors}
         keys, values = (t["keys"], t["values"]) if module.stored else module.method.tables(module.site, t)
-        keys = _turned(program, a, keys, prefix.turn) if prefix.turn else keys
+        keys = _turned(program, a, keys, prefix.turn) if prefix.turn and _turns(program, a) else keys
         flat = [x.transpose(0, 1).flatten(1) for x in (keys, values)]
         parts += [*flat, *(torch.zeros_like(x) for x in flat)] if prefix.pair else flat
     return torch.cat(parts, 1).contiguous()
@@ -257,24 +259,43 @@ def moved_table(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table[:rows], table[: len(table) - rows]])
 
 
-def _turned(program: Program, a: Attachment, keys: Tensor, turn: int) -> Tensor:
-    """Keys ``[heads, n, head]`` as the model turns those at position ``turn``."""
-    rotary = _rotary(program)
-    made = None
+def _turns(program: Program, a: Attachment) -> bool:
+    """Whether an attention turns its keys; some families leave that out in the layers that their config names."""
+    said = program.info.config.get("no_rope_layers")
+    at = a.site.layer
+    return not (isinstance(said, list) and at is not None and at < len(said)) or bool(said[at])
+
+
+def _turned(program: Program, a: Attachment, keys: Tensor, turn: int, span: Span | None = None) -> Tensor:
+    """Keys ``[heads, n, head]`` as the model turns those at position ``turn``. Raises S0793 where that is not known."""
+    rotary, made = _rotary(program), None
     if rotary is not None:
-        try:
-            with torch.no_grad():
-                cos, sin = rotary[0](keys, torch.tensor([[turn]]))
-                made = rotary[1](keys.unsqueeze(0), keys.unsqueeze(0), cos, sin)[1].squeeze(0) / float(
-                    getattr(rotary[0], "attention_scaling", 1.0)
-                )
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            made = None
+        module, apply = rotary
+        with torch.no_grad():
+            made = _applied(module, apply, keys, turn)
+            if made is None:  # a part of each head may be turned outside of the function
+                width = _width(module, keys, turn)
+                part = _applied(module, apply, keys[..., :width], turn) if 0 < width < keys.shape[-1] else None
+                made = None if part is None else torch.cat([part, keys[..., width:]], -1)
     lengths = keys.norm(dim=-1)
-    if (
-        made is None
-        or made.shape != keys.shape
-        or not torch.allclose(made.norm(dim=-1), lengths, atol=CLOSE * float(lengths.max()), rtol=CLOSE)
-    ):
-        raise cannot(a, "how the model turns its keys by their position is not known", None)
+    if made is None or not torch.allclose(made.norm(dim=-1), lengths, atol=CLOSE * float(lengths.max()), rtol=CLOSE):
+        raise cannot(a, "how the model turns its keys by their position is not known", span)
     return made
+
+
+def _applied(module: Any, apply: Any, keys: Tensor, turn: int) -> Tensor | None:
+    """Keys turned by the model's own function; None where it does not take them."""
+    try:
+        cos, sin = module(keys, torch.tensor([[turn]]))
+        made: Tensor = apply(keys.unsqueeze(0), keys.unsqueeze(0), cos, sin)[1].squeeze(0)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return None
+    return made / float(getattr(module, "attention_scaling", 1.0)) if made.shape == keys.shape else None
+
+
+def _width(module: Any, keys: Tensor, turn: int) -> int:
+    """How many features of a head are turned."""
+    try:
+        return int(module(keys, torch.tensor([[turn]]))[0].shape[-1])
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForQuestionAnswering": "QUESTION_ANS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "MTModel": "SEQ_2_SEQ_LM",
 }  # fmt: skip
 
 KEEPS_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -97,6 +98,7 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
         if a is not None and a.tensors:
             raise cannot(a, "there are keys and values in front of attentions, too, and a folder holds one of the two", span)
         prefix = peft_prefix.prefix_of(program, span)
+        _runs(program, prefix.parts[0], True, prefix.pair, task, span)
         own = (*prefix.parts, *((a,) if a is not None else ()))
         module: Any = program.module(prefix.parts[0].module)
         whole = _heads(program, task, span)
@@ -108,6 +110,8 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
         return None
     second = next((b for b in program.attachments if b.method.stands == "tokens" and b is not a), None)
     own = (a,) if second is None else (a, second)
+    crossed = any(s.facts.get("cross") for s in program.anatomy.sites if s.is_region)
+    _runs(program, a, bool(getattr(program.module(a.module), "stored", ())), crossed, task, span)
     peft_prefix.unchanged(program, own, set(), span)
     module = program.module(a.module)
     if module.stored and len(set(module.stored)) > 1:
@@ -115,6 +119,23 @@ def tokens_of(program: Program, span: Span | None) -> Tokens | None:
     if not module.stored and not getattr(a.method, "exchange", False):
         raise cannot(a, f"{a.method.name} makes its embeddings from other tensors; fold it first where that stores keys and values", span)
     return Tokens(a, module, module.method.entries(), task, own, _heads(program, task, span), second=second)
+
+
+def _runs(program: Program, a: Attachment, cached: bool, pair: bool, task: str, span: Span | None) -> None:
+    """Raises S0793 for a model in front of which peft puts no virtual tokens."""
+    import transformers
+
+    family = getattr(transformers, program.info.architecture, None) if program.info.architecture else None
+    takes = set(inspect.signature(family.forward).parameters) if family is not None else {"input_ids", "past_key_values"}
+    why = (
+        "peft puts virtual tokens in front of `input_ids`, and the model does not take them" if "input_ids" not in takes
+        else "peft hands on keys and values as `past_key_values`, and the model does not take them" if cached and "past_key_values" not in takes and task not in KEEPS_TYPES
+        else f"peft runs virtual tokens beside an encoder in models with a language head alone, and this is {program.info.architecture}"
+        if pair and task != "SEQ_2_SEQ_LM"
+        else ""
+    )  # fmt: skip
+    if why:
+        raise cannot(a, why, span)
 
 
 def _heads(program: Program, task: str, span: Span | None) -> dict[str, list[str]]:
@@ -258,7 +279,7 @@ def difference(program: Program, tokens: Tokens, model: Any, request: EmitReques
         if tokens.task not in KEEPS_TYPES:
             inputs = [torch.zeros_like(x) if "token_type" in n else x for n, x in zip(names, inputs, strict=True)]
         masks = [x for n, x in zip(names, inputs, strict=True) if n.endswith("attention_mask")]
-        want, got = peft_check.both(root, called, signature, inputs)
+        want, got = peft_check.both(root, called, signature, inputs, request.span)
         for x, y, cached in zip(want, got, _cached(signature.out_spec), strict=True):
             if cached or not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
                 continue

@@ -29,7 +29,7 @@ from surgery.model.shards import write_safetensors
 NO_MODULE = "dummy-target-modules"
 """The word by which peft lets a LoRA have no layer at all: only what trains whole is in the folder."""
 
-TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "MTModel": "SEQ_2_SEQ_LM"}
 
 
 class PeftBackend:

@@ -27,19 +27,20 @@ N = 5
 
 
 def bases() -> dict[str, nn.Module]:
-    """Grouped key heads, rotations of a part of each head; learned positions of two decoders, of an encoder and of one beside a decoder; biases by
-    distance."""
+    """Grouped key heads, rotations of a part of each head and in some layers alone; learned positions of a decoder, of an encoder and of a decoder beside
+    one; biases by distance."""
     import transformers
 
-    opt = transformers.OPTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, max_position_embeddings=24, vocab_size=99, word_embed_proj_dim=16, init_std=0.3,
-    )  # fmt: skip
+    small: dict[str, Any] = {
+        "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    smol = transformers.SmolLM3Config(**small, num_hidden_layers=2, num_key_value_heads=1, no_rope_layers=[1, 0])
     return {
+        "smol": transformers.SmolLM3ForCausalLM(smol),
+        "phi": transformers.PhiForCausalLM(transformers.PhiConfig(**small, num_hidden_layers=1)),
         "llama": ZOO["llama"].make_model(num_hidden_layers=2),
-        "phi3": ZOO["phi3"].make_model(num_hidden_layers=1, partial_rotary_factor=0.5, sliding_window=None),
         "bert": ZOO["bert"].make_model(num_hidden_layers=1),
         "gpt2": ZOO["gpt2"].make_model(n_layer=2),
-        "opt": transformers.OPTForCausalLM(opt),
         **pairs.bases(),
     }
 
@@ -54,11 +55,8 @@ def outputs(model: nn.Module, family: str) -> Tensor:
     """The first output at the real tokens."""
     if family in ("bart", "t5"):
         return pairs.outputs(model)
-    inputs = given(family)
-    if family == "opt":  # counts its positions along the mask unless it is told them
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        found: Tensor = model.eval()(**inputs)[0]
+        found: Tensor = model.eval()(**given(family))[0]
     return found[:, found.shape[1] - 9 :][given(family)["attention_mask"].bool()]
 
 
@@ -81,9 +79,9 @@ def emitted(text: str) -> tuple[nn.Module, dict[str, Any]]:
 LOADED = 'adapter one = load("{}")\nmerge linear of one * 1\n'
 HOWS = [
     ("llama", "reparametrise = true, width = 6", "layers[*].attn"),
-    ("phi3", "reparametrise = false", "layers[*].attn"),
+    ("phi", "reparametrise = false", "layers[*].attn"),
+    ("smol", "reparametrise = false", "layers[*].attn"),
     ("gpt2", "reparametrise = true, width = 6", "layers[*].attn"),
-    ("opt", "reparametrise = false", "layers[*].attn"),
     ("bert", "reparametrise = false", "layers[*].attn"),
     ("bart", "reparametrise = false", "decoder.layers[*].attn"),
 ]
@@ -95,7 +93,7 @@ def test_a_prefix_goes_to_peft_and_comes_back(world: Path, family: str, how: str
     made, config = emitted(f'model "{family}"\ninsert prefix(length = {N}, {how}) on {where} as mine\n')
     want = outputs(made, family)
     assert apart(theirs(family), want) <= 3e-6 < 1e-2 < apart(want, outputs(BASE[family], family))
-    assert config["peft_type"] == "PREFIX_TUNING" and (config["modules_to_save"] is None) == (family in ("llama", "phi3"))
+    assert config["peft_type"] == "PREFIX_TUNING" and (config["modules_to_save"] is None) == (family in ("llama", "phi", "smol"))
     back = api.compile(f'surg 1\nmodel "{family}"\n{LOADED.format("out")}emit peft to "again"\n', force=True)
     assert apart(outputs(back.module, family), want) <= 3e-6
     first, second = (load_file(f"{n}/adapter_model.safetensors") for n in ("out", "again"))
@@ -103,10 +101,11 @@ def test_a_prefix_goes_to_peft_and_comes_back(world: Path, family: str, how: str
 
 
 def test_the_plan_says_that_positions_are_lost(world: Path) -> None:
-    plan = api.plan(f'surg 1\nmodel "opt"\ninsert prefix(length = {N}) on layers[*].attn\nemit peft to "out"\n')
-    assert any(f"the last {N} of 26 positions cannot be used" in f for s in plan.steps for f in s.facts)
-    long = api.plan('surg 1\nmodel "opt"\ninsert prefix(length = 30) on layers[*].attn\nemit peft to "out"\n').diagnostics[-1]
-    assert long.code == "S0793" and "nothing is left of 26 positions" in long.message
+    rows = BASE["gpt2"].config.n_positions  # type: ignore[union-attr]
+    plan = api.plan(f'surg 1\nmodel "gpt2"\ninsert prefix(length = {N}) on layers[*].attn\nemit peft to "out"\n')
+    assert any(f"the last {N} of {rows} positions cannot be used" in f for s in plan.steps for f in s.facts)
+    long = api.plan(f'surg 1\nmodel "gpt2"\ninsert prefix(length = {rows}) on layers[*].attn\nemit peft to "out"\n').diagnostics[-1]
+    assert long.code == "S0793" and f"nothing is left of {rows} positions" in long.message
 
 
 def test_a_decoders_prefix_has_a_place_for_every_layer(world: Path) -> None:
