@@ -14,7 +14,7 @@ from surgery.backends import onnx_live
 from surgery.backends.onnx_export import input_names
 from surgery.backends.onnx_run import Reference, as_numpy
 from surgery.model.program import Program
-from surgery.model.sample import sample_inputs
+from surgery.model.sample import sample_inputs, sizes
 from surgery.model.threads import one_thread
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -36,9 +36,15 @@ class Case:
 
     name: str
     batch: int
-    length: int
+    length: int | None
+    """None where no input has a length, as pixels have none."""
     inputs: list[Tensor]
     expected: list[Tensor]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a certificate says of the inputs."""
+        return {"batch": self.batch} if self.length is None else {"batch": self.batch, "length": self.length}
 
 
 def dtype_of(root: nn.Module) -> torch.dtype:
@@ -50,6 +56,7 @@ def cases(program: Program, call: Callable[..., Any], dtype: torch.dtype) -> lis
     """The inputs of the certificate with the flat outputs of ``call``. Positions that a mask switches off are compared too: both sides
     compute them."""
     cached = any(n.startswith("past_key_values.") for n in input_names(program))
+    long = sizes(program, 1, 8) != sizes(program, 1, 9)
     found = []
     for name, batch, length, padding, past in CASES:
         if past and not cached:
@@ -57,7 +64,9 @@ def cases(program: Program, call: Callable[..., Any], dtype: torch.dtype) -> lis
         inputs = sample_inputs(program, batch=batch, length=length, seed=7, padding=padding, dtype=dtype, past=past)
         with one_thread(), torch.no_grad():
             out = call(*inputs)
-        found.append(Case(name, batch, length, inputs, [t.detach() for t in (out if isinstance(out, (tuple, list)) else (out,))]))
+        found.append(
+            Case(name, batch, length if long else None, inputs, [t.detach() for t in (out if isinstance(out, (tuple, list)) else (out,))])
+        )
     return found
 
 
@@ -100,7 +109,7 @@ def certify(program: Program, measured: Sequence[Case], run: Any, *, tolerance: 
             finite = bool(torch.isfinite(want).all()) if want.is_floating_point() else True
             found.append(
                 {
-                    "claim": "torch = onnx", "case": case.name, "output": name, "batch": case.batch, "length": case.length,
+                    "claim": "torch = onnx", "case": case.name, "output": name, **case.sizes,
                     "max_abs_error": error, "tolerance": allowed, "ok": error <= allowed and finite,
                     **({"runtime": "onnx reference evaluator"} if isinstance(run, Reference) else {}),
                 }
@@ -120,7 +129,7 @@ def loss(program: Program, exact: Sequence[Case], run: Any, precision: str) -> l
             error, scale, cosine = difference(want, got)
             found.append(
                 {
-                    "claim": f"torch fp32 = onnx {precision}", "case": case.name, "output": name, "batch": case.batch, "length": case.length,
+                    "claim": f"torch fp32 = onnx {precision}", "case": case.name, "output": name, **case.sizes,
                     "max_abs_error": error, "tolerance": share * scale, "cosine": cosine, "least_cosine": least,
                     "ok": error <= share * scale and cosine >= least,
                 }
@@ -186,7 +195,7 @@ def chained(
             allowed = tolerance * max(1.0, scale)
             found.append(
                 {
-                    "claim": "whole model = encoder, then decoder", "case": case.name, "output": name, "batch": case.batch, "length": case.length,
+                    "claim": "whole model = encoder, then decoder", "case": case.name, "output": name, **case.sizes,
                     "max_abs_error": error, "tolerance": allowed, "ok": error <= allowed,
                 }
             )  # fmt: skip

@@ -40,8 +40,8 @@ def certify(whole: Program, decoder: Program, measured: Sequence[Case], first: A
                 allowed = tolerance * max(1.0, scale)
                 found.append(
                     {
-                        "claim": f"whole model = encoder, then decoder {what}", "case": case.name, "output": name, "batch": case.batch,
-                        "length": case.length, "steps": len(cuts), "max_abs_error": error, "tolerance": allowed, "ok": error <= allowed,
+                        "claim": f"whole model = encoder, then decoder {what}", "case": case.name, "output": name, **case.sizes,
+                        "steps": len(cuts), "max_abs_error": error, "tolerance": allowed, "ok": error <= allowed,
                     }
                 )  # fmt: skip
     return found

@@ -158,7 +158,7 @@ def measure(
             allowed = tolerance * max(1.0, scale)
             found.append(
                 {
-                    "claim": claim, "case": case.name, "output": name, "batch": case.batch, "length": case.length, "max_abs_error": error,
+                    "claim": claim, "case": case.name, "output": name, **case.sizes, "max_abs_error": error,
                     "tolerance": allowed, "ok": error <= allowed,
                 }
             )  # fmt: skip

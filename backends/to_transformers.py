@@ -266,6 +266,8 @@ def _instead(origin: Any, derived: Derived) -> str:
     """What to write in place of the statement that no config can say."""
     if origin is not None and origin.verb in INSTEAD:
         return INSTEAD[origin.verb]
+    if origin is not None and (origin.verb, origin.method) == ("prune", "layers"):
+        return "this family's config describes its layers by a pattern or by lists that the layers left do not follow: drop others, or none"
     if derived.problems:
         return "a plain checkpoint of this family has one number for all layers: select all of them, with one amount"
     if origin is not None and origin.method in ("heads", "kv_groups", "width"):

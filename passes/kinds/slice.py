@@ -81,7 +81,7 @@ class SliceMethod(Method):
         for at, site in regions(program, op, self.fits, self.noun, self.block):
             units = self.units(program, site)
             if units is None:
-                raise faults.nothing_there(op, self.noun, self.block, [site.role], [], True)
+                raise faults.without(op, self.noun, self.block, site)
             found.append((at, site, units))
         return found
 

@@ -9,6 +9,7 @@ from surgery.core import ast
 from surgery.core.diagnostics import Diagnostic, Severity, SurgeryError, error, fail
 from surgery.core.near import quoted
 from surgery.core.plan import group_roles, plural
+from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.model.program import Program
 from surgery.passes.operation import Resolved
@@ -117,6 +118,21 @@ def nothing_there(op: Resolved, noun: str, what: str, roles: Sequence[str], arou
     else:
         help = f"this model has no {what} that surgery knows; `surgery show` lists its sites"
     return fail("S0440", f"there are no {noun}s in {of(roles)}", selection(op), f"no {what} here", help=help)
+
+
+def without(op: Resolved, noun: str, what: str, site: Site) -> SurgeryError:
+    """A block of the right kind that has no such units, with the reason where it is known."""
+    if noun == "head" and site.heads == 1:
+        return fail(
+            "S0440", f"{of([site.role])} has one head, and nothing would be left of it", selection(op), "one head",
+            help="select the blocks that have several, or take the whole block out with `skip bypass`",
+        )  # fmt: skip
+    if noun == "head" and site.facts.get("mixer"):
+        return fail(
+            "S0440", f"there are no heads in {of([site.role])}: each of its channels is mixed by itself", selection(op), "no heads here",
+            help="`prune width` narrows the stream that it reads and writes; `skip bypass` takes the block out",
+        )  # fmt: skip
+    return nothing_there(op, noun, what, [site.role], [], True)
 
 
 def only_outputs(op: Resolved, roles: Sequence[str]) -> SurgeryError:

@@ -96,12 +96,12 @@ class Attentions(Streams):
     def _softmax_core(self, softmax: fx.Node) -> Core | None:
         node = softmax
         context: fx.Node | None = None
-        for _ in range(8):
+        for _ in range(12):
             users = self.view.users(node)
             context = next((u for u in users if ops.name_of(u) in ops.MATMUL and u not in self.view.by_node), None)
             if context is not None:
                 break
-            step = next((u for u in users if ops.name_of(u) in ops.SHAPE or ops.name_of(u) == "slice"), None)
+            step = next((u for u in users if ops.name_of(u) in ops.SHAPE or ops.name_of(u) in ("slice", "masked_fill")), None)
             if step is None:
                 return None
             node = step
