@@ -378,3 +378,26 @@ def test_selections_over_selections_agree_with_indexing(tmp_path_factory: pytest
         if runs:
             expr, value = select(expr, axis, runs), value.index_select(axis, kept.nonzero().reshape(-1))
     assert torch.equal(realise(expr), value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_what_is_changed_in_place_is_nobody_elses(dtype: str) -> None:
+    """Sums and factors on top of a cast, of a tensor that is held and of a product that two outputs share, leave both as they were."""
+    g = torch.Generator().manual_seed(0)
+    one, two = held(torch.randn(200, 300, generator=g)), held(torch.randn(300, 100, generator=g))
+    wide = Cast(one.shape, dtype, one)
+    kept = one.tensor.clone()
+    want = kept.to(getattr(torch, dtype))
+    assert torch.equal(realise(Scale(one.shape, dtype, wide, 3.0)), want * 3)
+    assert torch.equal(realise(Add(one.shape, "float32", (Cast(one.shape, "float32", wide), one))), want.float() + kept)
+    product = MatMul((200, 100), "float32", one, two)
+    weights = {
+        "scaled": Scale(product.shape, "float32", product, -0.5),
+        "sum": Add(product.shape, "float32", (product, product)),
+        "itself": product,
+    }
+    made = Realiser(weights)
+    found = {name: made[name] for name in weights}
+    assert torch.equal(found["itself"], kept @ two.tensor)
+    assert torch.equal(found["scaled"], found["itself"] * -0.5) and torch.equal(found["sum"], found["itself"] * 2)
+    assert torch.equal(one.tensor, kept)

@@ -96,7 +96,9 @@ def operand(node: fx.Node) -> fx.Node:
 def call_config(program: Program, graph: str, node: fx.Node) -> dict[str, Any]:
     """Stride, padding, dilation and groups of a convolution, padding index of an embedding; empty for others."""
     if node.op == "call_module":
-        module = program.module(graph).get_submodule(str(node.target))
+        module = program.module(_join(graph, str(node.target)))
+        if isinstance(module, nn.Linear):
+            return {}
         if isinstance(module, nn.Embedding):
             return {"padding_idx": module.padding_idx}
         return {k: getattr(module, k) for k in _CONV_ARGS if hasattr(module, k)}

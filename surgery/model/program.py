@@ -194,7 +194,14 @@ class Program:
         return out
 
     def module(self, path: str) -> Any:
-        return self.graph.get_submodule(path)
+        """The module at a path; AttributeError where there is none."""
+        module: Any = self.graph
+        try:
+            for leaf in path.split(".") if path else ():
+                module = module._modules[leaf]
+        except KeyError:
+            return self.graph.get_submodule(path)  # which says what is missing
+        return module if module is not None else self.graph.get_submodule(path)
 
     def node(self, ref: NodeRef) -> fx.Node:
         """The graph node behind a reference; KeyError when there is none."""

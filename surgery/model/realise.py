@@ -157,11 +157,14 @@ class Realiser(Mapping[str, torch.Tensor]):
                 value = self._value(expr.source)
                 return (value.permute(expr.permute) if expr.permute else value).reshape(expr.shape)
             case Cast():
-                return self._value(expr.source).to(torch_dtype(expr.dtype))
+                return widened(self._value(expr.source), torch_dtype(expr.dtype))
             case Scale():
                 value = _wide(self._value(expr.source))
                 fresh = _is_fresh(expr.source) or value.dtype != torch_dtype(expr.source.dtype)
-                return _rounded(value.mul_(expr.factor) if fresh and value.is_floating_point() else value * expr.factor, expr)
+                if fresh and value.is_floating_point():
+                    return _rounded(value.mul_(expr.factor), expr)
+                plain = value.dtype in (torch.float32, torch.float64)
+                return _rounded(torch.mul(value, expr.factor, out=room(value.shape, value.dtype)) if plain else value * expr.factor, expr)
             case Add():
                 return self._sum(expr)
             case MatMul() | Apply():
@@ -254,8 +257,11 @@ class Realiser(Mapping[str, torch.Tensor]):
     def _compute(self, expr: MatMul | Apply) -> tuple[torch.Tensor, ...]:
         if isinstance(expr, MatMul):
             left, right = self._value(expr.left), self._value(expr.right)
+            left, right = _wide(left), _wide(right)
             with one_thread():
-                return (_rounded(_wide(left) @ _wide(right), expr),)
+                plain = left.ndim == right.ndim == 2 and left.dtype == right.dtype in (torch.float32, torch.float64)
+                made = torch.mm(left, right, out=room(expr.shape, left.dtype)) if plain else left @ right
+                return (_rounded(made, expr),)
         function = self.functions(expr.function)
         with ExitStack() as files:
             args = arguments(expr.args, self._value, files) if takes_pieces(function) else [self._value(arg) for arg in expr.args]
@@ -328,6 +334,8 @@ def _pick(expr: MatMul | Apply, results: tuple[torch.Tensor, ...]) -> torch.Tens
 
 def _is_fresh(expr: Expr) -> bool:
     """Whether the value of ``expr`` is memory of its own, that nothing else holds and that may be changed in place."""
+    if isinstance(expr, Cast):
+        return expr.dtype != expr.source.dtype or _is_fresh(expr.source)
     return isinstance(expr, Load | Init | Select | Concat | Stack | Scale | Add | Update | Masked)
 
 
