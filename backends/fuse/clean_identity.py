@@ -16,8 +16,9 @@ from surgery.backends.fuse.view import FuseView
 aten = torch.ops.aten
 
 COPIES = frozenset(
-    {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift.default}
-)
+    {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default,
+     aten.lift.default}
+)  # fmt: skip
 SHAPES = RESHAPES | {aten.expand.default, aten.broadcast_to.default, aten.slice.Tensor, aten.repeat.default}
 """Operations that are nothing when the shape stays: the elements of an equal shape are all of them, in their order."""
 

@@ -144,6 +144,8 @@ def written(view: FuseView) -> set[fx.Node]:
     queue: list[fx.Node] = []
     for node in view.nodes:
         target = node.target
+        if target is aten.detach_.default:
+            continue  # it changes what torch remembers of a tensor, and no number
         if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             queue.append(node)
             for i, argument in enumerate(target._schema.arguments):
