@@ -2,15 +2,16 @@
 
 Every run is a process of its own and the arms take turns; medians count. Two times are told: of the whole process, and of what comes after its imports.
 Two peaks: the highest resident memory after the imports, in which pages of mapped files count, and the highest memory that is no file's. surgery runs
-with an empty cache of captures each time (``captured``: with the capture of this architecture at hand), and ends with its output flushed to
-the storage, as the copy does; mergekit and peft do not flush.
+with an empty cache of captures each time (``captured``: with the capture of this architecture and the hashes of the checkpoints at hand, as in every
+further run), and ends with its output flushed to the storage, as the copy does; mergekit and peft do not flush. ``by hand`` does the arithmetic alone
+as fast as this machine can (``merge_by_hand``): nothing is planned, hashed, proved or read back.
 
 mergekit wants packages of other versions, so it lives in an environment of its own:
 
     python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit
     python -m benchmarks.merge methods --mergekit mk/bin/python --rounds 3
 
-``lora`` folds one LoRA (rank 16 on every projection) into one checkpoint: surgery, peft, a loop written by hand for it, and the copy of one.
+``lora`` folds one LoRA (rank 16 on every projection) into one checkpoint: surgery, peft, a short loop written by hand, a fast one, and the copy of one.
 ``seven`` merges two checkpoints of the shape of a 7B model and tells the memory. They are written with holes, so that they take little space on
 disk; the result takes 13 GB, and is deleted.
 
@@ -43,6 +44,8 @@ OURS = {
     "ties": "merge ties(density = 50%, trim = tensor, elect = weighted, divide = weight) of one, two",
     "dare_ties": "merge dare_ties(density = 50%, rescale = l1, elect = weighted, divide = none) of one, two",
 }
+YOUNG = 61
+"""Seconds for which hashes of a file that was written are not kept: the checkpoints of those who merge are older."""
 WITH_BASE = ("ties", "dare_ties")
 THEIRS = {
     "linear": {"merge_method": "linear", "models": [{"model": "one", "parameters": {"weight": 1}}, {"model": "two", "parameters": {"weight": 1}}]},
@@ -102,7 +105,8 @@ class Bench:
     def by_hand(self, way: str) -> Run:
         self.clear("theirs")
         imports = "torch safetensors.torch" + (" peft transformers.models.llama.modeling_llama" if way == "peft" else "")
-        return self.run(sys.executable, imports, "benchmarks.merge_by_hand", way, "one", "lora", "theirs", str(SHARD))
+        second = "two" if way in ("linear", "slerp") else "lora"
+        return self.run(sys.executable, imports, "benchmarks.merge_by_hand", way, "one", second, "theirs", str(SHARD))
 
     def copy(self, *names: str) -> Run:
         """Reading and writing the bytes of some checkpoints, as a plain copy does, to disk."""
@@ -159,11 +163,14 @@ def main() -> None:
             args.rounds = 1
         else:
             write_models(bench.folder)
+            written = time.monotonic()
         if args.what == "methods":
             arms["copy of both"] = lambda: bench.copy("one", "two")
             for method in args.methods:
                 arms[f"{method}: surgery"] = lambda m=method: bench.merge(m)  # type: ignore[misc]
                 arms[f"{method}: surgery, captured"] = lambda m=method: bench.merge(m, captured=True)  # type: ignore[misc]
+                if method in ("linear", "slerp"):
+                    arms[f"{method}: by hand"] = lambda m=method: bench.by_hand(m)  # type: ignore[misc]
                 if kit:
                     arms[f"{method}: mergekit"] = lambda m=method: bench.mergekit(kit, m)  # type: ignore[misc]
         elif args.what == "lora":
@@ -172,6 +179,9 @@ def main() -> None:
             arms["surgery"] = bench.fold
             arms["surgery, captured"] = lambda: bench.fold(captured=True)
             arms |= {way: lambda w=way: bench.by_hand(w) for way in ("peft", "streamed")}  # type: ignore[misc]
+            arms["by hand"] = lambda: bench.by_hand("fold")
+        if args.what != "seven":
+            time.sleep(max(0.0, written + YOUNG - time.monotonic()))
         print(shown(rounds(arms, args.rounds)))
 
 
