@@ -155,7 +155,8 @@ def _pictures(base: Program, program: Program) -> str:
     added: dict[str, int] = {}
     for a in program.attachments:
         if a.module not in before:
-            added[a.site.role] = added.get(a.site.role, 0) + sum(math.prod(program.weights[t].shape) for t in a.tensors)
+            own = [t for t in a.tensors if t in program.weights]  # what several share is counted where it stands first
+            added[a.site.role] = added.get(a.site.role, 0) + sum(math.prod(program.weights[t].shape) for t in own)
     return (
         "<h2>Anatomy</h2><p class=soft>Shade: parameters of the site, on a logarithmic scale. A dot: something was added there. "
         "An empty cell: the layer has no such site.</p><div class=pics>"

@@ -116,7 +116,7 @@ def test_an_inserted_prefix_loses_the_heads_that_go(world: Path, how: str) -> No
     start = f'surg 1\nmodel "llama"\ninsert prefix(length = {N}, {how}) on layers[*].attn as mine\n'
     groups = "true" in how
     cut = CUTS["llama"] if groups else "prune heads(ratio = 50%, score = random) on layers[0].attn\n"
-    whole, small = api.compile(start), api.compile(start + cut)
+    whole, small = api.compile(start), api.compile(start + cut + 'emit report to "page"\n', force=True)
     assert all(c["ok"] for c in small.certificates) and any("masked" in c["claim"] for c in small.certificates)
     sizes = [sum(p.numel() for n, p in m.module.named_parameters() if "mine" in n) for m in (whole, small)]
     assert (sizes[1] < sizes[0]) == groups
