@@ -6,13 +6,13 @@ read one. A key head goes when all of its query heads go, and groups that lose s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from surgery.model.cut_attached import Around, Follow
+from surgery.model.cut_attached import Around, Follow, Kept
 from surgery.model.dims.masks import Mask
 
 Calls = Sequence[tuple[tuple[Any, ...], Around]]
@@ -75,6 +75,24 @@ def _same(a: Mask | None, b: Mask | None) -> bool:
 def count(mask: Mask | None, size: int) -> int:
     """How many of ``size`` stay."""
     return size if mask is None else int(np.count_nonzero(mask))
+
+
+def follow_memory(module: Any, calls: Calls, key: int, value: int) -> Follow | str:
+    """A module that stands at the core of an attention, with its calls on keys (role ``key``) and on values."""
+    site = module.site
+    left = of_calls(calls, (key, value), site.heads, site.repeat, (site.key, site.value))
+    if isinstance(left, str):
+        return left
+    keys, values = left[key], left[value]
+    stay: Mapping[str, Kept] | str = (
+        {"keys": (keys.heads, None, keys.width), "values": (values.heads, None, values.width)}
+        if module.stored
+        else module.method.follow(site, keys.heads, keys.width, values.width)
+    )
+    if isinstance(stay, str):
+        return stay
+    sizes = {"heads": count(keys.heads, site.heads), "key": count(keys.width, site.key), "value": count(values.width, site.value)}
+    return Follow(replace(site, repeat=keys.repeat, **sizes), stay)
 
 
 def follow_past(module: Any, calls: Calls, roles: Sequence[int], join: int, embed: int) -> Follow | str:

@@ -152,27 +152,7 @@ class MemoryModule(nn.Module):
 
     def follow_calls(self, calls: insert_follow.Calls) -> Follow | str:
         """Tables lose the heads and the width that the keys and values around them lose; of a network that makes them its last layer does."""
-        site = self.site
-        left = insert_follow.of_calls(calls, (KEYS, VALUES), site.heads, site.repeat, (site.key, site.value))
-        if isinstance(left, str):
-            return left
-        keys, values = left[KEYS], left[VALUES]
-        stay: Mapping[str, Kept] | str = (
-            {"keys": (keys.heads, None, keys.width), "values": (values.heads, None, values.width)}
-            if self.stored
-            else self.method.follow(site, keys.heads, keys.width, values.width)
-        )
-        if isinstance(stay, str):
-            return stay
-        count = insert_follow.count
-        new = replace(
-            site,
-            heads=count(keys.heads, site.heads),
-            repeat=keys.repeat,
-            key=count(keys.width, site.key),
-            value=count(values.width, site.value),
-        )
-        return Follow(new, stay)
+        return insert_follow.follow_memory(self, calls, KEYS, VALUES)
 
     def module_config(self) -> dict[str, Any]:
         config = {"method": f"{self.method.verb}/{self.method.name}", "params": self.method.params(), "site": asdict(self.site)}
