@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from surgery.model import room as rooms
-from surgery.model.room import LARGE, PAGE, SHARED, SMALL, SPARE, Shared, Spare, room
+from surgery.model.room import LARGE, PAGE, SHARED, SMALL, SPARE, Shared, Spare, room, scratch
 
 SHAPE = (LARGE // 2 // 512, 512)
 
@@ -94,3 +94,21 @@ def test_threads_take_and_give_at_once(spare: Spare) -> None:
     for t in threads:
         t.join()
     assert not faults
+
+
+def test_scratch_is_one_place_for_each_thread() -> None:
+    first, second = scratch((3, 5), 2)
+    assert first.shape == (3, 5) and first.data_ptr() != second.data_ptr()
+    first.fill_(1.0)
+    second.fill_(2.0)
+    assert bool((first == 1.0).all())
+    (smaller,) = scratch((2, 2), 1)
+    assert smaller.data_ptr() == first.data_ptr() and bool((smaller == 1.0).all())
+    elsewhere: list[int] = []
+    worker = threading.Thread(target=lambda: elsewhere.extend(t.fill_(3.0).data_ptr() for t in scratch((3, 5), 2)))
+    worker.start()
+    worker.join()
+    assert not {first.data_ptr(), second.data_ptr()} & set(elsewhere) and bool((first == 1.0).all() and (second == 2.0).all())
+    larger = scratch((40, 500), 3)
+    assert [t.shape for t in larger] == [(40, 500)] * 3 and len({t.data_ptr() for t in larger}) == 3
+    assert [t.data_ptr() for t in scratch((40, 500), 3)] == [t.data_ptr() for t in larger]
