@@ -28,6 +28,7 @@ _GREATER = (torch.greater, torch.gt, Tensor.gt, Tensor.__gt__, Tensor.greater)
 _VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
 _TURNS = (Tensor.permute, torch.permute)
 _PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
+_EARLY = frozenset((F.one_hot, Tensor.__getitem__, Tensor.split, F.linear, torch.cat))
 _KEEPS = (Tensor.to, Tensor.bool, Tensor.long, Tensor.int, Tensor.float, Tensor.contiguous, Tensor.detach)
 
 
@@ -174,11 +175,15 @@ class Routing:
     def __init__(self, model: nn.Module) -> None:
         self.families = [m for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ModuleList)) and _alike(m)]
         self.loop: Loop | None = None
+        self.hot = False  # until a choice of experts is spread out, few calls can be of interest
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call that belongs to one of the forms; else ``NO``."""
+        if not self.hot and func not in _EARLY:
+            return NO
         first: Any = args[0] if args else None
         if func is F.one_hot:
+            self.hot = True
             out = func(*args, **kwargs)
             return _marked(out, Axis(out.ndim - 1))
         if hasattr(first, "experts_on"):
