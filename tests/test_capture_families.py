@@ -6,6 +6,7 @@ traced and with padding; heads, hidden units and experts that are removed equal 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_captured_is_live_and_removed_is_masked(family: str, tmp_path: Path) -> 
     result = surgery.compile("surg 1\n" + "\n".join(case.removed) + "\n", str(tmp_path / "base"))
     claims = [c for c in result.certificates if c["claim"] == "removed = masked"]
     assert len(claims) == len(case.removed) and all(c["ok"] and c["max_abs_error"] <= 1e-5 for c in claims)
+
+
+CONVBERT = dict(
+    vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, max_position_embeddings=64,
+    embedding_size=16, head_ratio=2, conv_kernel_size=3,
+)  # fmt: skip
+LLAMA4 = dict(
+    LM, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=4, intermediate_size=16,
+    intermediate_size_mlp=16, num_local_experts=2, num_experts_per_tok=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "config"), [("convbert", "ConvBertModel", CONVBERT), ("llama4_text", "Llama4ForCausalLM", LLAMA4)]
+)
+def test_heads_beside_others_and_behind_complex_numbers(family: str, architecture: str, config: dict[str, Any], here: Path) -> None:
+    """Heads of a convolution stand beside those of attention in ConvBERT; Llama 4 turns queries and keys as complex numbers."""
+    Path("model.json").write_text(json.dumps({"model_type": family, "architectures": [architecture], **config}), "utf-8")
+    result = surgery.compile("surg 1\nprune heads(ratio = 50%) on layers[*].attn\n", "config:model.json")
+    (claim,) = [c for c in result.certificates if c["claim"] == "removed = masked"]
+    assert claim["ok"] and claim["max_abs_error"] <= 1e-5
+    assert all(site.removed > 0 for site in result.plan.steps[0].sites)
 
 
 def test_experts_are_one_tensor_here_and_apart_in_a_checkpoint(tmp_path: Path) -> None:

@@ -405,3 +405,11 @@ def test_fewer_units_than_are_picked_is_refused():
     dims = case_of("mixtral").dims
     group = dims.coupled("model.layers.0.mlp.experts.down_proj", 0, [0, 1, 3])
     assert "picks 2 of E" in group.refusal
+
+
+def test_dots_of_an_einsum_stand_for_axes():
+    from surgery.model.dims.rules_linear import spelled_out
+
+    assert spelled_out("...qhd, ...khd -> ...hqk", [5, 5]) == "ABqhd,ABkhd->ABhqk"
+    assert spelled_out("...ij,jk->...ik", [4, 2]) == "ABij,jk->ABik"
+    assert spelled_out("ij,jk", [2, 2]) is None
