@@ -14,7 +14,8 @@ from math import prod
 from torch import fx
 
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.graphview import GraphView
+from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Part, Streams
 from surgery.model.dims import Axis, Leaf

@@ -10,11 +10,12 @@ from torch import fx
 from surgery.core.site import Anatomy, Late, NodeRef, Site, Stack, Unresolved
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Blocks, FeedForward, whole
-from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
+from surgery.model.anatomy.graphview import GraphView, ref_in
 from surgery.model.anatomy.layers import ConvBlock, Layer, LayerStack, conv_blocks, find_stacks, layer_norms, make_units
 from surgery.model.anatomy.mixers import Mixer, Mixers
 from surgery.model.anatomy.modules import module_sites
 from surgery.model.anatomy.outside import Outside, find_outside
+from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sites import Builder, Names, post_norm
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.trunks import Trunk, find_trunks

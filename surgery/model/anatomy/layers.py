@@ -14,8 +14,9 @@ from torch import fx
 
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, Exit, FeedForward
-from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.graphview import GraphView
 from surgery.model.anatomy.mixers import Mixer
+from surgery.model.anatomy.products import Norm, Projection
 
 
 @dataclass(eq=False)

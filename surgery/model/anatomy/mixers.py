@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.graphview import GraphView, Norm, Projection
+from surgery.model.anatomy.graphview import GraphView
+from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Streams
 

@@ -13,9 +13,10 @@ from torch import fx
 from surgery.core.site import Measure, NodeRef, Site
 from surgery.model.anatomy import ops
 from surgery.model.anatomy.blocks import Attention, FeedForward, Part, whole
-from surgery.model.anatomy.graphview import GraphView, Norm, Projection, ref_in
+from surgery.model.anatomy.graphview import GraphView, ref_in
 from surgery.model.anatomy.layers import ConvBlock, Unit
 from surgery.model.anatomy.mixers import Mixer
+from surgery.model.anatomy.products import Norm, Projection
 
 
 @dataclass(frozen=True)

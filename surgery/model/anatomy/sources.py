@@ -15,7 +15,8 @@ import numpy as np
 from torch import fx
 
 from surgery.model.anatomy import ops
-from surgery.model.anatomy.graphview import GraphView, IntArray, Projection
+from surgery.model.anatomy.graphview import GraphView
+from surgery.model.anatomy.products import IntArray, Projection
 from surgery.model.dims import Axis, Cut, Dims, Leaf
 from surgery.model.dims.slices import cuts_within, inside, leaves_at, survivors
 
