@@ -134,12 +134,14 @@ def test_sums_before_norms_without_a_mean_stay(made: dict[str, Any]) -> None:
     assert Counter(m.condition for m in found.misses) == {condition: 6}
 
 
-def test_shared_heads_are_the_standard_operator_where_the_set_has_it() -> None:
-    """From operator set 23 on: the cache goes in and comes out grown, padding in front and behind stays right, and below nothing changes."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_attention_with_a_cache_is_the_standard_operator_where_the_set_has_it(family: str) -> None:
+    """From operator set 23 on, with shared key heads and with one for each: the cache goes in and comes out grown, padding in front and behind stays right, and
+    below nothing changes."""
     from surgery.backends.onnx_export import export, input_names
     from surgery.backends.to_onnx import session
 
-    program, _ = zoo_program("llama")
+    program, _ = zoo_program(family)
     root = rooted(program)
     result = fuse(program, root, Target(opset=23))
     assert entry(result, "attention").fired == 3 and not [m for e in result.report for m in e.misses if m.condition == engine.GATE]

@@ -25,9 +25,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None, heads: int, 
 
 @torch.library.custom_op("surgery::shared_attention", mutates_args=())
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None, heads: int, groups: int, scale: float) -> Tensor:
-    """``softmax(scale q k^T + scores) v`` of ``heads`` heads that share ``groups`` heads of keys and values.
+    """``softmax(scale q k^T + scores) v`` of ``heads`` heads that share ``groups`` heads of keys and values, or have one each.
 
-    ``q`` [batch, queries, heads * width], ``k`` and ``v`` [batch, keys, groups * width], ``scores`` [batch or 1, 1, queries, keys]. Gives
+    ``q`` [batch, queries, heads * width], ``k`` and ``v`` [batch, keys, groups * width], ``scores`` [batch or 1, heads or 1, queries, keys]. Gives
     [batch, queries, heads * width of v].
     """
     return _attend(q, _heads(k, groups), _heads(v, groups), scores, heads, scale)
