@@ -37,7 +37,7 @@ from surgery.backends.onnx_cut import (
     settle,
     signature,
 )
-from surgery.backends.onnx_inline import inlined
+from surgery.backends.onnx_inline import base_of, inlined
 from surgery.backends.onnx_lengths import TwoLengths
 from surgery.backends.onnx_parts import IDS, Parts, parts_of
 from surgery.backends.onnx_rows import Lengths, shape_of
@@ -59,9 +59,21 @@ def cached_pair(program: Program) -> tuple[Program, Program]:
 
 
 def _bury(graph: fx.Graph) -> None:
-    """Takes out what nobody reads, attention as well, which torch keeps because it may draw random numbers."""
+    """Takes out what nobody reads, attention as well, which torch keeps because it may draw random numbers. What is written into a value
+    that somebody reads stays."""
+    written: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False) and isinstance(node.args[0], fx.Node):
+            written.setdefault(base_of(node.args[0]), []).append(node)
+    todo: list[fx.Node] = [graph.output_node()]
+    live: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in live:
+            live.add(node)
+            todo += [*node.all_input_nodes, *written.get(base_of(node), ())]
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
+        if node not in live and node.op != "placeholder":
             graph.erase_node(node)
 
 

@@ -34,12 +34,32 @@ def inlined(program: Program) -> Program:
     return out
 
 
+_PARTS = frozenset("slice select narrow view reshape transpose permute unsqueeze squeeze expand t alias unfold diagonal".split())
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The value that a view is one of; the node itself where it is none."""
+    while str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) in _PARTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _alone(node: fx.Node) -> bool:
+    """Nothing reads the value besides the one operation that writes to it, neither it nor what it is a part of."""
+    while len(node.users) == 1:
+        if base_of(node) is node:
+            return True
+        node = node.args[0]  # type: ignore[assignment]
+    return False
+
+
 def _out_of_place(graph: fx.Graph) -> None:
-    """Operations that write into a value which nothing else reads give a new one instead: what nobody needs of them can go."""
+    """Operations that write into a value which nothing else reads give a new one instead: what nobody needs of them can go. A part of a value
+    is read where the value is."""
     for node in graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         name = str(packet.__name__) if packet is not None else ""
-        if name.endswith("_") and not name.endswith("__") and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+        if name.endswith("_") and not name.endswith("__") and isinstance(node.args[0], fx.Node) and _alone(node.args[0]):
             plain = getattr(getattr(torch.ops.aten, name[:-1], None), str(node.target).rpartition(".")[2], None)
             node.target = plain if plain is not None else node.target
 

@@ -257,3 +257,24 @@ def test_what_has_no_decoder_or_writes_its_attention_out_is_told_so() -> None:
                 graph.graph.erase_node(node)
     with pytest.raises(onnx_cut.NotCut, match="no attention of the decoder to itself"):
         cached_pair(program)
+
+
+def test_what_is_written_into_a_value_that_is_read_stays() -> None:
+    """LED puts its windows together in a tensor of zeros: the writes have no readers of their own."""
+    from torch import fx
+
+    from surgery.backends.onnx_decoder import _bury
+    from surgery.backends.onnx_inline import _out_of_place
+
+    aten, graph = torch.ops.aten, fx.Graph()
+    x = graph.placeholder("x")
+    read, unread = (graph.call_function(aten.zeros_like.default, (x,)) for _ in range(2))
+    for base in (read, unread):
+        part = graph.call_function(aten.slice.Tensor, (base, 0, 0, 1))
+        graph.call_function(aten.copy_.default, (part, graph.call_function(aten.slice.Tensor, (x, 0, 1, 2))))
+    graph.output(graph.call_function(aten.neg.default, (read,)))
+    _out_of_place(graph)
+    _bury(graph)
+    assert [str(n.target) for n in graph.nodes].count("aten.copy_.default") == 1 and unread not in graph.nodes
+    given = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(fx.Interpreter(fx.GraphModule({}, graph)).run(given), torch.tensor([-2.0, 0.0, 0.0]))
