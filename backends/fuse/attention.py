@@ -76,7 +76,9 @@ class FuseAttention:
         for node in view.calls(aten.softmax.int, aten._softmax.default):
             readers = [r for u in through_copies(node) for r in (through_copies(u) if called(u, *SHAPES) else [u])]
             if any(called(r, aten.matmul.default, aten.bmm.default) for r in readers):
-                yield Miss(view.where(node), "the attention is written out in products and a softmax of its own")
+                yield Miss(
+                    view.where(node), "the attention is written out in products and a softmax of its own", "written_attention says why"
+                )
         for node in view.calls(SDPA):
             found = _take_apart(view, node)
             if isinstance(found, Call):
