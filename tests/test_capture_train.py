@@ -288,3 +288,40 @@ def test_a_part_that_draws_in_training_only_is_captured_as_in_evaluation() -> No
     operations = [str(n.target) for _, g in graphs_of(captured.graph) for n in g.graph.nodes]
     assert not any("rand" in o for o in operations) and any("dropout" in o for o in operations)
     assert all(m.training for m in module.modules())
+
+
+class Sharer(nn.Module):
+    """A layer whose activation is the one module of all layers, as that of OpenAI's GPT is."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.activation, self.dropout = nn.Linear(4, 4), activation, nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x + self.dropout(self.activation(self.linear(x)))]
+
+
+class Sharers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        activation = nn.Tanh()
+        self.layers = nn.ModuleList([Sharer(activation) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+def test_layers_that_share_a_module_drop_out_in_training_only() -> None:
+    """The tracer then tells paths of modules from the layer on, and not from the model."""
+    module, x = Sharers(), torch.randn(3, 4)
+    capture = capture_module(module, (x,))
+    assert capture.fallback == "" and len(list(graphs_of(capture.graph))) == 4
+    graph = materialise(capture, module.state_dict())
+    assert {type(graph.get_submodule(f"layers.{i}.dropout")) for i in range(3)} == {nn.Dropout}
+    torch.manual_seed(5)
+    want = module.train()(x)
+    torch.manual_seed(5)
+    assert torch.equal(graph.train()(x)[0], want)
+    assert torch.equal(graph.eval()(x)[0], module.eval()(x))

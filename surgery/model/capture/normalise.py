@@ -129,7 +129,11 @@ class Normaliser:
     def scope(node: fx.Node) -> str:
         stack = node.meta.get("nn_module_stack") or {}
         paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and isinstance(entry[0], str)]
-        return _clean(paths[-1]) if paths else ""
+        if not paths or _from_root(paths[-1]):
+            return _clean(paths[-1]) if paths else ""
+        # where modules stand in several places (an activation that all layers share) the tracer tells paths inside a layer from the layer on
+        owner = _clean(next((p for p in reversed(paths) if _from_root(p)), "model"))
+        return f"{owner}.{paths[-1].partition('@')[0]}".lstrip(".")
 
     def _leaf(self, node: fx.Node) -> tuple[Leaf, tuple[Any, ...]] | None:
         build = _BUILDERS.get(str(node.target))
@@ -196,6 +200,11 @@ def draws(graph: fx.Graph) -> dict[str, str]:
         if seeded and "leaf" not in node.meta and str(node.target) not in _BUILDERS:
             found.setdefault(str(node.target), Normaliser.scope(node))
     return found
+
+
+def _from_root(path: str) -> bool:
+    """Whether a path begins at the wrapper, whose one child is called ``model``."""
+    return path.partition("@")[0] in ("", "model") or path.startswith(("model.", "L['self']"))
 
 
 def _clean(path: str) -> str:

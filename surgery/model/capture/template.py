@@ -277,6 +277,8 @@ class _Builder:
                 raise Fallback(f"`{leaf[0].path}` is called with different settings")
             new = self.template.graph.call_module(target, fx.map_arg(leaf[1], self.value))
         else:  # also a leaf that stands outside this layer: the operation itself, reading the tensors it is given
+            if leaf is not None and not leaf[0].tensors and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise Fallback(f"`{self.path}` runs `{leaf[0].path}`, which draws numbers, from outside")
             args, kwargs = fx.map_arg(node.args, self.value), fx.map_arg(node.kwargs, self.value)
             new = self.template.graph.create_node(node.op, node.target, args, kwargs)
         new.meta["spec"] = node.meta.get("spec", ValueSpec("other"))
