@@ -22,7 +22,7 @@ from surgery.model import masked
 from surgery.model.live import Tensors
 from surgery.model.program import Attachment, Program
 from surgery.model.room import widened
-from surgery.model.threads import one_thread
+from surgery.model.threads import alone, one_thread
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.kinds.delta import DeltaModule
 
@@ -81,7 +81,7 @@ def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[
     workers = min(WORKERS, cores, len(found))
     if workers < 2:
         return [output(i) for i in range(len(found))]
-    with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="probes") as pool:
+    with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="probes", initializer=alone) as pool:
         return list(pool.map(output, range(len(found))))
 
 

@@ -25,7 +25,7 @@ from surgery.model.program import Program
 from surgery.model.stored import torch_dtype
 from surgery.model.streams import stream_of
 from surgery.model.study import Study
-from surgery.model.threads import one_thread
+from surgery.model.threads import alone, one_thread
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_targets import Target, Units, tensors
 from surgery.passes.operation import Resolved
@@ -134,7 +134,7 @@ def _marginals(program: Program, op: Resolved, score: str, where: dict[str, list
         def sums(name: str) -> dict[int, Vector]:
             return {axis: _sums(study, program, name, axis, score == "l2") for axis in {u.axis: None for u in where[name]}}
 
-        with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="scores") as pool:
+        with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="scores", initializer=alone) as pool:
             yield from zip(where, pool.map(sums, where), strict=True)
         return
     from surgery.model.scores import element_scores

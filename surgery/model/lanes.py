@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import torch
 
-from surgery.model.threads import one_thread
+from surgery.model.threads import alone, one_thread
 
 BUDGET = 256 << 20
 """Bytes of inputs and results that may be on the way at once, unless one tensor alone needs more."""
@@ -67,7 +67,7 @@ def in_order(
             announce(i + 2)
             yield make(name)
         return
-    with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="weights") as pool:
+    with one_thread(), ThreadPoolExecutor(workers, thread_name_prefix="weights", initializer=alone) as pool:
         pending: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         at = 0
         try:

@@ -23,6 +23,7 @@ from surgery.model.lazygraph import copy_tree
 from surgery.model.live import Tensors
 from surgery.model.program import Program
 from surgery.model.retarget import retarget, retarget_graph
+from surgery.model.threads import alone
 
 MODEL_DTYPE = torch.bfloat16
 """What captured graphs write for the model's own dtype."""
@@ -265,7 +266,7 @@ def in_order(work: Callable[[int], T], count: int, lanes: int) -> Iterator[T]:
         yield from (work(i) for i in range(count))
         return
     pending: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(min(lanes, count), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(min(lanes, count), initializer=alone) as pool:
         try:
             for i in range(count):
                 pending.append(pool.submit(work, i))

@@ -25,3 +25,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def alone() -> None:
+    """In a thread of its own, before its first work: it computes on itself alone from now on.
+
+    A thread takes over the number that was set last anywhere, when it first computes: so it is asked for first, and cannot come from another
+    thread between this and the work.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)
