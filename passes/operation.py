@@ -25,7 +25,7 @@ class Resolved:
     ``study`` lets a pass read weights and run calibration data; it is None while planning, when no weight is read: a pass then makes a
     choice of the same size that depends on nothing (and says in its note what compile decides). ``data`` is the opened data of the ``using``
     clause (None without one). ``claim`` takes what must be measured of this change before anything is emitted, ``warn`` a finding
-    that does not stop the walk, ``tell`` a line for the plan about the whole statement. ``base`` holds the params, bytes and flops per
+    that does not stop the walk, ``tell`` a line for the plan about the whole statement, ``later`` one that is made when the plan is. ``base`` holds the params, bytes and flops per
     token of the model before the first statement.
     """
 
@@ -44,6 +44,7 @@ class Resolved:
     claim: Callable[[Claim], None] = field(default=lambda claim: None, compare=False, repr=False)
     warn: Callable[[Diagnostic], None] = field(default=lambda finding: None, compare=False, repr=False)
     tell: Callable[[str], None] = field(default=lambda line: None, compare=False, repr=False)
+    later: Callable[[Callable[[], str]], None] = field(default=lambda line: None, compare=False, repr=False)
     base: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -151,10 +151,11 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     node = checked.node
     assert isinstance(node, ast.Operation) and checked.call is not None
     found = resolve(session.program, checked)
-    told: list[str] = []
+    told: list[str | Callable[[], str]] = []
     data = session.data.open(node.using, session.program) if node.using else None
     op = replace(
-        found, data=data, study=session.study, claim=session.claims.append, warn=session.sink.add, tell=told.append, base=session.totals,
+        found, data=data, study=session.study, claim=session.claims.append, warn=session.sink.add, tell=told.append, later=told.append,
+        base=session.totals,
     )  # fmt: skip
     before = session.program.copy() if node.verb == "fold" and session.keep_base else None
     text = to_text(node)
@@ -175,7 +176,7 @@ def operate(session: Session, checked: Checked, position: int) -> None:
         PlanStep(
             span=node.span, verb=node.verb, method=checked.call.name, params=_params(op),
             sites=tuple(_plan_site(c) for c in changes), text=text, doc=node.doc, stage=checked.stage,
-            facts=(*_facts(op, changes), *told),
+            facts=(*_facts(op, changes), *(line if isinstance(line, str) else line() for line in told)),
         )
     )  # fmt: skip
 

@@ -7,12 +7,11 @@ units of a statement go in one cut (:func:`surgery.model.cut.cut`), which compil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from surgery.core.method import Method, param
 from surgery.core.site import Site
-from surgery.model import cost
 from surgery.model.claims import Claim
 from surgery.model.cut import cut
 from surgery.model.cut_sizes import NewSizes
@@ -104,19 +103,18 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         return report.unchanged(program, targets)
     group = group_of(program.dims, targets, ranked, counts)
     widths = report.widths(program, op, method, targets, counts)
-    before = report.Costs.of(program)
+    before = report.Costs(program)
     owners = report.sizes_before(program, targets)
     sizes = NewSizes(group.dims, group.keep)
-    foreseen = before.foreseen(program, sizes)
     earlier = program.copy() if op.study is not None else None
     result = cut(program, group, op.origin, sizes)
     if earlier is not None:
         op.claim(masked_claim(earlier, group, program.copy(), op.origin.span))
-    after = report.Costs.of(program) if foreseen is None else replace(before, bytes=cost.bytes_of(program, before.names), flops=foreseen)
+    after = before.after(program, sizes)
     report.warn_widths(op, method, widths, before, after)
     picked = [chosen(t, r, c) for t, r, c in zip(targets, ranked, counts, strict=True)] if scores is not None else None
     report.tell(op, method, targets, counts, picked, before, after)
-    return _changes(program, op, targets, counts, report.removed_by(program, targets, result, owners, before.names))
+    return _changes(program, op, targets, counts, report.removed_by(targets, result, owners))
 
 
 def _parameters(op: Resolved, method: SliceMethod) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -177,14 +177,14 @@ def to_budget(
 
 def group_of(dims: Dims, targets: Sequence[Target], ranked: Sequence[Ranked], counts: Counts) -> Group:
     """Everything that goes when the first ``counts`` steps of each target go: one group for the whole statement."""
-    units: dict[Leaf, tuple[int, ...]] = {}
+    units: dict[Leaf, Iterable[int]] = {}
     ragged: dict[tuple[Leaf, Leaf], np.ndarray[Any, Any]] = {}
     for target, rank, count in zip(targets, ranked, counts, strict=True):
         if not count:
             continue
         gone = rank.order[:, :count]
         if target.units.outer is None or target.units.same:
-            units[target.units.inner] = tuple(np.sort(gone[0]).tolist())
+            units[target.units.inner] = gone[0]
         else:
             keep = np.ones((target.units.step, target.units.inner.size), bool)
             np.put_along_axis(keep, gone, False, axis=1)

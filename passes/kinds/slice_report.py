@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from surgery.core.plan import flops, group_roles, plural, size
@@ -24,8 +25,8 @@ MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Bytes and operations per ``unit`` (token, image) of a program as it is."""
+class Figures:
+    """Bytes and operations per ``unit`` (token, image)."""
 
     bytes: int
     flops: int
@@ -34,20 +35,46 @@ class Costs:
     names: tuple[str, ...]
     """The parameters, which a cut makes smaller and never fewer."""
 
-    @staticmethod
-    def of(program: Program) -> Costs:
-        counted, names = cost.count(program), cost.parameter_names(program)
-        return Costs(cost.bytes_of(program, names), counted.per_token, counted.unit, counted, names)
 
-    def foreseen(self, program: Program, sizes: NewSizes) -> int | None:
-        """Operations as a cut will leave them, from the analysis that there is; None where something stands on top of the model."""
-        if program.attachments or not self.counted.plain(program):
-            return None
-        return cost.foreseen(program, self.counted, sizes)
+class Costs:
+    """The figures of a program as it is when this is made. Where the flat graph says everything (nothing is attached, no module is opaque) they are
+    counted when they are asked for."""
+
+    def __init__(self, program: Program) -> None:
+        graph = cost.flat_graph(program)
+        self.plain = graph is program.dims.graph and not program.attachments and not graph.find_nodes(op="call_module")
+        self._program, self._graph = program, graph
+        self._weights = dict(program.weights) if self.plain else program.weights
+        if not self.plain:
+            _ = self.figures  # later the modules are others
+
+    @cached_property
+    def figures(self) -> Figures:
+        names = cost.parameter_names(self._program)
+        counted = cost.count(self._program, graph=self._graph)
+        return Figures(cost.bytes_in(self._weights, names), counted.per_token, counted.unit, counted, names)
+
+    def after(self, program: Program, sizes: NewSizes) -> Callable[[], Figures]:
+        """Those of the program now that the cut that left ``sizes`` is done."""
+        if not self.plain:
+            return lambda: Costs(program).figures
+        weights = dict(program.weights)
+
+        def made() -> Figures:
+            before = self.figures
+            return replace(before, bytes=cost.bytes_in(weights, before.names), flops=cost.foreseen(program, before.counted, sizes))
+
+        return made
 
 
 def tell(
-    op: Resolved, method: Any, targets: Sequence[Target], counts: Counts, picked: list[list[int]] | None, before: Costs, after: Costs
+    op: Resolved,
+    method: Any,
+    targets: Sequence[Target],
+    counts: Counts,
+    picked: list[list[int]] | None,
+    before: Costs,
+    after: Callable[[], Figures],
 ) -> None:
     """The lines of the plan: sizes, what is one decision, which units and who decides, costs before and after."""
     noun = method.noun
@@ -70,9 +97,13 @@ def tell(
             op.tell("compile shares them out over the sites by score; here each site loses an even share")
     elif sum(map(len, picked)) <= 24:
         op.tell("removed: " + "; ".join(_units(t, gone) for t, gone in zip(targets, picked, strict=True) if gone))
-    op.tell(
-        f"bytes {size(before.bytes)} -> {size(after.bytes)} ({_change(before.bytes, after.bytes)}), "
-        f"flops per {before.unit} {flops(before.flops)} -> {flops(after.flops)} ({_change(before.flops, after.flops)})"
+    op.later(lambda: _saved(before.figures, after()))
+
+
+def _saved(old: Figures, new: Figures) -> str:
+    return (
+        f"bytes {size(old.bytes)} -> {size(new.bytes)} ({_change(old.bytes, new.bytes)}), "
+        f"flops per {old.unit} {flops(old.flops)} -> {flops(new.flops)} ({_change(old.flops, new.flops)})"
     )
 
 
@@ -118,12 +149,11 @@ def sizes_before(program: Program, targets: Sequence[Target]) -> dict[str, int]:
     return found
 
 
-def removed_by(program: Program, targets: Sequence[Target], result: CutResult, owner: dict[str, int], names: Sequence[str]) -> list[int]:
-    """Parameters that each target lost, of those with these ``names``; every lost parameter counts once."""
-    parameters = set(names)
+def removed_by(targets: Sequence[Target], result: CutResult, owner: dict[str, int]) -> list[int]:
+    """Parameters that each target lost; every lost parameter counts once."""
     totals = [0] * len(targets)
     for name, lost in result.removed.items():
-        if program.aliases.get(name, name) in parameters:
+        if name in result.parameters:
             totals[owner.get(name, 0)] += lost
     return totals
 
@@ -146,12 +176,15 @@ def widths(program: Program, op: Resolved, method: Any, targets: Sequence[Target
     return found
 
 
-def warn_widths(op: Resolved, method: Any, found: dict[tuple[int, int], list[str]], before: Costs, after: Costs) -> None:
+def warn_widths(op: Resolved, method: Any, found: dict[tuple[int, int], list[str]], before: Costs, after: Callable[[], Figures]) -> None:
     """After the cut: a warning for each size in ``found``, with what the cut saves on paper."""
-    saved = predicted(before.flops, after.flops, before.bytes, after.bytes, before.unit)
-    for (old, new), roles in found.items():
-        blocks = -(-new // MULTIPLE) == -(-old // MULTIPLE)
-        op.warn(faults.no_faster(op, method.noun, roles or ["the model"], old, new, MULTIPLE, blocks, saved))
+    if not found:
+        return
+    old, new = before.figures, after()
+    saved = predicted(old.flops, new.flops, old.bytes, new.bytes, old.unit)
+    for (wide, narrow), roles in found.items():
+        blocks = -(-narrow // MULTIPLE) == -(-wide // MULTIPLE)
+        op.warn(faults.no_faster(op, method.noun, roles or ["the model"], wide, narrow, MULTIPLE, blocks, saved))
 
 
 def _width(program: Program, target: Target) -> int:

@@ -8,7 +8,7 @@ look-ups are not, as in ``torch.utils.flop_counter``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from surgery.model.cut_sizes import NewSizes
 from surgery.model.flat import flatten
 from surgery.model.program import Program
 from surgery.model.walk import edited, tensors
+from surgery.model.weights import Expr
 
 # ---------------------------------------------------------------- parameters and bytes
 
@@ -38,7 +39,12 @@ def parameters(program: Program) -> int:
 
 def bytes_of(program: Program, names: Sequence[str] | None = None) -> int:
     """Bytes of all parameters in their own dtypes, tied ones once; ``names`` are :func:`parameter_names`, where the caller has them."""
-    found = [program.weights[n] for n in (parameter_names(program) if names is None else names)]
+    return bytes_in(program.weights, parameter_names(program) if names is None else names)
+
+
+def bytes_in(weights: Mapping[str, Expr], names: Sequence[str]) -> int:
+    """Bytes of some weights."""
+    found = [weights[n] for n in names]
     return sum([math.prod(e.shape) * getattr(torch, e.dtype).itemsize for e in found])
 
 
@@ -100,23 +106,20 @@ class Cost:
         """``" at length 128"`` where the length matters, else nothing."""
         return f" at length {self.length}" if self.tokens > 1 else ""
 
-    def plain(self, program: Program) -> bool:
-        """Whether it was counted on the graph of the program's dimension classes: nothing stood on top of the model then."""
-        return self._graph is program.dims.graph
-
     @property
     def per_token(self) -> int:
         return round(self.total / self.tokens)
 
 
-def count(program: Program, length: int = 128) -> Cost:
+def count(program: Program, length: int = 128, graph: fx.Graph | None = None) -> Cost:
     """Operations of every node for one forward pass of batch 1, sequences of ``length``, an empty cache.
 
     Open axes of floating inputs other than the batch (audio) keep the size of the trace. Modules without a
-    flat form (what a method attached) are counted on meta tensors of the sizes that reach them.
+    flat form (what a method attached) are counted on meta tensors of the sizes that reach them. ``graph`` is the program's :func:`flat_graph`, where
+    the caller has it: without such modules it holds all that is counted, also when the program changes.
     """
-    # while nothing stands on top of the model the analysis of classes has the same flat graph already
-    graph = flatten(program.graph, program.aliases) if edited(program.graph) else program.dims.graph
+    if graph is None:
+        graph = flat_graph(program)
     sizes = Sizes(program, graph, length)
     pixels = any("pixel" in str(n.target) for n in program.graph.graph.find_nodes(op="placeholder"))
     cost = Cost(length, length if sizes.sequence else 1, sample="image" if pixels else "sample", _graph=graph)
@@ -127,6 +130,11 @@ def count(program: Program, length: int = 128) -> Cost:
             cost.nodes.append(NodeCost(node.meta["origin"], ops.name_of(node), found, weight))
             cost._flat.append(node)
     return cost
+
+
+def flat_graph(program: Program) -> fx.Graph:
+    """The graph that is counted. While nothing stands on top of the model the analysis of classes has it already."""
+    return flatten(program.graph, program.aliases) if edited(program.graph) else program.dims.graph
 
 
 def foreseen(program: Program, counted: Cost, cut: NewSizes) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgery.core.diagnostics import fail
 from surgery.core.source import Span
@@ -39,11 +39,12 @@ _CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 class CutResult:
     """What a cut removed: for each tensor the number of its elements that went, and the ranges that went of its axes.
 
-    ``members`` are those of the group and the tensors of attached modules that followed them.
+    ``members`` are those of the group and the tensors of attached modules that followed them; ``parameters`` those of the tensors that are no buffers.
     """
 
     removed: dict[str, int]
     members: tuple[Member, ...]
+    parameters: frozenset[str]
 
 
 def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None = None) -> CutResult:
@@ -69,15 +70,16 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
     attached = cut_attached.plan(program, group, _groups(every, graphs), origin.span) if anything else cut_attached.AttachedCut()
     members = [*group.members, *attached.members]
     program.weights.update(attached.rewrites)
-    removed = _tensors(program, every, members, origin)
+    removed, parameters = _tensors(program, every, members, origin)
     for path, changes in graphs.leaves.items():
         apply_changes(program.module(path), changes)
-    for ref in graphs.write(anything):
+    runs = list({id(m): m for _, m in every if isinstance(m, fx.GraphModule)}.values())
+    for ref in graphs.write(runs, anything):
         program.journal.record(ref, origin)
     _refit(program, dict(every), group, sizes)
     cut_attached.apply(program, attached)
     program.touch(None if attached.rewrites or attached.members else group)  # sizes of what is attached follow from no class
-    return CutResult(removed, tuple(members))
+    return CutResult(removed, tuple(members), parameters)
 
 
 def _check_leaf(program: Program, path: str, changes: Any, span: Span) -> None:
@@ -95,13 +97,14 @@ def _groups(every: Modules, graphs: GraphCut) -> dict[str, int]:
     return found
 
 
-def _tensors(program: Program, every: Modules, members: list[Member], origin: Origin) -> dict[str, int]:
-    """Selects weights and replaces the meta tensors wherever they are held; returns the elements that each lost."""
+def _tensors(program: Program, every: Modules, members: list[Member], origin: Origin) -> tuple[dict[str, int], frozenset[str]]:
+    """Selects weights and replaces the meta tensors wherever they are held; returns the elements that each lost, and which are parameters."""
     before = {m.parameter: math.prod(program.weights[m.parameter].shape) for m in members}
     for m in members:
         program.weights[m.parameter] = select(program.weights[m.parameter], m.axis, m.kept)
         masked.cut_mask(program, m.parameter, m.axis, m.kept)
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    parameters = set()
     held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for path, module in every:
         lead = f"{path}." if path else ""
@@ -114,7 +117,10 @@ def _tensors(program: Program, every: Modules, members: list[Member], origin: Or
                 first = program.aliases.get(name, name)
                 if first in before and id(tensor) not in made:
                     empty = torch.empty(program.weights[first].shape, dtype=tensor.dtype, device=tensor.device)
-                    new = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    new = empty
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                        parameters.add(first)
                     made[id(tensor)] = (tensor, new)
     for store, leaf, tensor in held:
         if id(tensor) in made and made[id(tensor)][0] is tensor:
@@ -123,7 +129,7 @@ def _tensors(program: Program, every: Modules, members: list[Member], origin: Or
     for name, size in before.items():
         removed[name] = size - math.prod(program.weights[name].shape)
         program.journal.record(name, origin)
-    return removed
+    return removed, frozenset(parameters)
 
 
 def _refit(program: Program, modules: dict[str, nn.Module], group: Group, sizes: NewSizes) -> None:

@@ -20,7 +20,7 @@ from surgery.model.cut_sizes import NewSizes, resized, scaled
 from surgery.model.dims import Change
 from surgery.model.lazygraph import LazyGraphModule
 from surgery.model.program import Program, ValueSpec
-from surgery.model.walk import edits, graphs, inside
+from surgery.model.walk import edits, inside
 
 aten = torch.ops.aten
 _VIEWS = {id(op): aten.reshape.default for op in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default)}
@@ -128,8 +128,9 @@ class GraphCut:
 
     # ---------------------------------------------------------------- writing
 
-    def write(self, attached: bool) -> list[NodeRef]:
-        """Rewrite the nodes; returns those whose arguments changed. ``attached``: modules that methods added stand in the graphs."""
+    def write(self, every: Sequence[fx.GraphModule], attached: bool) -> list[NodeRef]:
+        """Rewrite the nodes; returns those whose arguments changed. ``every`` GraphModule of the program, outer ones first; ``attached``: modules that
+        methods added stand in them."""
         changed = set()
         for ref, changes in self.constants.items():
             node = self.node(ref)
@@ -149,7 +150,6 @@ class GraphCut:
                 if (reshape := _VIEWS.get(id(node.target))) is not None:
                     node.target = reshape  # the cut may change strides
             recompile_later(gm)
-        every = [gm for _, gm in graphs(self.program.graph)]
         for gm in every:
             self._respec_attached(gm, attached)
         respec_calls(every)

@@ -95,7 +95,9 @@ class Flattener:
         if node is None:
             node = self._attributes[full] = self.make("get_attr", full, (), {}, full.replace(".", "_"))
             spec = ValueSpec("tensor", dtype_name(tensor.dtype), tuple(tensor.shape))
-            node.meta.update(spec=spec, parameter=isinstance(tensor, nn.Parameter), refs=[], origin=self.origin)
+            node.meta.update(
+                spec=spec, parameter=type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter), refs=[], origin=self.origin
+            )
         return node
 
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], spec: Any, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
@@ -152,7 +154,7 @@ class Flattener:
             if isinstance(source, (tuple, list)):
                 return source[node.args[1]]  # type: ignore[index]
         args = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__) if node.kwargs else {}
         made = self.make(node.op, node.target, args, kwargs, node.name)
         made.meta.update(spec=node.meta.get("spec"), origin=self.origin, refs=[])
         return made
@@ -162,7 +164,7 @@ class Flattener:
         outer, origin = self.path, self.origin
         full = str(node.target) if not outer else f"{outer}.{node.target}"
         args = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__) if node.kwargs else {}
         if isinstance(module, fx.GraphModule):
             values = list(args)
             if kwargs:

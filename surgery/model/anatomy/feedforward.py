@@ -98,14 +98,15 @@ class FeedForwards(Streams):
                 continue
             if len(inputs) != 2:
                 return None
-            one, other = self._branch(inputs[0]), self._branch(inputs[1])
-            if one is None or other is None:
+            first, second = self._only_source(inputs[0]), self._only_source(inputs[1])
+            if first is None or second is None:
                 return None
-            (first, left), (second, right) = one, other
-            if first.same(second):
+            same = first.same(second)
+            if not same and name != "mul":
+                return None
+            left, right = self._between(inputs[0]), self._between(inputs[1])
+            if same:
                 return {"up": first}, activation_of([*trail, node, *left, *right]), False, norms
-            if name != "mul":
-                return None
             gate_first = bool(activation_of(left)) or not activation_of(right)
             gate, up = (first, second) if gate_first else (second, first)
             return {"up": up, "gate": gate}, activation_of(left if gate_first else right), True, norms
@@ -119,13 +120,14 @@ class FeedForwards(Streams):
         half = len(rows) // 2
         return {"up": Part(projection, rows[:half]), "gate": Part(projection, rows[half:])}, "sigmoid", True, norms
 
-    def _branch(self, start: fx.Node) -> tuple[Part, list[fx.Node]] | None:
-        """The one projection behind an operand of a gate, with the elementwise ops between."""
+    def _only_source(self, start: fx.Node) -> Part | None:
+        """The one projection behind an operand of a gate."""
         sources = self.sources.of(start)
-        if not sources or len(sources) > 1:
-            return None
-        trail = [n for n in self.sources.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
-        return sources[0], trail
+        return sources[0] if len(sources) == 1 else None
+
+    def _between(self, start: fx.Node) -> list[fx.Node]:
+        """The elementwise ops between an operand and the projections behind it."""
+        return [n for n in self.sources.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
 
     def _routers(self) -> None:
         """The projection whose scores a top-k picks from selects the experts of the block whose stored experts are that class.

@@ -30,7 +30,7 @@ class Names:
 
     def under(self, path: str) -> tuple[str, ...]:
         prefix = f"{path}."
-        return tuple(p for p in self.parameters if p.startswith(prefix))
+        return tuple([p for p in self.parameters if p.startswith(prefix)])
 
 
 class Builder:

@@ -250,12 +250,13 @@ class Dims:
         root: list[tuple[Leaf, tuple[int, ...]]] = []
         refusals: list[str] = []
         for leaf, gone in units.items():
-            gone = tuple(sorted(set(gone)))
-            root.append((leaf, gone))
+            places = gone if isinstance(gone, np.ndarray) else np.fromiter(gone, np.intp)
+            if len(places) and not 0 <= places.min() <= places.max() < leaf.size:
+                raise IndexError(f"{leaf.name} has units 0..{leaf.size - 1}, not {tuple(sorted({*places.tolist()}))}")
             mask = np.ones(leaf.size, bool)
-            if gone and not 0 <= gone[0] <= gone[-1] < leaf.size:
-                raise IndexError(f"{leaf.name} has units 0..{leaf.size - 1}, not {gone}")
-            mask[list(gone)] = False
+            mask[places] = False
+            gone = tuple(np.flatnonzero(~mask).tolist())
+            root.append((leaf, gone))
             keeps[leaf.axis] = mask
             if gone and not leaf.free:
                 refusals.append(f"{leaf.name} is fixed: {leaf.reason}")
