@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -41,34 +42,20 @@ def graphs(name: str, opset: int) -> tuple[Any, dict[str, Any]]:
     from surgery.backends.fuse.ops import translations
     from surgery.backends.onnx_export import export
     from surgery.model.live import Tensors, live_root
+    from surgery.opening import open_program
     from surgery.passes import registry
 
     cls, config, sizes = MODELS[name]
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    program = program_of(getattr(transformers, cls)(getattr(transformers, config)(vocab_size=500, **sizes)).eval())
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(transformers, config)(vocab_size=500, architectures=[cls], **sizes).save_pretrained(folder)
+        program, _ = open_program(f"config:{folder}/config.json", use_cache=False)
     found = {}
     for label, left_out in (("single operations", {"written_attention"}), ("fused", set())):
         root = live_root(program, Tensors(registry.function), dtype=torch.float32).eval()
         fused = fuse(program, root, Target(opset=opset), [r.name for r in rules() if r.name not in left_out])
         found[label] = session(export(program, fused.graph, opset=opset, table=translations()))
     return program, found
-
-
-def program_of(model: Any) -> Any:
-    from surgery.model.capture import capture_config
-    from surgery.model.program import ModelInfo
-    from surgery.model.realise import held
-    from surgery.model.weights import Weights
-    from surgery.opening import assemble
-
-    captured, weights = capture_config(model.config, type(model).__name__), Weights()
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name in captured.parameters:
-        if name not in captured.constants and name not in captured.aliases:
-            weights[name] = held(state[name])
-    info = ModelInfo("benchmark", model.config.model_type, type(model).__name__, model.config.to_dict(), "float32", "0" * 64)
-    return assemble(captured, weights, info)
 
 
 def session(model: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgery as api
 from surgery.train.switch import disabled
-from tests.adapter_world import stored_bases
+from tests.adapter_world import stored_bases, trained_a_little
 from tests.test_adapter_kinds import apart
 
 peft = pytest.importorskip("peft")
@@ -107,12 +107,9 @@ def test_the_prompt_of_one_task_of_several(world: Path, family: str, times: int)
     """With tokens for both sides the second half stands in front of the decoder; peft makes its inputs from labels then."""
     base: Any = copy.deepcopy(BASE[family])
     config = peft.MultitaskPromptTuningConfig(**PAIR, num_tasks=3, num_ranks=2, num_transformer_submodules=times)
+    torch.manual_seed(0)  # peft draws what it begins with
     model = peft.get_peft_model(base, config).eval()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.8 * torch.randn(p.shape))
+    trained_a_little(model, 0.8)
     model.save_pretrained("one")
     said = given()
     labels = said.pop("decoder_input_ids")
@@ -124,11 +121,12 @@ def test_the_prompt_of_one_task_of_several(world: Path, family: str, times: int)
             input_ids=said["input_ids"], attention_mask=said["attention_mask"], labels=labels, task_ids=torch.tensor([1, 1]), **mask
         ).logits
         plain = base(**said, decoder_input_ids=ids).logits
+    rounding = 2e-6 * max(1.0, float(want.abs().max()))
     made = api.compile(HEAD.format(family).replace('load("one")', 'load("one", task = 1)'))
     with torch.no_grad():
         found: Any = made.module.eval()(**said, decoder_input_ids=ids)
     got = found["logits"] if isinstance(found, dict) else found[0]
-    assert apart(got, want[:, want.shape[1] - 6 :]) <= 2e-6 < 1e-3 < apart(got, plain)
+    assert apart(got, want[:, want.shape[1] - 6 :]) <= rounding < 1e-3 < apart(got, plain)
     assert any("`generate` leaves them out" in f for s in made.plan.steps for f in s.facts) == (times == 2)
     assert sum(p.requires_grad for p in made.module.parameters()) == times
     again = HEAD.format(family).replace('load("one")', 'load("one", task = 2)') + 'fold all\nemit torch to "saved"\n'
@@ -145,7 +143,7 @@ def test_the_prompt_of_one_task_of_several(world: Path, family: str, times: int)
             back = theirs(
                 input_ids=said["input_ids"], attention_mask=said["attention_mask"], labels=labels, task_ids=torch.tensor([0, 0]), **mask
             ).logits
-        assert apart(back, want) <= 2e-6
+        assert apart(back, want) <= rounding
 
 
 def test_prompts_go_back_to_peft(world: Path, family: str = "bart") -> None:
