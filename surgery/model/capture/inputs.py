@@ -156,13 +156,18 @@ def _cache(model: Any, values: dict[str, Any], axes: dict[str, Axes]) -> None:
         width = int(getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads)
         return torch.zeros(BATCH, heads, PAST, width, dtype=dtype, device="meta")
 
-    if getattr(text, "kv_lora_rank", None) or getattr(text, "v_head_dim", None):
+    if getattr(text, "kv_lora_rank", None) or getattr(text, "v_head_dim", None) or _untold(text):
         values["past_key_values"] = filled_cache(*_kept(model, layers))
     else:
         values["past_key_values"] = filled_cache([one(c) for c in by_layer], [one(c) for c in by_layer])
     for i in range(layers):
         for what in ("key", "value"):
             axes[f"past_key_values_{what}_{i}"] = {0: "batch", 2: "past"}
+
+
+def _untold(text: Any) -> bool:
+    """Whether heads share keys and values (Shazeer 2019, 1911.02150) and no number of the usual name says how many are kept: Falcon."""
+    return bool(getattr(text, "multi_query", None)) and getattr(text, "num_key_value_heads", None) is None
 
 
 def note_of_cache(model: Any) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ PRODUCTS = tuple(f for f in (getattr(torch, "_grouped_mm", None), getattr(torch.
 
 
 FOURIER = tuple(getattr(torch.fft, name) for name in ("fft", "fft2", "fftn"))
+JOINS = (torch.cat, torch.concat, torch.concatenate)
 FILLS = (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill)
 PARTS_OF_COMPLEX = (Tensor.real, Tensor.imag)
 
@@ -66,6 +67,8 @@ class Literals(TorchFunctionMode):
             return func(*args, **kwargs).to(torch.bfloat16)
         if func in MADE:
             return _made(func, args, kwargs)
+        if func in JOINS and (joined := _without_nothing(func, args, kwargs)) is not None:
+            return joined
         if func in PRODUCTS:
             return _product(func, args, kwargs)
         if func in FILLS and len(args) > 2 and hasattr(args[2], "one_number"):  # a number of its own device would meet another
@@ -107,6 +110,8 @@ def _made(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     own = args[0] if func is Tensor.new_tensor and args else None
     data = args[0 if own is None else 1] if len(args) > (own is not None) else kwargs.get("data", kwargs.get("obj"))
     leaves = _pytree.tree_leaves(data)
+    if func is torch.tensor and isinstance(data, (list, tuple)) and not data:
+        return torch.empty(0, **{k: v for k, v in kwargs.items() if k in ("dtype", "device")})  # no values to keep
     if not leaves or not all(type(v) in (int, float, bool) for v in leaves):
         return func(*args, **kwargs)
     rest = args[2 if own is not None else 1 :]  # torch.as_tensor takes dtype and device by position
@@ -123,6 +128,19 @@ def _made(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return made
     value = torch.tensor(data, dtype=torch.float64 if dtype is torch.bfloat16 else dtype, device="cpu")
     return value.to(device=device, dtype=dtype or value.dtype)
+
+
+def _without_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A concatenation without the empty vectors in it, which torch passes over: a cache begins with one. None for any other call."""
+    parts = args[0] if args else kwargs.get("tensors")
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Tensor) for p in parts):
+        return None
+    some = [p for p in parts if p.ndim != 1 or type(p.shape[0]) is not int or p.shape[0]]
+    if not some or len(some) == len(parts) or some[0].ndim == 1:
+        return None
+    if len(some) == 1:
+        return some[0].clone()
+    return func(some, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
 
 
 def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

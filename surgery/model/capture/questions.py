@@ -25,7 +25,7 @@ _KINDS = 8
 
 @dataclass(frozen=True)
 class Step:
-    """How a tensor was computed; ``func`` is the name of an input in the first of a chain."""
+    """How a tensor was computed, from steps in the place of tensors; ``func`` is the name of an input in the first of a chain."""
 
     func: Any
     args: tuple[Any, ...] = ()
@@ -43,6 +43,7 @@ class Questions:
 
     def __init__(self) -> None:
         self.answers: dict[str, None] = {}
+        self._sharing: dict[int, list[Tensor]] = {}  # what is followed, by where it lies in memory
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool | None:
         """What a question about masks alone always gives; None where this is none, or has several answers."""
@@ -72,12 +73,33 @@ class Questions:
         name = str(getattr(func, "__name__", ""))
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
-            if given and hasattr(given[0], "step"):
-                given[0].step = None  # type: ignore[attr-defined]
+            self._written(func, args, kwargs, given)
             return
         if isinstance(out, Tensor) and not hasattr(out, "step") and all(getattr(t, "step", None) is not None for t in given):
             if given or func in _FACTORIES:
-                out.step = Step(func, args, kwargs)  # type: ignore[attr-defined]
+                out.step = Step(func, *_steps((args, kwargs)))  # type: ignore[attr-defined]
+                self._sharing.setdefault(out.untyped_storage()._cdata, []).append(out)
+
+    def _written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> None:
+        """A tensor is written to: it is followed on where what is written is; whatever shares its memory is not."""
+        if not given or getattr(given[0], "step", None) is None:
+            return
+        known = given[0] is args[0] and all(getattr(t, "step", None) is not None for t in given)
+        after = Step(_after, (func, *_steps((args, kwargs)))) if known else None
+        for other in self._sharing.get(given[0].untyped_storage()._cdata, ()):
+            other.step = None  # type: ignore[attr-defined]
+        given[0].step = after  # type: ignore[attr-defined]
+
+
+def _steps(value: Any) -> Any:
+    return _pytree.tree_map(lambda v: v.step if isinstance(v, Tensor) else v, value)
+
+
+def _after(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a write in place leaves in its first argument."""
+    own: Tensor = args[0].clone()
+    func(own, *args[1:], **kwargs)
+    return own
 
 
 def _compute(step: Step, kind: int, made: dict[int, Any]) -> Any:
@@ -95,8 +117,8 @@ def _compute(step: Step, kind: int, made: dict[int, Any]) -> Any:
 
 
 def _concrete(value: Any, kind: int, made: dict[int, Any]) -> Any:
-    if isinstance(value, Tensor):
-        return _compute(value.step, kind, made)  # type: ignore[attr-defined]
+    if isinstance(value, Step):
+        return _compute(value, kind, made)
     if isinstance(value, torch.SymInt):
         expr = value.node.shape_env.simplify(value.node.expr)
         env = value.node.shape_env
