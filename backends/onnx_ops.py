@@ -48,32 +48,44 @@ def translations() -> dict[Any, Callable[..., Any]]:
             start = end
         return op.Concat(*parts, axis=0)
 
-    def states(decay: FLOAT, given: FLOAT, dim: int) -> FLOAT:
-        """A scan along one axis whose body is one product and one sum."""
+    def scan(decay: Any, given: Any, dim: int, first: float, over: tuple[str, str]) -> Any:
+        """Along one axis: the step's two operations, from ``first`` on."""
+        from onnxscript import ir
         from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
         rank = len(decay.shape)
         axis = dim % rank
         rest = op.Constant(value_ints=[i for i in range(rank) if i != axis])
-        start = op.CastLike(op.ConstantOfShape(op.Gather(op.Shape(decay), rest)), decay)
+        start = op.CastLike(op.ConstantOfShape(op.Gather(op.Shape(decay), rest), value=ir.tensor([first])), decay)
         return call_op(
-            "Scan", start, decay, given, _num_outputs=2, body=_step(decay, axis), num_scan_inputs=2, scan_input_axes=[axis, axis],
+            "Scan", start, decay, given, _num_outputs=2, body=_step(decay, axis, over), num_scan_inputs=2, scan_input_axes=[axis, axis],
             scan_output_axes=[axis],
         )[1]  # fmt: skip
 
-    return {torch.ops.surgery.grouped_mm.default: products, torch.ops.surgery.recurrence.default: states}
+    def states(decay: FLOAT, given: FLOAT, dim: int) -> FLOAT:
+        return scan(decay, given, dim, 0.0, ("Mul", "Add"))
+
+    def maxima(added: FLOAT, given: FLOAT, dim: int) -> FLOAT:
+        return scan(added, given, dim, float("-inf"), ("Add", "Max"))
+
+    return {
+        torch.ops.surgery.grouped_mm.default: products,
+        torch.ops.surgery.recurrence.default: states,
+        torch.ops.surgery.running_maximum.default: maxima,
+    }
 
 
-def _step(like: Any, axis: int) -> Any:
-    """One step of a recurrence: the next state from the state, its decay and what is given, once to go on with and once to keep."""
+def _step(like: Any, axis: int, over: tuple[str, str]) -> Any:
+    """One step of a recurrence: the next state from the state, its decay and what is given by two operations, once to go on with and once to
+    keep."""
     from onnxscript import ir
 
     shape = ir.Shape([n for i, n in enumerate(like.shape) if i != axis])
     state, decay, given = (
         ir.Value(name=f"{like.name}_{n}", shape=shape, type=ir.TensorType(like.dtype)) for n in ("state", "decay", "given")
     )
-    faded = ir.Node("", "Mul", [decay, state])
-    after = ir.Node("", "Add", [faded.outputs[0], given])
+    faded = ir.Node("", over[0], [decay, state])
+    after = ir.Node("", over[1], [faded.outputs[0], given])
     kept = ir.Node("", "Identity", [after.outputs[0]])
     for node, name in ((faded, "faded"), (after, "after"), (kept, "kept")):
         node.outputs[0].name = f"{like.name}_{name}"

@@ -16,9 +16,9 @@ from tests.zoo import ZOO
 
 def test_fixed_length_names_the_line() -> None:
     with pytest.raises(SurgeryError) as caught:
-        capture_config(ZOO["rwkv"].make_config(), "RwkvModel")
+        capture_module(Loops(), {"x": torch.randn(2, 5, 3)}, dynamic={"x": {0: "batch", 1: "sequence"}})
     (found,) = caught.value.diagnostics
-    assert found.code == "S0503" and "modeling_rwkv.py:" in found.message and "rwkv_linear_attention" in found.message
+    assert found.code == "S0503" and "test_capture_errors.py:" in found.message and "in running" in found.message
 
 
 def test_value_in_size_names_the_line() -> None:
@@ -26,6 +26,19 @@ def test_value_in_size_names_the_line() -> None:
         capture_config(ZOO["vilt"].make_config(), "ViltModel")
     (found,) = caught.value.diagnostics
     assert found.code == "S0502" and "modeling_vilt.py:" in found.message
+
+
+class Loops(nn.Module):
+    """A loop over positions that no kernel of the table stands for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.running(x)
+
+    def running(self, x: torch.Tensor) -> torch.Tensor:
+        state = x[:, 0]
+        for at in range(x.shape[1]):
+            state = state * 0.5 + x[:, at]
+        return state
 
 
 class Looks(nn.Module):

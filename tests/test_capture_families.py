@@ -19,7 +19,7 @@ from torch import nn
 
 import surgery
 from surgery.model.capture import capture_module, materialise
-from surgery.model.recurrence import recurrence
+from surgery.model.recurrence import recurrence, running_maximum
 from tests.caching import capture_cache
 from tests.zoo import Entry, Inputs, _ids, _mask, causal, seq2seq, text
 
@@ -40,10 +40,23 @@ MUSICGEN = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, ffn_dim=24, num_codebooks=2, max_position_embeddings=64,
     pad_token_id=63, bos_token_id=63,
 )  # fmt: skip
+FALCON = dict(
+    LM, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, multi_query=True, parallel_attn=True, alibi=False,
+    new_decoder_architecture=False, bias=False,
+)  # fmt: skip
+XLM = dict(vocab_size=99, emb_dim=16, n_layers=1, n_heads=4, max_position_embeddings=64)
+LONGFORMER = dict(
+    vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, max_position_embeddings=64,
+    attention_window=[4], pad_token_id=1,
+)  # fmt: skip
 
 
 def plain(batch: int, length: int) -> Inputs:
     return {**text(batch, length), "use_cache": False}
+
+
+def rows(batch: int, length: int) -> Inputs:
+    return {"input_ids": _ids(batch, length), "use_cache": False}
 
 
 def codebooks(batch: int, length: int) -> Inputs:
@@ -86,6 +99,22 @@ CASES = {
             Entry("musicgen_decoder", "MusicgenForCausalLM", MUSICGEN, codebooks), "layers[*].attn.{q, v}",
             ("prune heads(ratio = 25%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn"),
         ),
+        Case(
+            Entry("falcon", "FalconForCausalLM", FALCON, causal(1, 1, 4)), "layers[*].attn.{q, k, v}",
+            ("prune heads(ratio = 25%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn", "prune width(ratio = 25%)"),
+        ),
+        Case(
+            Entry("xlm", "XLMModel", XLM, text), "attentions.layers[*].attn.{q, v}",
+            ("prune heads(ratio = 25%) on attentions.layers[*].attn", "prune ffn(ratio = 25%) on ffns.layers[*].ffn", "prune width(ratio = 25%)"),
+        ),
+        Case(
+            Entry("longformer", "LongformerModel", LONGFORMER, text), "layers[*].ffn.up",
+            ("prune ffn(ratio = 25%) on layers[*].ffn", "prune width(ratio = 25%)"), 1e-6,
+        ),
+        Case(
+            Entry("rwkv", "RwkvForCausalLM", dict(LM, hidden_size=16, num_hidden_layers=2, intermediate_size=24), rows), "layers[*].mixer.in[0]",
+            ("prune ffn(ratio = 25%) on layers[*].ffn", "prune width(ratio = 25%)"),
+        ),
     )
 }  # fmt: skip
 
@@ -103,7 +132,7 @@ def test_captured_is_live_and_removed_is_masked(family: str, tmp_path: Path) -> 
     live = case.entry.make_model()
     live.save_pretrained(tmp_path / "base")  # type: ignore[operator]
     module = surgery.compile(f"surg 1\nadapt lora(rank = 2) on {case.lora}\n", str(tmp_path / "base")).module.eval()
-    for batch, length in ((3, 17), (1, 9), (2, 8)):
+    for batch, length in ((3, 17), (1, 9), (2, 8), (2, 31)):
         inputs, same = case.entry.inputs(batch, length), case.entry.inputs(batch, length)
         with torch.no_grad():
             want, got = live(**inputs), module(**same)
@@ -163,6 +192,17 @@ def test_a_recurrence_and_its_gradient() -> None:
         wanted.append(state)
     assert torch.equal(recurrence(decay, given, 2), torch.stack(wanted, 2))
     assert torch.autograd.gradcheck(lambda a, b: recurrence(a, b, 2), (decay, given))
+
+
+def test_a_running_maximum_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    added, given = (torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    best, wanted = torch.full((2, 4), -torch.inf, dtype=torch.float64), []
+    for at in range(5):
+        best = torch.maximum(best + added[:, at], given[:, at])
+        wanted.append(best)
+    assert torch.equal(running_maximum(added, given, 1), torch.stack(wanted, 1))
+    assert torch.autograd.gradcheck(lambda a, b: running_maximum(a, b, 1), (added, given))
 
 
 class Windows(nn.Module):
@@ -225,6 +265,33 @@ def test_a_question_about_masks_is_answered_where_it_has_one_answer(least: int, 
     assert any("mul" in str(n.target) for n in captured.graph.graph.nodes) == (least == 2)
 
 
+class Marks(nn.Module):
+    """Marks some positions of a copy of its mask before it asks about it, and asks about what shares memory with that copy."""
+
+    def __init__(self, alias: bool) -> None:
+        super().__init__()
+        self.alias = alias
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        own = mask.clone()
+        part = own[:, 1:]
+        own[mask == 2] = -1
+        if ((part if self.alias else own) < 0).any().item():
+            return x
+        return self.head(x)
+
+
+def test_a_question_about_what_was_written_to() -> None:
+    """The write is computed, too; what shares its memory is not followed any more."""
+    inputs = {"x": torch.randn(2, 5, 4), "mask": torch.ones(2, 5, dtype=torch.long)}
+    captured = capture_module(Marks(False), inputs)
+    assert len(captured.notes) == 1 and "no" in captured.notes[0]
+    with pytest.raises(surgery.SurgeryError) as caught:
+        capture_module(Marks(True), inputs)
+    assert caught.value.diagnostics[0].code == "S0502"
+
+
 class Scan(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +299,7 @@ class Scan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = torch.ops.surgery.recurrence(self.decay(x).sigmoid(), self.given(x), 1)
-        return states
+        return states + torch.ops.surgery.running_maximum(self.decay(x), states, 1)
 
 
 def test_a_recurrence_of_any_length_in_onnx(tmp_path: Path) -> None:

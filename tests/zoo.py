@@ -244,13 +244,6 @@ _ENTRIES = [
         dict(_VIT, max_length=32, num_mel_bins=16, frequency_stride=4, time_stride=4),
         spectrogram,
     ),
-    Entry(
-        "rwkv",
-        "RwkvModel",
-        dict(vocab_size=99, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=32),
-        lambda b, n: {"input_ids": _ids(b, n)},
-        capturable=False,
-    ),
     Entry("vilt", "ViltModel", dict(_BERT, image_size=16, patch_size=4), vilt, capturable=False),
 ]
 

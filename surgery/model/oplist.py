@@ -67,7 +67,7 @@ PURE = frozenset(
     view_as_real.default where.Scalar where.ScalarOther where.ScalarSelf where.default where.self xlogy.Tensor zeros.default zeros_like.default
     """.split()
 )
-OURS = frozenset({"surgery.grouped_mm.default", "surgery.recurrence.default"})
+OURS = frozenset({"surgery.grouped_mm.default", "surgery.recurrence.default", "surgery.running_maximum.default"})
 """Operations of this package (``surgery.model.grouped``, ``surgery.model.recurrence``)."""
 ATEN = PURE | IN_PLACE | OURS
 

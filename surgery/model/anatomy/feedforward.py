@@ -53,7 +53,7 @@ class FeedForwards(Streams):
                 continue
             source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
             joined = self.exit(down.node, source)
-            if joined is None or self._only_weighs(parts["up"].projection, down):
+            if joined is None or self._only_weighs(parts["up"].projection, down) or self._remembers(down):
                 continue
             parts["down"] = Part(down, down.rows)
             self._taken |= {p.projection for p in parts.values()}
@@ -67,6 +67,11 @@ class FeedForwards(Streams):
         that a layer keeps side by side (AltUp, arXiv:2301.13310)."""
         read, given = (set(self.dims.leaves(self.dims.parameter(p.weight)[axis])) for p, axis in ((up, up.in_axis), (down, down.out_axis)))
         return bool(read and given) and not read & given
+
+    def _remembers(self, down: Projection) -> bool:
+        """What the last product reads was gathered along the sequence, as in RWKV (arXiv:2305.13048): a gate in it makes no feed-forward block."""
+        between = self.view.backward(down.x, lambda n: n in self.view.by_node)
+        return any(ops.name_of(n) in ops.SCANS and n.meta["spec"].dtype.startswith(("float", "bfloat")) for n in between)
 
     def _trace(self, down: Projection) -> tuple[dict[str, Part], str, bool, list[Norm]] | None:
         node = down.x

@@ -73,6 +73,7 @@ NORMS = {
 
 MATMUL = frozenset({"matmul", "mm", "bmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
 CONV = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+SCANS = frozenset({"recurrence", "running_maximum", "cumsum", "cumprod", "cummax", "logcumsumexp"})
 COMPARE = frozenset({"le", "lt", "ge", "gt", "tril", "triu", "triu_indices", "tril_indices"})
 SIZES = frozenset({"sym_size", "sym_numel", "size"})
 

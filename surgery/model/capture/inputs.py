@@ -172,7 +172,10 @@ def _untold(text: Any) -> bool:
 
 def note_of_cache(model: Any) -> tuple[str, ...]:
     """What to say of a model that could cache and is captured without one."""
-    states = other_states(model.config) if _is_causal(model, inspect.signature(type(model).forward).parameters) else ()
+    taken = inspect.signature(type(model).forward).parameters
+    if "use_cache" in taken and "past_key_values" not in taken:
+        return ("captured without a past: what this model keeps between calls is no keys and values",)
+    states = other_states(model.config) if _is_causal(model, taken) else ()
     if not states:
         return ()
     return (f"captured without a past: layers of type {' and '.join(states)} keep states between calls that are no keys and values",)

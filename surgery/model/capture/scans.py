@@ -1,7 +1,7 @@
 """Kernels that models call by name and that have a loop over positions where no such kernel is installed.
 
-transformers marks the function that a kernel of another package may replace, with the kernel's name. While a model is traced, those of this
-table are replaced by the same computation in whole tensors, so that a capture takes any length.
+transformers marks the function that a kernel of another package may replace, with the kernel's name; older code chooses between both in a
+function of its own. While a model is traced, those of this table are replaced by the same computation in whole tensors, so that a capture takes any length.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,7 +53,35 @@ def selective_scan(
     return (out, states[:, :, -1]) if return_last_state else out
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"selective_scan_fn": selective_scan}
+def weighted_past(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any = None, return_state: bool = False
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The mean of all values so far, weighted by exponentials of keys that fade: ``key`` and ``value`` are ``[batch, length, channels]``,
+    ``time_decay`` and ``time_first`` (what the newest key gets more) ``[channels]``. Gives ``[batch, length, channels]``, and the last sums where
+    asked. Exponentials are relative to the largest so far, so that none overflows.
+
+    Source: Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv:2305.13048, equations 16 and appendix D.
+    """
+    if state is not None:
+        raise RuntimeError("a scan in a graph begins without a past")
+    own, fade = key.dtype, -torch.exp(time_decay)
+    key = key.float()
+    largest = torch.ops.surgery.running_maximum(fade.float().expand_as(key), key, 1)
+    before = _one_later(largest, -1e38)
+    kept, new = torch.exp(before + fade - largest), torch.exp(key - largest)
+    sums = torch.ops.surgery.recurrence(kept, new * value, 1)
+    weights = torch.ops.surgery.recurrence(kept, new, 1)
+    top = torch.maximum(before, key + time_first)
+    old, own_weight = torch.exp(before - top), torch.exp(key + time_first - top)
+    out = (old * _one_later(sums, 0.0) + own_weight * value) / (old * _one_later(weights, 0.0) + own_weight)
+    return out.to(own), [sums[:, -1], weights[:, -1], largest[:, -1]] if return_state else None
+
+
+def _one_later(x: Tensor, first: float) -> Tensor:
+    return F.pad(x[:, :-1], (0, 0, 1, 0), value=first)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {"selective_scan_fn": selective_scan, "rwkv_linear_attention": weighted_past}
 
 
 @contextmanager
@@ -62,7 +91,7 @@ def whole_scans(model: nn.Module) -> Iterator[None]:
     for module in dict.fromkeys(type(m).__module__ for m in model.modules()):
         names = getattr(sys.modules.get(module), "__dict__", {})
         for name, function in list(names.items()):
-            ours = KERNELS.get(_kernel(function))
+            ours = KERNELS.get(_kernel(function) or (name if isinstance(function, FunctionType) else ""))
             if ours is not None:
                 changed.append((names, name, function))
                 names[name] = ours

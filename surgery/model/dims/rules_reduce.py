@@ -89,7 +89,7 @@ def scan(cx: Context, node: fx.Node) -> Axes:
     return axes
 
 
-@rule("surgery.recurrence")
+@rule("surgery.recurrence", "surgery.running_maximum")
 def recurrence(cx: Context, node: fx.Node) -> Axes:
     axes = cx.broadcast([cx.axes(node.args[0]), cx.axes(node.args[1])])
     cx.mark(axes[dim_of(argument(node, 2, "dim"), len(axes))], "scan")
