@@ -6,6 +6,7 @@ The walk touches no weight; ``plan`` stops after it, ``compile`` then realises a
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -316,7 +317,7 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
     session.plan.steps.append(
         PlanStep(
             span=node.span, verb="emit", method=checked.call.name, params={**params, "to": node.to}, text=to_text(node), doc=node.doc,
-            stage=checked.stage, facts=(*(_kept_live(session.program, changes, params.get("live")) if folded is not None else ()), *facts),
+            stage=checked.stage, facts=(*(_settled(session.program, folded, changes, params.get("live")) if folded is not None else ()), *facts),
         )
     )  # fmt: skip
 
@@ -338,6 +339,16 @@ def _folded(program: Program, span: Span, live: Any) -> tuple[Program, list[Site
 
     copy = program.copy()
     return copy, fold_all(copy, Origin(span=span, verb="emit", method="fold"), live_names(live))
+
+
+def _settled(program: Program, folded: Program, changes: list[SiteChange], live: Any) -> tuple[str, ...]:
+    """What folding for an output leaves live, and which tied tensors are two in it."""
+    apart = [n for n in program.aliases if n not in folded.aliases and n in folded.weights]
+    sizes = {n: math.prod(folded.weights[n].shape) for n in apart}
+    return (
+        *_kept_live(program, changes, live),
+        *(f"folded for this output, {n} is no longer tied: {size:,} parameters more" for n, size in sizes.items()),
+    )
 
 
 def _kept_live(program: Program, changes: list[SiteChange], live: Any) -> tuple[str, ...]:

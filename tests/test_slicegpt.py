@@ -256,3 +256,28 @@ def test_weights_of_16_bits_are_rotated_before_they_are_rounded(tmp_path: Path, 
     claim = next(c for c in ran.json["certificates"] if c["claim"] == "rotated = as it was, before the cut")
     assert claim["ok"] and claim["max_abs_error"] <= 1e-5
     assert {p.dtype for p in api.load("out").parameters()} == {torch.bfloat16}
+
+
+def test_rows_that_are_flattened_on_their_way_are_the_same_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT lays its rows out as [batch * length, width] in front of each feed-forward block: unturned it computes what the live model does."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32
+    )  # fmt: skip
+    live = transformers.OPTForCausalLM(config).eval()
+    live.save_pretrained("opt")
+    save_file({"input_ids": torch.randint(3, 90, (5, 9))}, "rows.safetensors")
+    start = 'surg 1\n\ndata rows = tensors("rows.safetensors", batch = 2)\n'
+    write("a.surg", start + 'prune slicegpt(ratio = 0%, round_to = 1) using rows\nemit torch to "out"\n')
+    write(
+        "b.surg", start + 'prune slicegpt(ratio = 25%, round_to = 4) using rows\nexpect runs(batch = 2, length = 5)\nemit torch to "cut"\n'
+    )
+    for name in ("a.surg", "b.surg"):
+        ran = surgery("compile", name, "opt", "--format", "json")
+        assert ran.code == 0, ran.err + ran.out
+    tokens = torch.randint(3, 90, (2, 7))
+    with torch.no_grad():
+        assert torch.allclose(api.load("out")(tokens).logits, live(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert {p.shape[-1] for n, p in api.load("cut").named_parameters() if "embed" in n} == {24}

@@ -127,3 +127,16 @@ def test_an_adapter_that_reads_a_shared_bias_reads_its_own_layers_name(tmp_path:
     assert ran.code == 0, ran.err + ran.out
     claims = ran.json["certificates"]  # of the sharing, and of the adapters, which change nothing at the start
     assert len(claims) >= 2 and all(c["ok"] and c["max_abs_error"] <= 1e-5 for c in claims), claims
+
+
+def test_an_output_that_unties_head_and_embedding_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folding the head's adapter for an output makes two tensors of one there; with the adapter live they stay one."""
+    from tests.driver_support import model, surgery, write
+
+    monkeypatch.chdir(tmp_path)
+    write(
+        "a.surg", 'surg 1\n\nadapt lora(rank = 2) on head\nemit onnx to "a.onnx"\nemit onnx(live = true) to "b.onnx"\nemit torch to "c"\n'
+    )
+    steps = surgery("plan", "a.surg", model("gpt2"), "--format", "json").json["steps"]
+    said = [[f for f in s.get("facts", []) if "no longer tied" in f] for s in steps]
+    assert said == [[], ["folded for this output, lm_head.weight is no longer tied: 3,168 parameters more"], [], []], steps

@@ -24,6 +24,9 @@ PASSES = frozenset(
 )  # fmt: skip
 """Operations that leave the last axis as it is (where its size says so)."""
 
+RESHAPES = frozenset({"reshape", "view", "_unsafe_view", "contiguous", "clone", "unsqueeze", "squeeze"})
+"""Those among them that keep every row of the stream."""
+
 
 class Misfit(Exception):
     """Why a model cannot be rotated; the message stands alone."""
@@ -110,7 +113,7 @@ def find_stream(program: Program) -> Stream:
     for part in parts:
         assert part.residual is not None and part.output is not None and part.input is not None
         here, out = by_ref[part.residual], by_ref[part.output]
-        if here is not value:
+        if not _reshaped(value, here, width):
             raise Misfit(f"{part.role} does not follow the part in front of it in one chain (parallel branches)")
         stream.positions.append(_position(here, part.residual, norms, by_ref.get(part.input), writers, add, part.role, width))
         add = next((u for u in out.users if ops.name_of(u) == "add" and set(u.all_input_nodes) == {here, out} and len(u.args) == 2), None)
@@ -118,6 +121,7 @@ def find_stream(program: Program) -> Stream:
             raise Misfit(f"the output of {part.role} is not simply added to the stream")
         writers = [_writer(out, part.role, width)]
         value = add
+    value = _end(value, width)
     last = NodeRef(*value.meta["origin"])
     stream.positions.append(_position(value, last, norms, None, writers, add, "the stack", width))
     stream.positions[0].writers = _starts(stream.positions[0].value, width)
@@ -125,6 +129,28 @@ def find_stream(program: Program) -> Stream:
     if len(kinds) > 1:
         raise Misfit("its norms are of different kinds")
     return stream
+
+
+def _reshaped(value: fx.Node, here: fx.Node, width: int) -> bool:
+    """Whether ``here`` is ``value``, or ``value`` with its rows laid out in another way (OPT flattens them in front of its
+    feed-forward block) that nothing else reads in between."""
+    while here is not value:
+        source = here.args[0] if here.args else None
+        if ops.name_of(here) not in RESHAPES or not isinstance(source, fx.Node) or _size(source) != width or _size(here) != width:
+            return False
+        if any(u is not here and ops.name_of(u) != "sym_size" for u in source.users):
+            return False
+        here = source
+    return True
+
+
+def _end(value: fx.Node, width: int) -> fx.Node:
+    """The last value of the stream with its rows laid out as the norm behind it reads them."""
+    while True:
+        readers = [u for u in value.users if ops.name_of(u) != "sym_size"]
+        if len(readers) != 1 or not _reshaped(value, readers[0], width):
+            return value
+        value = readers[0]
 
 
 def _position(
