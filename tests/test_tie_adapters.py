@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import surgery
 from surgery.core.diagnostics import SurgeryError
 from surgery.model.program import Origin, Program
 from surgery.model.realise import held
@@ -131,12 +132,9 @@ def test_an_adapter_that_reads_a_shared_bias_reads_its_own_layers_name(tmp_path:
 
 def test_an_output_that_unties_head_and_embedding_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folding the head's adapter for an output makes two tensors of one there; with the adapter live they stay one."""
-    from tests.driver_support import model, surgery, write
+    from tests.driver_support import model
 
     monkeypatch.chdir(tmp_path)
-    write(
-        "a.surg", 'surg 1\n\nadapt lora(rank = 2) on head\nemit onnx to "a.onnx"\nemit onnx(live = true) to "b.onnx"\nemit torch to "c"\n'
-    )
-    steps = surgery("plan", "a.surg", model("gpt2"), "--format", "json").json["steps"]
-    said = [[f for f in s.get("facts", []) if "no longer tied" in f] for s in steps]
-    assert said == [[], ["folded for this output, lm_head.weight is no longer tied: 3,168 parameters more"], [], []], steps
+    text = 'surg 1\n\nadapt lora(rank = 2) on head\nemit onnx to "a.onnx"\nemit onnx(live = true) to "b.onnx"\nemit torch to "c"\n'
+    said = [[f for f in step.facts if "no longer tied" in f] for step in surgery.plan(text, model("gpt2")).steps]
+    assert said == [[], ["folded for this output, lm_head.weight is no longer tied: 3,168 parameters more"], [], []]
