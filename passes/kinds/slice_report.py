@@ -13,6 +13,7 @@ from surgery.core.site import Site
 from surgery.model import cost
 from surgery.model.cut import CutResult
 from surgery.model.cut_sizes import NewSizes
+from surgery.model.dims.algebra import factors
 from surgery.model.program import Program
 from surgery.passes.kinds import slice_faults as faults
 from surgery.passes.kinds.slice_choice import Counts
@@ -195,6 +196,11 @@ def _width(program: Program, target: Target) -> int:
         for expression in dims.parameter(name):
             if dims.leaf(expression) is not None:
                 continue  # one column a unit
+            parts = [dims.leaf(part) for part in factors(expression)]
+            if None not in parts and len({*parts}) == len(parts):  # a plain product: each unit has the same number of columns
+                if set(target.units.leaves) <= {*parts}:
+                    widest = max(widest, dims.size(expression) // math.prod(leaf.size for leaf in target.units.leaves))
+                continue
             times = sum(leaf == target.units.inner for leaf, _ in dims.occurrences(expression))
             if times:
                 widest = max(widest, int((positions(dims, expression, target.units) == 0).sum()) // times)

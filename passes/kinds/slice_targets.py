@@ -113,8 +113,7 @@ def _holds(site: Site, block: Site) -> bool:
 
 def members(program: Program, region: Site) -> dict[str, Site]:
     """The parametric parts of a block by their last step: ``q``, ``up``, ``router``."""
-    inside = [s for s in program.anatomy.sites if not s.is_region and s.role.startswith(region.role + ".")]
-    return {s.role.rpartition(".")[2]: s for s in inside if s.weight}
+    return {s.role.rpartition(".")[2]: s for s in program.anatomy.parts.get(region.role, ())}
 
 
 # ---------------------------------------------------------------- leaves of a site

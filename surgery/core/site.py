@@ -121,3 +121,16 @@ class Anatomy:
     modules: Sequence[Site] = ()
     measures: dict[str, dict[str, Measure]] = field(default_factory=dict, compare=False, repr=False)
     """For each attention block, by role, where its numbers of heads and its widths are found in a stored tensor."""
+
+    @cached_property
+    def parts(self) -> dict[str, list[Site]]:
+        """The sites of stored tensors below each region and group of roles, in model order, by the role above them."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.is_region or not site.weight:
+                continue
+            at = site.role.find(".")
+            while at >= 0:
+                found.setdefault(site.role[:at], []).append(site)
+                at = site.role.find(".", at + 1)
+        return found

@@ -136,20 +136,14 @@ def _refit(program: Program, modules: dict[str, nn.Module], group: Group, sizes:
     """Attributes of leaf modules that follow from their tensors or inputs."""
     smaller = {m.parameter for m in group.members}
     names = [*smaller, *(name for name, first in program.aliases.items() if first in smaller)]
-    owners = {id(modules[name.rpartition(".")[0]]) for name in names}
-    for node in group.dims.graph.nodes:
-        path = node.meta.get("path")
-        if path is None or node.op != "call_function":
+    for owner in dict.fromkeys([name.rpartition(".")[0] for name in names]):
+        refit(modules[owner])
+    for node in group.dims.graph.nodes if any([isinstance(m, _CHANNELS) for m in modules.values()]) else ():
+        path, spec = node.meta.get("path"), node.meta.get("spec")
+        if path is None or node.op != "call_function" or not isinstance(modules[path], _CHANNELS):
             continue
-        module = modules[path]
-        if id(module) not in owners and not isinstance(module, _CHANNELS):
-            continue
-        channels = None
-        spec = node.meta.get("spec")
-        if isinstance(module, _CHANNELS) and len(getattr(spec, "shape", ())) > 1:
-            factors = sizes.factors(node)
-            channels = int(spec.shape[1] * factors[1])
-        refit(module, channels)
+        shape: tuple[Any, ...] = getattr(spec, "shape", ())
+        refit(modules[path], int(shape[1] * sizes.factors(node)[1]) if len(shape) > 1 else None)
     for m in group.members:
         owner, _, leaf = m.parameter.rpartition(".")
         module = modules[owner]

@@ -36,12 +36,11 @@ class NewSizes:
         self.lost: set[fx.Node] = set()
         self._factors: dict[int, Any] = {}
         self._moved: dict[int, bool] = {}
+        self._moves: dict[Any, bool] = {}
         self._factor: dict[Any, Fraction] = {}
         self._integers: dict[fx.Node, Any] = {}
-        for node in dims.graph.nodes:
-            spec = node.meta.get("spec")
-            if isinstance(spec, ValueSpec) and spec.kind == "int" and node.op == "call_function":
-                self._integer(node, spec)
+        for node in dims.integers:
+            self._integer(node, node.meta["spec"])
 
     def factors(self, node: fx.Node) -> Any:
         """New over old size for each axis of a value; a list of such tuples for several values, None for no tensor."""
@@ -60,7 +59,16 @@ class NewSizes:
         axes = self.dims.axes(node) if node.op != "output" else None
         known = self._moved.get(id(axes))
         if known is None:
-            known = self._moved[id(axes)] = touched(self.factors(node))
+            flat = () if axes is None else [a for one in axes for a in one] if isinstance(axes, list) else axes
+            moves, known = self._moves, False
+            for axis in flat:
+                moving = moves.get(axis)
+                if moving is None:
+                    moving = moves[axis] = self.factor(axis) != 1
+                if moving:
+                    known = True
+                    break
+            self._moved[id(axes)] = known
         return known
 
     def factor(self, axis: Any) -> Fraction:
@@ -122,10 +130,3 @@ def resized(spec: Any, factors: Any) -> Any:
     if spec is None or spec.kind != "tensor" or not factors:
         return spec
     return ValueSpec(spec.kind, spec.dtype, tuple(scaled(s, f) for s, f in zip(spec.shape, factors, strict=True)))
-
-
-def touched(factors: Any) -> bool:
-    """Whether any size changes."""
-    if isinstance(factors, list):
-        return any(touched(f) for f in factors)
-    return factors is not None and any([f is not SAME and f != 1 for f in factors])

@@ -172,7 +172,7 @@ class _Assembly:
         return Site(role=role, op="region", path=layer.path, parameters=parameters, facts=facts, **places, **where)
 
     def _layer_places(self, layer: Layer, blocks: list[Any]) -> dict[str, Any]:
-        module = _graph_module(self.program.graph, layer.path) if layer.path else None
+        module = _graph_module(self.program, layer.path) if layer.path else None
         first = blocks[0] if blocks else None
         stream = self.view.strip(first.exit.residual, dropout=False) if first is not None else None
         if isinstance(first, ConvBlock):
@@ -224,9 +224,9 @@ def _by_layer(view: GraphView, stacks: list[LayerStack], projections: list[Proje
     return found
 
 
-def _graph_module(root: fx.GraphModule, path: str) -> fx.GraphModule | None:
+def _graph_module(program: Program, path: str) -> fx.GraphModule | None:
     try:
-        found = root.get_submodule(path)
+        found = program.module(path)
     except AttributeError:
         return None
     return found if isinstance(found, fx.GraphModule) else None

@@ -56,6 +56,8 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
         if spec is None or (not isinstance(spec, tuple) and spec.kind != "tensor"):
             cx.values[node] = None
             if node.op == "call_function":
+                if spec is not None and not isinstance(spec, tuple) and spec.kind == "int":
+                    cx.integers.append(node)
                 for value in _nodes_in((node.args, node.kwargs)):
                     if "sym_" not in str(node.target):  # a size says nothing of the values
                         lose_domain(cx, value, "positions on it are read as numbers")

@@ -78,6 +78,8 @@ class Context:
         self.specs: dict[fx.Node, Any] = {}
         self.constants: list[Constant] = []
         self.cuts: dict[fx.Node, Cut] = {}
+        self.integers: list[fx.Node] = []
+        """Nodes that compute a size, in graph order."""
         self.domains: dict[fx.Node, Axis] = {}
         self.item_domains: dict[tuple[fx.Node, int], Axis] = {}
         self.handled: set[fx.Node] = set()

@@ -45,6 +45,11 @@ class Dims:
         return self._parameters
 
     @property
+    def integers(self) -> tuple[fx.Node, ...]:
+        """The nodes that compute one size, in graph order."""
+        return tuple(self._cx.integers)
+
+    @property
     def values(self) -> Mapping[fx.Node, Any]:
         """Axes of every analysed node, as :meth:`axes` gives them."""
         return self._cx.values
