@@ -31,9 +31,6 @@ from surgery.model.weights import select
 Modules = Sequence[tuple[str, nn.Module]]
 """Every module by every path that it has."""
 
-_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-"""Modules whose sizes may follow from what they read: without a gain they have no tensor."""
-
 
 @dataclass(frozen=True)
 class CutResult:
@@ -76,7 +73,7 @@ def cut(program: Program, group: Group, origin: Origin, sizes: NewSizes | None =
     runs = list({id(m): m for _, m in every if isinstance(m, fx.GraphModule)}.values())
     for ref in graphs.write(runs, anything):
         program.journal.record(ref, origin)
-    _refit(program, dict(every), group, sizes)
+    _refit(program, dict(every), group)
     cut_attached.apply(program, attached)
     program.touch(None if attached.rewrites or attached.members else group)  # sizes of what is attached follow from no class
     return CutResult(removed, tuple(members), parameters)
@@ -132,18 +129,12 @@ def _tensors(program: Program, every: Modules, members: list[Member], origin: Or
     return removed, frozenset(parameters)
 
 
-def _refit(program: Program, modules: dict[str, nn.Module], group: Group, sizes: NewSizes) -> None:
-    """Attributes of leaf modules that follow from their tensors or inputs."""
+def _refit(program: Program, modules: dict[str, nn.Module], group: Group) -> None:
+    """Attributes of leaf modules that follow from their tensors."""
     smaller = {m.parameter for m in group.members}
     names = [*smaller, *(name for name, first in program.aliases.items() if first in smaller)]
     for owner in dict.fromkeys([name.rpartition(".")[0] for name in names]):
         refit(modules[owner])
-    for node in group.dims.graph.nodes if any([isinstance(m, _CHANNELS) for m in modules.values()]) else ():
-        path, spec = node.meta.get("path"), node.meta.get("spec")
-        if path is None or node.op != "call_function" or not isinstance(modules[path], _CHANNELS):
-            continue
-        shape: tuple[Any, ...] = getattr(spec, "shape", ())
-        refit(modules[path], int(shape[1] * sizes.factors(node)[1]) if len(shape) > 1 else None)
     for m in group.members:
         owner, _, leaf = m.parameter.rpartition(".")
         module = modules[owner]

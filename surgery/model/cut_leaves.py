@@ -33,8 +33,8 @@ def apply_changes(module: nn.Module, changes: Sequence[Change]) -> bool:
     return True
 
 
-def refit(module: nn.Module, channels: int | None = None) -> None:
-    """Sizes that follow from the leaf's own tensors; ``channels`` is the size of the second axis of what it reads, if known."""
+def refit(module: nn.Module) -> None:
+    """Sizes that follow from the leaf's own tensors. (A leaf without any is no module of a captured program.)"""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
@@ -47,10 +47,7 @@ def refit(module: nn.Module, channels: int | None = None) -> None:
         else:
             module.out_channels, module.in_channels = first, second * module.groups
     elif isinstance(module, _BATCH):
-        mean: Any = module.running_mean
-        known = weight if weight is not None else mean
-        size = channels if known is None else known.shape[0]
-        module.num_features = module.num_features if size is None else size
-    elif isinstance(module, nn.GroupNorm):
-        size = channels if weight is None else weight.shape[0]
-        module.num_channels = module.num_channels if size is None else size
+        known = weight if weight is not None else module.running_mean
+        module.num_features = module.num_features if known is None else known.shape[0]
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.shape[0]
