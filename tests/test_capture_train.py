@@ -113,6 +113,32 @@ def test_batch_norm_follows_training() -> None:
     assert_bitwise(graph(*flat_inputs(capture, inputs)), flat_outputs(capture, model(**inputs)))
 
 
+class Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rate: float, rows: bool) -> torch.Tensor:
+        gone = torch.empty_like(x[..., :1] if rows else x).bernoulli_(rate).to(torch.bool)
+        return x.masked_fill(gone, 0) * (1.0 / (1 - rate))
+
+
+class OwnDropout(nn.Module):
+    """Dropout in an autograd function of its own, as SEW-D has; or, with ``rows``, something else of that name."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.drop_prob, self.rows = 0.25, rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Masked.apply(x, self.drop_prob, self.rows) if self.training else x  # type: ignore[no-untyped-call, no-any-return]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_dropout_under_another_name(rows: bool) -> None:
+    capture = capture_module(nn.Sequential(nn.Linear(4, 64), OwnDropout(rows)), (torch.randn(8, 4),))
+    assert bool(capture.notes) is rows
+    leaves = [m for m in capture.graph.modules() if isinstance(m, nn.Dropout)]
+    assert [m.p for m in leaves] == ([] if rows else [0.25])
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "gemma3_text", "qwen3"])
 def test_bfloat16(family: str) -> None:
     """The capture's own dtype: every cast of the live model in bfloat16 is there."""

@@ -86,6 +86,7 @@ class Flattener:
         self._attributes: dict[str, fx.Node] = {}
         self.unread: list[fx.Node] = []
         """Arguments of modules that a bare graph leaves out."""
+        self._apart: set[fx.Node] = set()
 
     def attribute(self, name: str, tensor: Any, *, absolute: bool = False) -> fx.Node:
         """The one ``get_attr`` node of a parameter or buffer; ``name`` is relative to the current module path."""
@@ -141,7 +142,19 @@ class Flattener:
             env[node] = value
             if isinstance(value, fx.Node):
                 value.meta["refs"].append(ref)
+                if self.bare and not path:
+                    self._note_apart(node, value)
         return result
+
+    def _note_apart(self, node: fx.Node, value: fx.Node) -> None:
+        """Marks what was computed for a module that a bare graph leaves out: it runs on what goes into that module in its place here, whose
+        sequences have other lengths than those that its spec tells."""
+        if node.op == "call_module" and node.args and node.meta.get("spec") != value.meta.get("spec"):
+            self._apart.add(node)
+        elif any(n in self._apart for n in node.all_input_nodes):
+            self._apart.add(node)
+            if value.meta["refs"] == [NodeRef("", node.name)]:  # its own, and no value that is passed on
+                value.meta["apart"] = True
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         made = self.graph.create_node("placeholder", node.name, name=node.name)

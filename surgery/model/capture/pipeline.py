@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import SurgeryError, fail
-from surgery.model.capture import build, flatten
+from surgery.model.capture import build, dropouts, flatten
 from surgery.model.capture.errors import Fallback
 from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
 from surgery.model.capture.inputs import hf_call, note_of_cache
@@ -219,14 +219,18 @@ class Noise(Exception):
 
 
 def _calm(model: nn.Module, noise: Noise, quiet: dict[str, str]) -> None:
-    """Lets a part that draws run as in evaluation, with all of its class, and notes it in ``quiet``; S0510 for the model itself and for a
-    part that draws all the same."""
+    """Makes a part that draws, with all of its class, the dropout that it is, or lets it run as in evaluation and notes that in ``quiet``; S0510
+    for the model itself and for a part that draws all the same."""
     parts = dict(model.named_modules())
     part = parts.get(noise.scope)
     kind = type(part)
     if not noise.scope or part is None or not part.training or kind.__module__.startswith("torch.nn"):
         raise noise.error from None
     same = [path for path, module in parts.items() if type(module) is kind]
+    if dropouts.is_dropout(part):
+        for path in same:
+            dropouts.make_plain(parts[path])
+        return
     for path in same:
         parts[path].eval()
     quiet[noise.scope if len(same) == 1 else f"{noise.scope} and {len(same) - 1} more of its class"] = noise.draw

@@ -148,6 +148,11 @@ def _checked(cx: Context, node: fx.Node, run: Rule, name: str, shapes: Any, stri
             return value
         got = [tuple(a.size for a in axes) for axes in value] if isinstance(value, list) else tuple(a.size for a in value or ())
         problem = f"its rule gives sizes {got}, traced were {shapes}"
+        if node.meta.get("apart") and type(value) is tuple and len(value) == len(shapes):
+            for axis, size in zip(value, shapes, strict=True):
+                if axis.size != size:
+                    cx.freeze(axis, f"{name}: {problem}")
+            return value
     if strict:
         raise fail(
             "S0950",

@@ -1,0 +1,20 @@
+"""Cuts of models with virtual tokens in front: what only the prompt pass computes fixes no size of the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import surgery
+from tests.zoo import ZOO
+
+
+def test_width_goes_with_the_prompt(tmp_path: Path) -> None:
+    """GPT-2 looks positions up, also those of the prompt: embeddings that end in the pass."""
+    ZOO["gpt2"].make_model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    cut = "prune width(ratio = 25%)\n"
+    result = surgery.compile(f"surg 1\ninsert prompt(length = 3, std = 1) on embed.tokens\n{cut}fold all on **\n", str(tmp_path / "base"))
+    claims = {c["claim"]: c for c in result.certificates}
+    assert claims["removed = masked"]["ok"] and claims["removed = masked"]["max_abs_error"] <= 1e-5
+    assert result.plan.steps[1].sites[0].removed > 0
+    alone = surgery.compile(f"surg 1\n{cut}", str(tmp_path / "base"))
+    assert sum(s.removed for s in alone.plan.steps[0].sites) == sum(s.removed for s in result.plan.steps[1].sites) - 3 * 8
