@@ -63,11 +63,30 @@ def _method_of(module: object, verb: str, name: str) -> type[Method]:
 
 @cache
 def get(verb: str, name: str) -> type[Method]:
-    """The method class; only its own file is imported. KeyError when there is none."""
-    file = _files(verb).get(name)
+    """The method class; only its own file is imported. KeyError when there is none.
+
+    Without a verb ``name`` is the tag of a module that a method attached, in an artifact that may be all that this process has seen:
+    what registers its class is imported, and there is no method.
+    """
+    if not verb:
+        _register(name)
+    file = _files(verb).get(name) if verb else None
     if file is None:
         raise KeyError((verb, name))
     return _method_of(importlib.import_module(file), verb, name)
+
+
+def _register(tag: str) -> None:
+    """Import the files of kinds, those called like the tag first, until one has registered the class of modules with this tag."""
+    import surgery.passes.kinds
+    from surgery.model.modules import registered
+
+    word = tag.rpartition(".")[2]
+    names = [f.name for f in pkgutil.iter_modules(surgery.passes.kinds.__path__)]
+    for name in sorted(names, key=lambda n: (word not in n, n)):
+        if registered(tag):
+            return
+        importlib.import_module(f"surgery.passes.kinds.{name}")
 
 
 def catalogue() -> list[MethodInfo]:

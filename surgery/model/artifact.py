@@ -217,11 +217,11 @@ def read_artifact(folder: str | Path, *, resolver: Methods, modules: Any = None,
 
 
 def modules_through(methods: Methods) -> Any:
-    """A finder of module classes for tags that are not registered yet: asking for a method imports what registers them."""
+    """A finder of module classes for tags that are not registered yet: ``methods("", tag)`` imports what registers one."""
 
     def find(tag: str) -> None:
         with suppress(KeyError):
-            methods("", "")
+            methods("", tag)
 
     return find
 

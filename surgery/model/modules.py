@@ -47,6 +47,11 @@ def register_module(tag: str, cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+def registered(tag: str) -> bool:
+    """Whether a class is registered under this tag by now."""
+    return tag in _BY_TAG
+
+
 def set_module_resolver(resolver: Resolver) -> None:
     """Ask ``resolver(tag)`` for classes that are not registered yet; the first resolver with an answer wins."""
     if resolver not in _RESOLVERS:
