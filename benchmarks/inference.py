@@ -26,6 +26,8 @@ ALLOWED = 1e-4
 
 SHAPE, FEWEST = 60.0, 5
 """Seconds that the turns of one shape may take, and rounds that they take all the same: a part of two large shapes ends within four minutes."""
+SHORT = 20.0
+"""Seconds that the turns of a shape take at least: calls of a few milliseconds scatter by a third, and only many of them tell arms a few hundredths apart."""
 
 
 def measured(name: str, work: Work, rounds: int, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -48,9 +50,10 @@ def measured(name: str, work: Work, rounds: int, wanted: tuple[str, ...]) -> lis
 
 
 def affordable(rounds: int, seconds: Iterable[float]) -> int:
-    """As many of the rounds asked for as fit into :data:`SHAPE` seconds, when one run of each arm takes so long; never fewer than :data:`FEWEST`."""
+    """As many of the rounds asked for as fit into :data:`SHAPE` seconds, when one run of each arm takes so long; never fewer than :data:`FEWEST`
+    or than fill :data:`SHORT` seconds."""
     one = sum(t if t > LONG else 2 * t + PAUSE for t in seconds)
-    return min(rounds, max(FEWEST, int(SHAPE / one)))
+    return max(min(rounds, max(FEWEST, int(SHAPE / one))), int(SHORT / one))
 
 
 def _rows(label: str, times: dict[str, Timing], errors: dict[str, float]) -> list[tuple[str, ...]]:
