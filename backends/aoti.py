@@ -7,11 +7,13 @@ macros spell, symbols of the linker, and the number of threads (loops ask for it
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +63,18 @@ def require_compiler(target: str = "cpu", span: Span | None = None) -> str:
     return found
 
 
+_asked: list[threading.Thread] = []
+
+
+def ask_ahead() -> None:
+    """Starts to ask what vectors this processor has, which makes and loads small libraries: the answer is there when :func:`build` wants it."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if not _asked:
+        _asked.append(threading.Thread(target=pick_vec_isa, name="vectors", daemon=True))
+        _asked[0].start()
+
+
 def build(
     module: torch.nn.Module,
     example: dict[str, Any],
@@ -74,7 +88,7 @@ def build(
     ``shapes``: for each keyword which axes are open, as ``torch.export`` takes it. Raises S0893 when the graph cannot be exported, S0892 when it cannot be
     compiled.
     """
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _young():
         try:
             exported = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
         except Exception as exc:
@@ -106,6 +120,7 @@ def defaults(place: Path) -> dict[str, Any]:
         "aot_inductor.model_name_for_generated_files": NAME,
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,
+        "aot_inductor.force_mmap_weights": True,  # behind the library and not through the linker, which copies them once more
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, which are compiled at -O3: runs as fast, compiles in two thirds
         "cpp.march": f"native -s -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
         "size_asserts": False,  # their texts hold addresses of this process
@@ -120,10 +135,25 @@ def _settled() -> Iterator[None]:
     """Random numbers (a marker in large packages) and autotuning start from the same state; the caches of inductor are not this run's."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+    while _asked:
+        _asked.pop().join()
     pick_vec_isa()  # asked with the usual flags, so that its answer is kept from run to run
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@contextmanager
+def _young() -> Iterator[None]:
+    """The garbage collector looks at what is made in the block and not, again and again, at all that torch and the model hold already."""
+    if gc.get_freeze_count():
+        yield  # somebody else's; to thaw is to thaw everything
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def package(files: Sequence[Path], target: Path) -> None:

@@ -99,6 +99,7 @@ class Pt2Backend:
         target = str(request.params.get("target") or "cpu")
         precision = str(request.params.get("precision") or "fp32")
         aoti.require_compiler(target, request.span)
+        aoti.ask_ahead()
         program = cached_as_asked(program, request.params.get("cache"), request.span)
         root = live_root(program, request.tensors, dtype=PRECISION[precision], device=target).eval()
         root.requires_grad_(False)

@@ -1,40 +1,94 @@
-"""What makes inductor quicker: a graph is typed again when it changed, and two compilers run at a time."""
+"""What makes inductor quicker: a trace without the layer for writes, values typed where something changed, two compilers at a time."""
 
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from surgery.backends.aoti_quick import side_by_side, when_changed
+from surgery.backends.aoti_quick import alike, as_functional, functional, side_by_side, where_changed
+
+aten = torch.ops.aten
 
 
-def test_a_graph_is_typed_again_only_after_a_change() -> None:
-    calls: list[int] = []
+def chain(*operations: Any) -> fx.GraphModule:
+    """A graph that applies one operation after the other to its input."""
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    for operation in operations:
+        node = graph.call_function(operation, (node,))
+    graph.output((node,))
+    return fx.GraphModule({}, graph)
 
-    def propagate(gm: fx.GraphModule, *inputs: Any) -> None:
-        calls.append(len(gm.graph.nodes))
-        for node in gm.graph.nodes:
-            node.meta["val"] = object()
 
-    again = when_changed(propagate)
-    gm, other = (fx.symbolic_trace(lambda x: torch.relu(x) + 1) for _ in range(2))
-    inputs = [torch.zeros(2)]
-    again(gm, inputs)
-    again(gm, inputs, True)
-    assert len(calls) == 1
-    node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    node.meta["val"] = object()  # somebody replaced a value
-    again(gm, inputs)
-    node.target = torch.sigmoid
-    again(gm, inputs)
-    again(gm, inputs)
-    again(gm, [torch.zeros(2)])
-    again(other, inputs)
-    assert len(calls) == 5
+def open_tensor() -> tuple[FakeTensorMode, torch.Tensor]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    return mode, mode.from_tensor(torch.zeros(5, 3), symbolic_context=context)
+
+
+def test_values_are_typed_again_only_where_something_changed() -> None:
+    """Beside a propagation over everything: the same types, from the nodes that changed and those behind them whose types follow."""
+    calls: list[Any] = []
+    again = where_changed(lambda *what, **more: calls.append(what))
+    mode, x = open_tensor()
+    gm = chain(aten.relu.default, aten.t.default, aten.neg.default)
+    with mode:
+        FakeTensorProp(gm, mode=mode).propagate_dont_convert_inputs(x)
+    nodes = {n.target: n for n in gm.graph.nodes if n.op == "call_function"}
+    before = {k: n.meta["val"] for k, n in nodes.items()}
+    again(gm, [x], True)
+    assert all(n.meta["val"] is before[k] for k, n in nodes.items()), "values of the trace were made again"
+    nodes[aten.relu.default].target = aten.tanh.default
+    again(gm, [x], True)
+    assert all(n.meta["val"] is before[k] for k, n in nodes.items()), "the type is the same, and so is everything behind it"
+    with gm.graph.inserting_before(nodes[aten.t.default]):
+        made = gm.graph.call_function(aten.to.dtype, (nodes[aten.relu.default], torch.float16))
+    nodes[aten.t.default].replace_input_with(nodes[aten.relu.default], made)
+    again(gm, [x], True)
+    assert [n.meta["val"].dtype for n in (made, nodes[aten.t.default], nodes[aten.neg.default])] == [torch.float16] * 3
+    assert nodes[aten.neg.default].meta["val"].shape[0] == 3 and nodes[aten.relu.default].meta["val"] is before[aten.relu.default]
+    assert not calls and not mode.shape_env.guards, "to compare two sizes must not fix one"
+    again(gm, [torch.zeros(5, 3)], True)
+    assert len(calls) == 1, "without types to start from the usual way is taken"
+
+
+def test_sizes_are_compared_without_being_fixed() -> None:
+    mode, x = open_tensor()
+    with mode:
+        y, turned = x + 1, x.t()
+        longer = torch.cat([x, x])
+    assert alike(x, y) and not alike(x, turned) and not alike(x, longer) and not alike(x, None) and not alike(x, x.half())
+    assert not mode.shape_env.guards
+
+
+def test_a_graph_with_writes_is_traced_in_the_usual_way() -> None:
+    settings: list[bool] = []
+
+    class Config:
+        def __init__(self, disable_functionalization: bool = False) -> None:
+            self.plain = disable_functionalization
+
+    within = SimpleNamespace(AOTConfig=Config)
+
+    def trace(module: fx.GraphModule) -> tuple[fx.GraphModule, str]:
+        settings.append(within.AOTConfig().plain)
+        return (writing if module is hidden else module), "signature"
+
+    plain, writing, hidden = chain(aten.relu.default), chain(aten.relu_.default), chain(aten.neg.default)
+    assert functional(plain) and not functional(writing)
+    run = as_functional(trace, within)
+    assert run(plain) == (plain, "signature") and settings == [True]
+    assert run(writing)[0] is writing and settings == [True, False]
+    assert run(hidden)[0] is writing and settings == [True, False, True, False], "a write that only the trace shows"
+    assert within.AOTConfig is Config
 
 
 class Builder:
