@@ -21,6 +21,9 @@ from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
 from surgery.model.weights import loads
 
+TOLERANCE = 1e-5
+"""Of the largest value of the outputs, and at least this."""
+
 
 class TorchBackend:
     """Writes the artifact and proves that what loads from it is what the program is, or computes what the program computes."""
@@ -51,16 +54,27 @@ class TorchBackend:
 
     @staticmethod
     def _certify(program: Program, folder: Path, request: EmitRequest) -> list[dict[str, Any]]:
-        """What loads against the program itself, in fp32, on a padded batch."""
+        """What loads against the program itself, in fp32, on a padded batch.
+
+        The module that loads runs a few operations in another form (see :mod:`surgery.model.peephole`), so values may differ by rounding.
+        """
         inputs = sample_inputs(program, batch=2, length=13, seed=11, padding=True)
         want = Runner(program, request.tensors)(inputs)
         with one_thread(), torch.no_grad():
             got = artifact.load(folder, dtype=torch.float32).run_flat(list(inputs))  # type: ignore[operator]
-        worst = 0.0
+        worst, scale = 0.0, 1.0
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
+                scale = max(scale, float(x.abs().max()))
                 worst = max(worst, float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf"))
-        entry = {"claim": "loaded = program", "max_abs_error": worst, "tolerance": 1e-6, "ok": worst <= 1e-6, "samples": ["padded"]}
+        tolerance = TOLERANCE * scale
+        entry = {
+            "claim": "loaded = program",
+            "max_abs_error": worst,
+            "tolerance": tolerance,
+            "ok": worst <= tolerance,
+            "samples": ["padded"],
+        }
         if not entry["ok"]:
             raise _wrong(f"the written artifact computes something else than the program (difference {worst:.3g})", request.span)
         return [entry]

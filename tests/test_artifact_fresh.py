@@ -52,3 +52,35 @@ def test_a_fresh_process_opens_what_methods_attached(tmp_path: Path, monkeypatch
     got, found = json.loads(ran.stdout)
     assert found == tags | {"surgery.nothing": "None"} and {"surgery.insert", "surgery.memory", "surgery.shortcut"} <= set(tags)
     assert torch.allclose(torch.tensor(got), values.flatten(), atol=1e-6)
+
+
+def test_what_loads_may_differ_by_the_rounding_of_large_values_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs in the hundreds behind a prefix: an artifact with them is emitted again; one that computes something else is not."""
+    from surgery.backends import to_torch
+    from surgery.core.diagnostics import SurgeryError
+
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "surg 1\n\ninsert prefix(length = 3) on layers[*].attn\ninsert bottleneck(width = 4) beside layers[*].ffn\nunfreeze all on head\n"
+    )
+    module = surgery.compile(text, checkpoint("llama")).module
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * (100.0 if "head" in name else 0.5))
+    surgery.save(module, "large")
+    found = surgery.compile('surg 1\n\nemit torch to "again"\n', "large", out=tmp_path).certificates
+    (entry,) = [c for c in found if c["claim"] == "loaded = program"]
+    assert entry["ok"] and entry["tolerance"] > 1e-4 and entry["max_abs_error"] <= entry["tolerance"]
+    loaded = to_torch.artifact.load
+
+    def moved(*args: object, **kwargs: object) -> torch.nn.Module:
+        other = loaded(*args, **kwargs)  # type: ignore[arg-type]
+        with torch.no_grad():
+            other.get_parameter("model.layers.0.mlp.up_proj.weight")[0].add_(0.1)
+        return other
+
+    monkeypatch.setattr(to_torch.artifact, "load", moved)
+    with pytest.raises(SurgeryError) as caught:
+        surgery.compile('surg 1\n\nemit torch to "wrong"\n', "large", out=tmp_path)
+    assert caught.value.diagnostics[0].code == "S0836" and not (tmp_path / "wrong").exists()
