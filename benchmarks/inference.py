@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common import table
-from benchmarks.inference_arms import FLOORS, ORDER, OTHERS, OURS, Work, calls, error, ours, quiet
+from benchmarks.inference_arms import FLOORS, INT8, ORDER, OTHERS, OURS, Work, calls, error, ours, quiet
 from benchmarks.inference_models import BERT_12, CASES, folder_of, seeded
 from surgery.benching_turns import LONG, PAUSE, Timing, take_turns
 
@@ -58,13 +58,14 @@ def affordable(rounds: int, seconds: Iterable[float]) -> int:
 
 def _rows(label: str, times: dict[str, Timing], errors: dict[str, float]) -> list[tuple[str, ...]]:
     rows = []
-    for n, t in times.items():
-        wrong = "" if n not in errors else f"{errors[n]:.1e}" + ("" if errors[n] <= ALLOWED else " (over 1e-4)")
-        rows.append((label, n, f"{1e3 * t.median:.2f}", f"{1e3 * t.low:.2f} to {1e3 * t.high:.2f}", wrong, "", ""))
     best = {
         group: min((times[n].median for n in names if n in times and errors.get(n, 0.0) <= ALLOWED), default=None)
         for group, names in (("others", OTHERS), ("ours", OURS), ("floor", FLOORS))
     }
+    for n, t in times.items():
+        wrong = "" if n not in errors else f"{errors[n]:.1e}" + ("" if errors[n] <= ALLOWED else " (over 1e-4)")
+        ratio = f"{t.median / best['others']:.3f}" if n == INT8 and best["others"] else ""
+        rows.append((label, n, f"{1e3 * t.median:.2f}", f"{1e3 * t.low:.2f} to {1e3 * t.high:.2f}", wrong, ratio, ""))
     if best["ours"]:
         winner = next(n for n in OURS if n in times and times[n].median == best["ours"])
         others = f"{best['ours'] / best['others']:.3f}" if best["others"] else ""
@@ -163,6 +164,7 @@ def prepare(part: str, work: Work, wanted: tuple[str, ...]) -> None:
             "plain onnx": lambda case=case: plain(case, work), "onnxruntime optimizer": lambda case=case: optimized(case, work),
             "optimum O2": lambda case=case: peer(case, work, "o2", work.path(case, "o2.onnx")),
             "ours onnx": lambda case=case: ours(case, work, "onnx"), "ours pt2": lambda case=case: ours(case, work, "pt2"),
+            INT8: lambda case=case: ours(case, work, "onnx", "int8"),
         }  # fmt: skip
         for arm, make in steps.items():
             if arm not in wanted or (name == "pruned" and arm not in OURS):

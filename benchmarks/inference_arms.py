@@ -28,7 +28,9 @@ from benchmarks.inference_models import Case, Plain, Shape, cache_of, feeds, fol
 OURS = ("ours onnx", "ours pt2")
 FLOORS = ("floor onnx", "floor torch")
 OTHERS = ("eager", "torch.compile", "plain onnx", "onnxruntime optimizer", "optimum O2", "OpenVINO")
-ORDER = (*OTHERS, *OURS, *FLOORS)
+INT8 = "ours int8"
+"""Measured beside the others and counted with neither: no other arm rounds its weights."""
+ORDER = (*OTHERS, *OURS, INT8, *FLOORS)
 
 Call = Callable[[], Any]
 
@@ -72,16 +74,17 @@ def session(path: Path, threads: int) -> Any:
 # ------------------------------------------------------------------ made once
 
 
-def ours(case: Case, work: Work, kind: str) -> Path:
+def ours(case: Case, work: Work, kind: str, precision: str = "") -> Path:
     """What ``emit onnx`` or ``emit pt2`` writes of the case's spec."""
     import surgery
 
-    path = work.path(case, f"ours.{kind}")
+    path = work.path(case, f"ours{precision}.{kind}")
+    options = f"(precision = {precision})" if precision else ""
     if not path.exists():
         ref = "minilm" if case.config is None else str(folder_of(case, work.folder))
         body = case.spec or "freeze all on layers[*].**\n"
         with quiet():
-            surgery.compile(f'surg 1\nmodel "{ref}"\n{body}emit {kind} to "{path}"\n', force=True)
+            surgery.compile(f'surg 1\nmodel "{ref}"\n{body}emit {kind}{options} to "{path}"\n', force=True)
     return path
 
 
@@ -226,6 +229,7 @@ def calls(case: Case, shape: Shape, work: Work, wanted: tuple[str, ...]) -> dict
         "OpenVINO": lambda: openvino_call(plain(case, work), work, given),
         "ours onnx": lambda: onnx_call(ours(case, work, "onnx"), work, given),
         "ours pt2": lambda: pt2_call(case, ours(case, work, "pt2"), given),
+        INT8: lambda: onnx_call(ours(case, work, "onnx", "int8"), work, given),
         "floor onnx": lambda: onnx_floor(sizes_of(case, model.config, shape), shape, work.folder / "floor.onnx", work.threads),
         "floor torch": lambda: torch_floor(sizes_of(case, model.config, shape), shape),
     }
