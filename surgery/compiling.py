@@ -20,7 +20,7 @@ from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
 from surgery.expecting import failed, judge
 from surgery.folding import fold_all as fold_all
-from surgery.folding import live_modules, live_names, widened
+from surgery.folding import live_modules, live_names, probed, widened
 from surgery.folding import stir as stir
 from surgery.model import masked
 from surgery.model.claims import Claim
@@ -32,7 +32,6 @@ from surgery.model.study_run import check_finite
 from surgery.model.threads import one_thread
 from surgery.passes import registry
 from surgery.passes.expect import measure
-from surgery.passes.kinds import delta_probe
 from surgery.session import Emission, Session, placed
 
 SAMPLES = (("random", 2, 16, False), ("padded", 3, 11, True))
@@ -248,36 +247,35 @@ class Compilation:
             return program
         origin = Origin(span=node.span, verb="emit", method="fold")
         stirred = widened(stir(program))
-        settled = stirred.copy()
-        fold_all(settled, origin, keep)
-        entry = self.probe(stirred, settled, 1e-4) or self.compare("folded = unfolded", stirred, settled, 1e-4)
+
+        def again() -> Program:
+            settled = stirred.copy()
+            fold_all(settled, origin, keep)
+            return settled
+
+        entry = self.probe(program, stirred, ready, again, 1e-4) or self.compare("folded = unfolded", stirred, again(), 1e-4)
         if not entry["ok"]:
             raise fail(
                 "S0844", f"folding changed the output by {entry['max_abs_error']:.3g}, allowed {entry['tolerance']:.3g}", node.span,
                 "folds everything that can fold", help="nothing was written; `emit onnx(live = true)` keeps what was added as it is",
             )  # fmt: skip
-        self.zeros_kept(stirred, settled)
+        if masked.masks(stirred):
+            self.zeros_kept(stirred, again())
         return ready
 
-    def probe(self, before: Program, after: Program, tolerance: float) -> dict[str, Any] | None:
+    def probe(
+        self, program: Program, before: Program, ready: Program, again: Callable[[], Program], tolerance: float
+    ) -> dict[str, Any] | None:
         """``folded = unfolded`` of a large program, by some weights of each kind that folded; None where the model has to be run."""
-        left = {a.module for a in after.attachments}
-        gone = [a for a in before.attachments if a.module not in left]
-        found = None if is_small(before) else delta_probe.probes(before, gone)
-        if not found:
+        pairs = None if is_small(program) else probed(program, before, ready, again, self.tensors)
+        if pairs is None:
             return None
         self.progress("measuring: folded = unfolded")
-        with one_thread():
-            pairs = zip(*(delta_probe.outputs(p, self.tensors, found) for p in (before, after)), strict=True)
-            worst, scale = max((difference(x, y) for x, y in pairs), key=lambda found: found[0] / found[1])
-        weights = f"{len(found)} weights, first, middle and last of each kind"
+        worst, scale = max((difference(x, y) for x, y in pairs), key=lambda found: found[0] / found[1])
         entry = {
-            "claim": "folded = unfolded",
-            "max_abs_error": worst,
-            "tolerance": tolerance * scale,
-            "ok": worst <= tolerance * scale,
-            "samples": [weights],
-        }
+            "claim": "folded = unfolded", "max_abs_error": worst, "tolerance": tolerance * scale, "ok": worst <= tolerance * scale,
+            "samples": [f"{len(pairs)} weights, first, middle and last of each kind"],
+        }  # fmt: skip
         self.certificates.append(entry)
         return entry
 

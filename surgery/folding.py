@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from typing import Any
+
+from torch import Tensor
 
 from surgery.core.diagnostics import fail
 from surgery.core.near import suggestion
 from surgery.core.source import Span
+from surgery.model.live import Tensors
 from surgery.model.program import Attachment, Origin, Program
-from surgery.model.weights import DTYPE_BYTES, Cast, Init, is_float
+from surgery.model.threads import one_thread
+from surgery.model.weights import DTYPE_BYTES, Cast, Expr, Init, is_float
 from surgery.passes import registry
-from surgery.passes.kinds import tie_fold
+from surgery.passes.kinds import delta_probe, tie_fold
 from surgery.passes.kinds.calls import weight_names
 from surgery.passes.kinds.delta_method import DeltaMethod
 from surgery.passes.operation import Resolved, SiteChange
@@ -147,3 +151,63 @@ def widened(program: Program) -> Program:
         if is_float(expr.dtype) and DTYPE_BYTES[expr.dtype] < 4:
             weights[name] = Cast(expr.shape, "float32", expr)
     return replace(program, weights=weights)
+
+
+def probed(
+    program: Program, before: Program, ready: Program, again: Callable[[], Program], tensors: Tensors
+) -> list[tuple[Tensor, Tensor]] | None:
+    """What some weights of each kind that folded give, before and after; None where that cannot be said weight by weight.
+
+    ``program`` was folded into ``ready``, which is written, and ``before`` is ``program`` in float32, stirred. Compared are the expressions of ``ready``
+    themselves, in float32; where they hold what is none of the program's, those of ``again()``, which folds ``before``.
+    """
+    left = {a.module for a in ready.attachments}
+    found = delta_probe.probes(program, [a for a in program.attachments if a.module not in left])
+    if not found:
+        return None
+    try:
+        wide = Widening(program, before)
+        sites = [site.mapped(wide) for site in delta_probe.sites(ready, found)]
+    except LookupError:
+        sites = delta_probe.sites(again(), found)
+    with one_thread():
+        return list(zip(delta_probe.computed(delta_probe.sites(before, found), tensors), delta_probe.computed(sites, tensors), strict=True))
+
+
+class Widening:
+    """Expressions of ``folded``, a program in which attachments of ``program`` were folded, as folding ``widened`` gives them: a program with the
+    names of ``program`` whose half-precision tensors are computed in float32.
+
+    What a fold makes is an expression over the tensors of the program that it folds. These are replaced, and what stands on top of them is
+    computed in float32, so that nothing has to be folded once more. :class:`LookupError` where a stored half-precision tensor is none of the program's.
+    """
+
+    def __init__(self, program: Program, widened: Program) -> None:
+        self._made: dict[int, Expr] = {}
+        self._held = list(program.weights.values())  # of whose identities the table is
+        for name, expr in program.weights.items():
+            wide = widened.weights[name]
+            known = self._made.setdefault(id(expr), wide)
+            if known is not wide and known.identity != wide.identity:
+                raise LookupError(name)  # one expression under two names, of which only one was stirred
+
+    def __call__(self, expr: Expr) -> Expr:
+        known = self._made.get(id(expr))
+        if known is not None:
+            return known
+        half = is_float(expr.dtype) and DTYPE_BYTES[expr.dtype] < 4
+        if not expr.inputs:
+            if half:
+                raise LookupError(type(expr).__name__)
+            return expr
+        changed: dict[str, Any] = {"dtype": "float32"} if half else {}
+        for f in fields(expr):
+            value = getattr(expr, f.name)
+            if isinstance(value, Expr):
+                changed[f.name] = self(value)
+            elif isinstance(value, tuple) and value and all(isinstance(v, Expr) for v in value):
+                changed[f.name] = tuple(self(v) for v in value)
+        made = replace(expr, **changed)
+        self._made[id(expr)] = made
+        self._held.append(expr)
+        return made

@@ -28,7 +28,7 @@ from surgery.model.weights import Add, Expr, Scale, cast
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.adapter_basis import check_bases
 from surgery.passes.kinds.adapter_checks import check_finite, is_copy
-from surgery.passes.kinds.adapter_claim import sum_claim
+from surgery.passes.kinds.adapter_claim import kept, sum_claim
 from surgery.passes.kinds.adapter_join import (
     AdapterInputs,
     Here,
@@ -82,7 +82,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         )  # fmt: skip
     moved = [name for name, parts in whole.items() if not parts]
     whole = {name: parts for name, parts in whole.items() if parts}
-    before = program.copy() if op.study is not None else None
+    before = kept(program, places, whole) if op.study is not None and is_sum(method) else None
     attach.freeze_base(program)
     program.frozen -= {program.aliases.get(n, n) for n in moved}
     touched: dict[str, fx.GraphModule] = {}
@@ -102,9 +102,9 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     tied = {n for p in placements for n in p.tied}
     changes += [_replace(program, op, method, name, parts, name in tied) for name, parts in whole.items()]
     tell_shares(op, shares)
-    if before is not None and is_sum(method) and not shares and (places or whole):
+    if before is not None and not shares and (places or whole):
         biases = [h.site.bias for h in places if any(p.shift is not None for p in h.parts)]
-        claim = sum_claim(before, program.copy(), places, [*whole, *biases], str(method.name), op.origin.span)
+        claim = sum_claim(before, program, places, [*whole, *biases], str(method.name), op.origin.span)
         if claim is not None:
             op.claim(claim)
     return changes

@@ -10,6 +10,7 @@ from surgery.core.diagnostics import fail
 from surgery.core.source import Span
 from surgery.model.adapter import Adapter
 from surgery.model.realise import realise
+from surgery.model.stored import read
 from surgery.model.threads import one_thread
 from surgery.model.weights import Expr, Load
 from surgery.passes.kinds.merge_finite import is_finite
@@ -21,7 +22,7 @@ def check_finite(adapter: Adapter, study: Any, span: Span) -> None:
         return
     tensors: list[Load] = adapter.stored()
     for load in [*tensors, *adapter.whole.values()]:
-        value = realise(load)
+        value = read(load) if isinstance(load, Load) else realise(load)
         with one_thread():  # a block is less work than waking a thread
             fine = not value.is_floating_point() or is_finite(value)
         if not fine:

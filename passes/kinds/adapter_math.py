@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.model.byrows import Place, Rows
 from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.lowrank import factor_shapes
@@ -42,6 +43,18 @@ def changes(tensors: Sequence[Tensor], parts: Sequence[Part], site: Geometry) ->
         t = {n: rest.pop(0).float() for n in names}
         weight = site.to_canonical(site.select(rest.pop(0).float()))
         yield method.delta(site, t, weight)
+
+
+def has_rows(part: Part, site: Geometry) -> bool:
+    """Whether rows of a part's change can be had by themselves, in the order in which they stand in the stored weight."""
+    return bool(part[0] == "low") and site.op == "linear" and not site.transposed
+
+
+def change_rows(tensors: Sequence[Tensor], part: Part) -> Rows:
+    """The change of :func:`changes` for such a part, some rows at a time."""
+    a, b = (t.float().flatten(1) for t in tensors)
+    place, scale = Place(a.shape[1], torch.float32), float(part[1])
+    return lambda start, stop: torch.mm(b[start:stop], a, out=place(stop - start)).mul_(scale)
 
 
 def change(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.byrows import Operand, Rows, by_rows
 from surgery.passes.kinds import adapter_math
 from surgery.passes.kinds.geometry import Geometry
 from surgery.passes.kinds.merge import MergeMethod, TaskMethod
@@ -76,6 +77,12 @@ def each(cls: type[Any], *tensors: Tensor, scales: Any, number: int, **params: A
     return adapter_math.each(cls(**params), tensors, scales=scales, seed=number)
 
 
+def _rows(cls: type[Any], *tensors: Operand, part: Any, site: Any) -> Rows | None:
+    """What :func:`alone` gives, some rows at a time."""
+    return adapter_math.change_rows([t.whole() for t in tensors], part) if adapter_math.has_rows(part, Geometry.of(site)) else None
+
+
+@by_rows(_rows)
 def alone(cls: type[Any], *tensors: Tensor, part: Any, site: Any) -> Tensor:
     """The function ``merge/NAME:alone``: the change that one adapter makes at one place."""
     return next(adapter_math.changes(tensors, [part], Geometry.of(site))).contiguous()

@@ -7,12 +7,14 @@ few pages again. Blocks have a fixed number of rows, so the bits do not depend o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from surgery.model.byrows import Operand, Place, Rows
 from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
 
@@ -59,12 +61,34 @@ def _fold_matrix(method: DeltaMethod, site: Geometry, t: Tensors, source: Tensor
     all_rows = spans(*source.shape)
     # rows that do not stand side by side are copied as they stand: sums along them are added in an order that depends on it
     place = torch.empty(max(stop - start for start, stop in all_rows), source.shape[1], dtype=wide) if source.is_contiguous() else None
-    part = site
+    folded = _Folder(method, site, t)
     for start, stop in all_rows:
-        own = method.rows(site, t, start, stop)
-        assert own is not None
-        if part.out != stop - start or part.rows:
-            part = replace(site, out=stop - start, full_out=stop - start, rows=())
         rows = source[start:stop]
         weight = rows.to(wide, copy=True) if place is None else place[: stop - start].copy_(rows)
-        target[start:stop] = method.fold_into(part, own, weight)
+        target[start:stop] = folded(start, stop, weight)
+
+
+class _Folder:
+    """Rows ``[start, stop)`` of a matrix with the method's change in them, from these rows alone."""
+
+    def __init__(self, method: DeltaMethod, site: Geometry, t: Tensors) -> None:
+        self.method, self.site, self.t, self.part = method, site, t, site
+
+    def __call__(self, start: int, stop: int, weight: Tensor) -> Tensor:
+        own = self.method.rows(self.site, self.t, start, stop)
+        assert own is not None
+        if self.part.out != stop - start or self.part.rows:
+            self.part = replace(self.site, out=stop - start, full_out=stop - start, rows=())
+        return self.method.fold_into(self.part, own, weight)
+
+
+def folded_rows(method: DeltaMethod, site: Geometry, stored: Operand, tensors: Sequence[Operand]) -> Rows | None:
+    """The folded weight in float32 some rows at a time, as :func:`fold_by_rows` makes it of whole tensors; None where that is not so, and where the
+    rows of the stored float32 weight are not there by themselves."""
+    if site.op != "linear" or site.transposed or stored.expr.dtype != "float32" or (current := stored.rows()) is None:
+        return None
+    t = {s.name: v.whole().to(torch.float32) for s, v in zip(method.tensors(site), tensors, strict=True)}
+    if method.rows(site, t, 0, 1) is None:
+        return None
+    folded, place = _Folder(method, site, t), Place(stored.expr.shape[1], torch.float32)
+    return lambda start, stop: folded(start, stop, place(stop - start).copy_(current(start, stop)))

@@ -21,12 +21,13 @@ from surgery.core.diagnostics import fail
 from surgery.core.method import Method
 from surgery.core.site import Site
 from surgery.model import masked
+from surgery.model.byrows import Operand, Rows, by_rows
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, tie_fold
-from surgery.passes.kinds.blocks import fold_by_rows
+from surgery.passes.kinds.blocks import fold_by_rows, folded_rows
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
 from surgery.passes.kinds.delta_method import DeltaMethod, Tensors
 from surgery.passes.kinds.follow import follow_delta
@@ -293,6 +294,12 @@ def _hashable(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 # ------------------------------------------------------------------ fold
 
 
+def _rows(cls: type[DeltaMethod], current: Operand, *tensors: Operand, site: Any, base: bool = False, **params: Any) -> Rows | None:
+    """What :func:`fold` gives, some rows at a time."""
+    return None if base else folded_rows(cls(**params), Geometry.of(site), current, tensors)
+
+
+@by_rows(_rows)
 def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, base: bool = False, **params: Any) -> Tensor:
     """The function ``VERB/NAME:fold``: the stored weight (of the site's rows) with the method's change in it.
 

@@ -3,15 +3,20 @@
 A model of billions of parameters takes far longer to run than its weights take to be written. What a fold or a sum of adapters promises is a promise
 about each weight: the site gives the same for every input. So a few sites of each kind (role, method, parameters, shape) are computed on random
 inputs, once as they stand in the graph, adapters and all, and once with the weight that takes their place.
+
+Every element of such a weight is looked at, but where its expression allows it never all of them at once: some rows are read, changed and multiplied
+while they are in a core's cache (:mod:`surgery.model.byrows`). What two claims ask for is computed once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.model import masked
+from surgery.model.byrows import rows_of
 from surgery.model.live import Tensors
 from surgery.model.program import Attachment, Program
 from surgery.model.room import widened
 from surgery.model.threads import alone, one_thread
+from surgery.model.weights import DTYPE_BYTES, Cast, Expr, is_float
+from surgery.passes.kinds.blocks import spans
 from surgery.passes.kinds.calls import ties_outside, weight_names
 from surgery.passes.kinds.delta import DeltaModule
+from surgery.passes.kinds.delta_method import DeltaMethod
+from surgery.passes.kinds.geometry import Geometry
 
 INPUTS = 4
 """Random input vectors of a site."""
@@ -39,6 +49,49 @@ class Probe:
     name: str
     transposed: bool
     bias: str
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One that stands beside a weight: tensors by leaf with whether each is a buffer, and the mask of the weight."""
+
+    method: DeltaMethod
+    site: Geometry
+    tensors: tuple[tuple[str, Expr, bool], ...]
+    keep: Expr | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """All that a site computes with; nothing of the program is needed any more, which may change."""
+
+    weight: Expr
+    transposed: bool
+    bias: Expr | None
+    adapters: tuple[_Adapter, ...]
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Site:
+        """The same site with other expressions."""
+        adapters = tuple(
+            replace(a, tensors=tuple((n, change(e), b) for n, e, b in a.tensors), keep=None if a.keep is None else change(a.keep))
+            for a in self.adapters
+        )
+        return replace(self, weight=change(self.weight), bias=None if self.bias is None else change(self.bias), adapters=adapters)
+
+    @property
+    def key(self) -> str:
+        """Two sites with one key give the same for the same inputs."""
+        parts: list[Any] = [_plain(self.weight).identity, self.transposed, self.bias and _plain(self.bias).identity]
+        for a in self.adapters:
+            inside = [(leaf, _plain(expr).identity, buffer) for leaf, expr, buffer in a.tensors]
+            parts.append([a.method.verb, a.method.name, a.method.params(), a.site.pairs(), inside, a.keep and a.keep.identity])
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _plain(expr: Expr) -> Expr:
+    """Without a widening that reading does anyway."""
+    narrow = isinstance(expr, Cast) and expr.dtype == "float32" and is_float(expr.source.dtype) and DTYPE_BYTES[expr.source.dtype] < 4
+    return expr.source if narrow else expr  # type: ignore[attr-defined]
 
 
 def probes(program: Program, chosen: Sequence[Attachment]) -> list[Probe] | None:
@@ -65,17 +118,43 @@ def probes(program: Program, chosen: Sequence[Attachment]) -> list[Probe] | None
     return [same[i] for same in kinds.values() for i in sorted({0, len(same) // 2, len(same) - 1})]
 
 
-def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[Tensor]:
-    """What the sites give for their random inputs, in float32."""
+def sites(program: Program, found: Sequence[Probe]) -> list[Site]:
+    """What computes at the probed weights, as the program is now."""
     beside: dict[str, list[Attachment]] = {}
     for a in program.attachments:
         if isinstance(program.module(a.module), DeltaModule):
             name = weight_names(program, a.site)[0]
             beside.setdefault(program.aliases.get(name, name), []).append(a)
 
+    def expr(name: str) -> Expr:
+        return program.weights[program.aliases.get(name, name)]
+
+    made = []
+    for probe in found:
+        adapters = []
+        for a in beside.get(probe.name, ()):
+            module = program.module(a.module)
+            keep = masked.key_of(program, probe.name) if module.masked else None
+            tensors = tuple((leaf, expr(f"{a.module}.{leaf}"), leaf in module._buffers) for leaf in module.tensors())
+            adapters.append(_Adapter(module.method, module.site, tensors, None if keep is None else expr(keep)))
+        made.append(Site(expr(probe.name), probe.transposed, expr(probe.bias) if probe.bias else None, tuple(adapters)))
+    return made
+
+
+def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[Tensor]:
+    """What the sites of a program give for their random inputs, in float32."""
+    return computed(sites(program, found), tensors)
+
+
+def computed(found: Sequence[Site], tensors: Tensors) -> list[Tensor]:
+    """What the sites give for their random inputs, in float32. Raises S0721 when a stored tensor cannot be read any more."""
+
     def output(i: int) -> Tensor:
-        with torch.no_grad():
-            return _output(program, tensors, found[i], i, beside.get(found[i].name, ()))
+        key = f"{i} {found[i].key}"
+        if key not in tensors.measured:
+            with torch.no_grad():
+                tensors.measured[key] = _output(found[i], tensors, i)
+        return tensors.measured[key]
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(WORKERS, cores, len(found))
@@ -85,28 +164,50 @@ def outputs(program: Program, tensors: Tensors, found: Sequence[Probe]) -> list[
         return list(pool.map(output, range(len(found))))
 
 
-def _output(program: Program, tensors: Tensors, probe: Probe, seed: int, beside: Sequence[Attachment]) -> Tensor:
+def _output(at: Site, tensors: Tensors, seed: int) -> Tensor:
     memo: dict[str, Any] = {}  # factors that one decomposition gives are computed together
 
-    def read(name: str) -> Tensor:
-        value = tensors.fresh(program, program.aliases.get(name, name), memo)
+    def read(expr: Expr) -> Tensor:
+        value = tensors.value(expr, memo)
         return widened(value, torch.float32) if value.is_floating_point() else value
 
-    stored = read(probe.name)
-    weight = stored.T if probe.transposed else stored
-    bias = read(probe.bias) if probe.bias else None
-    x = torch.randn(INPUTS, weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    base = out = F.linear(x, weight, bias)
-    for a in beside:
-        module = program.module(a.module)
-        live = DeltaModule.bare(module.method, module.site, module.masked).eval()
-        for leaf in module.tensors():
-            value = read(f"{a.module}.{leaf}")
-            if leaf in module._buffers:
+    bias = None if at.bias is None else read(at.bias)
+    inputs = at.weight.shape[0 if at.transposed else 1]
+    x = torch.randn(INPUTS, inputs, generator=torch.Generator().manual_seed(seed))
+    stored: Tensor | None = None
+    base = None if at.transposed or any(a.method.wants_weight() for a in at.adapters) else _by_rows(at.weight, x, bias, tensors, memo)
+    if base is None:
+        stored = read(at.weight)
+        base = F.linear(x, stored.T if at.transposed else stored, bias)
+    result = base
+    for a in at.adapters:
+        live = DeltaModule.bare(a.method, a.site, a.keep is not None).eval()
+        for leaf, expr, buffer in a.tensors:
+            value = read(expr)
+            if buffer:
                 live.register_buffer(leaf, value)
             else:
                 live.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        if stored is None and "weight" in a.method.reads:
+            stored = read(at.weight)
         what = {"weight": stored, "bias": bias, "base": base}
-        keep = masked.key_of(program, probe.name) if module.masked else None
-        out = live(x, out, *(what[r] for r in module.method.reads), *(() if keep is None else (read(keep),)))
-    return out
+        result = live(x, result, *(what[r] for r in a.method.reads), *(() if a.keep is None else (read(a.keep),)))
+    return result
+
+
+def _by_rows(weight: Expr, x: Tensor, bias: Tensor | None, tensors: Tensors, memo: dict[str, Any]) -> Tensor | None:
+    """The site's product without the whole weight in memory; None where its rows cannot be had by themselves."""
+    with ExitStack() as files:
+        rows = rows_of(weight, lambda expr: tensors.value(expr, memo), tensors.functions, files)
+        if rows is None:
+            return None
+        out = torch.empty(len(x), weight.shape[0])
+        wide = torch.empty(0)
+        for start, stop in spans(*weight.shape):
+            block = rows(start, stop)
+            if block.dtype != torch.float32:
+                if wide.numel() < block.numel():
+                    wide = torch.empty(block.numel())
+                block = wide[: block.numel()].view_as(block).copy_(block)
+            out[:, start:stop] = F.linear(x, block, None if bias is None else bias[start:stop])
+        return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -75,13 +76,17 @@ class LowRankMethod(DeltaMethod):
         if own.delta is not LowRankMethod.delta or own.fold is not DeltaMethod.fold:
             return super().fold_into(site, t, weight)
         a, b = self.factors(site, t)
+        scale = self.scale()
         if site.op == "linear" and weight.dtype == torch.float32 == a.dtype == b.dtype and not torch.is_grad_enabled():
+            # a power of two rounds nothing, so that one product that adds into the weight can give the same bits
+            if math.frexp(scale)[0] == 0.5 and adds_last(*b.shape, a.shape[1]):
+                return weight.addmm_(b, a, alpha=scale)
             # no fresh memory for the product: it would cost more than the product
             (place,) = scratch((b.shape[0], a.shape[1]), 1)
             change = torch.mm(b, a, out=place)
         else:
             change = product(site, a, b)
-        return weight.add_(change if self.scale() == 1 else change.mul_(self.scale()))
+        return weight.add_(change if scale == 1 else change.mul_(scale))
 
     def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
         own = type(self)
@@ -113,6 +118,15 @@ class LowRankMethod(DeltaMethod):
         if site.transposed:
             return torch.baddbmm(stored, a.transpose(1, 2), b.transpose(1, 2), alpha=self.scale())
         return torch.baddbmm(stored, b, a, alpha=self.scale())
+
+
+@lru_cache(maxsize=256)
+def adds_last(rows: int, rank: int, columns: int) -> bool:
+    """Whether a product of these sizes that adds into a matrix forms its sums first, here and on one thread: then it has the bits of a product and a
+    sum. Libraries differ in this, by processor and by size; it is tried on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    b, a, into = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns), (rows, columns)))
+    return torch.equal(torch.addmm(into, b, a, alpha=2.0), into + torch.mm(b, a).mul_(2.0))
 
 
 def lora_tensors(site: Geometry, rank: int) -> tuple[TensorSpec, ...]:

@@ -15,6 +15,7 @@ from surgery.model.lazygraph import compile_tree, copy_tree
 from surgery.model.program import Program
 from surgery.model.realise import realise
 from surgery.model.retarget import retarget
+from surgery.model.weights import Expr
 
 
 class Results(OrderedDict[str, tuple[torch.Tensor, ...]]):
@@ -49,6 +50,8 @@ class Tensors:
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._memo = Results(max_bytes // 4)
+        self.measured: dict[str, torch.Tensor] = {}
+        """Small results that several claims ask for, by what gives them."""
 
     def of(self, program: Program, name: str) -> torch.Tensor:
         """One tensor by its name or a tied name. Do not change it in place."""
@@ -67,7 +70,10 @@ class Tensors:
 
     def fresh(self, program: Program, name: str, memo: MutableMapping[str, Any]) -> torch.Tensor:
         """One tensor that is not kept here once its holder drops it; ``memo`` shares results of functions between calls."""
-        expr = program.weights[program.aliases.get(name, name)]
+        return self.value(program.weights[program.aliases.get(name, name)], memo)
+
+    def value(self, expr: Expr, memo: MutableMapping[str, Any]) -> torch.Tensor:
+        """As :meth:`fresh`, of an expression."""
         kept = self._kept.get(expr.identity)
         return kept if kept is not None else realise(expr, memo, functions=self.functions)
 
