@@ -53,7 +53,10 @@ def within(role: str, region: str) -> bool:
 
 
 def resolve(program: Program, checked: Checked) -> Resolved:
-    """Resolves one ``Operation``. Raises SurgeryError with every problem found (S03xx selectors, S02xx per-layer values)."""
+    """Resolves one ``Operation``. Raises SurgeryError with every problem found (S03xx selectors, S02xx per-layer values).
+
+    Neither sites nor methods where there are selectors, all of them marked ``?``, and they match nothing.
+    """
     node, call = checked.node, checked.call
     assert isinstance(node, ast.Operation) and call is not None
     sink = Sink()
@@ -75,7 +78,7 @@ def resolve(program: Program, checked: Checked) -> Resolved:
         raise fail("S0310", "`except` takes away everything that was selected", node.span, f"{plural(len(sites), 'site')}, none is left")
     cls = registry.get(node.verb, call.name)
     stacks = {s.name: s.layers for s in program.anatomy.stacks}
-    methods = build(cls, call, left, stacks)
+    methods = build(cls, call, left, stacks) if left or not node.selectors else ()
     origin = Origin(span=node.span, verb=node.verb, method=call.name, note=node.doc)
     seed = call.args.get("seed", 0)
     return Resolved(

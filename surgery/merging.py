@@ -13,6 +13,7 @@ from surgery.core.site import Site
 from surgery.core.source import Span
 from surgery.core.spec import Bound, Checked
 from surgery.core.spread import expand_per_layer
+from surgery.idle import idle
 from surgery.model.program import Origin, Program
 from surgery.passes import registry
 from surgery.passes.kinds.merge_inputs import Inputs, Source
@@ -38,6 +39,8 @@ def merge(session: Session, checked: Checked, position: int) -> None:
     program = session.program
     sites = pick(program, node.selectors, session.sink)
     if node.selectors and not sites:
+        if not session.sink.failed:
+            idle(session, checked, position)
         return
     sources = tuple(_source(session, part, node) for part in node.of)
     cls = registry.get("merge", call.name)

@@ -12,6 +12,7 @@ from surgery.core.plan import PlanSite, PlanStep
 from surgery.core.printer import to_text
 from surgery.core.source import Span
 from surgery.core.spec import Checked
+from surgery.idle import idle
 from surgery.model.adapter import Adapter, open_adapter
 from surgery.model.program import Origin
 from surgery.passes import registry
@@ -82,6 +83,8 @@ def merge_adapters(session: Session, checked: Checked, position: int) -> None:
     program = session.program
     sites = pick(program, node.selectors, session.sink)
     if node.selectors and not sites:
+        if not session.sink.failed:
+            idle(session, checked, position)
         return
     loaded = tuple(_loaded(session, part, node) for part in node.of)
     cls = registry.get("merge", call.name)

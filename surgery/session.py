@@ -20,6 +20,7 @@ from surgery.core.printer import to_text
 from surgery.core.source import Span
 from surgery.core.spec import Checked, Spec
 from surgery.expecting import failed, judge
+from surgery.idle import idle
 from surgery.merging import merge
 from surgery.model import cost, past
 from surgery.model.claims import Claim
@@ -152,6 +153,8 @@ def operate(session: Session, checked: Checked, position: int) -> None:
     node = checked.node
     assert isinstance(node, ast.Operation) and checked.call is not None
     found = resolve(session.program, checked)
+    if node.selectors and not found.sites:
+        return idle(session, checked, position)
     told: list[str | Callable[[], str]] = []
     data = session.data.open(node.using, session.program) if node.using else None
     op = replace(
@@ -244,6 +247,8 @@ def carry(session: Session, checked: Checked, position: int) -> None:
     assert isinstance(node, ast.Train) and call is not None
     cls = registry.get("train", call.name)
     sites = pick(session.program, node.selectors, session.sink)
+    if node.selectors and not sites and not session.sink.failed:
+        return idle(session, checked, position)
     origin = Origin(span=node.span, verb="train", method=call.name, note=node.doc)
     op = Resolved(
         verb="train", name=call.name, place="on", sites=tuple(sites), methods=build(cls, call, [])[:1] * max(1, len(sites)), origin=origin

@@ -86,7 +86,7 @@ class SliceMethod(Method):
 
 
 def apply(program: Program, op: Resolved) -> list[SiteChange]:
-    """Find, count, choose, cut. Raises S0272..S0278 for parameters, S0440..S0451 for what is selected, S0453 for scores;
+    """Find, count, choose, cut. Raises S0272..S0279 for parameters, S0440..S0451 for what is selected, S0453 for scores;
     nothing has been cut then."""
     method = op.method
     assert isinstance(method, SliceMethod)
@@ -131,6 +131,11 @@ def _parameters(op: Resolved, method: SliceMethod) -> None:
         raise faults.unread_data(op, method.score)
     if (method.score == "file") != (method.scores is not None):
         raise faults.file_parameter(op, method.scores is None)
+    if method.to is None and method.of != "params":
+        raise faults.unread_parameter(op, "of", "it says what `to` is a share of", "write `to = 80%` for a budget, or leave `of` out")
+    if method.scope != "global" and method.normalize != "mean":
+        why = "it says how scores of different sites compare"
+        raise faults.unread_parameter(op, "normalize", why, "write `scope = global`, or leave `normalize` out")
 
 
 def _loosen(program: Program, op: Resolved, method: SliceMethod) -> Found:

@@ -95,6 +95,10 @@ def file_parameter(op: Resolved, missing: bool) -> SurgeryError:
     )  # fmt: skip
 
 
+def unread_parameter(op: Resolved, name: str, why: str, help: str) -> SurgeryError:
+    return fail("S0279", f"nothing of `{title(op)}` reads `{name}` here: {why}", span_of(op, name), "nothing looks at this", help=help)
+
+
 def file_unreadable(op: Resolved, path: str, why: str) -> SurgeryError:
     return fail(
         "S0277", f"the scores in {path} cannot be read: {why}", span_of(op, "scores"), "read here",

@@ -240,6 +240,9 @@ def _from_file(op: Resolved, targets: Sequence[Target]) -> list[Vector]:
     name = str(op.method.params()["scores"])
     base = Path(op.origin.span.source.name).parent if op.origin.span.end else Path()
     table = _read(op, base / name, name)
+    unread = sorted(set(table) - {s.role for target in targets for s in target.sites})
+    if unread:
+        op.tell(f"{name} also has scores of parts that this statement does not cut: {faults.of(unread)}")
     out = []
     for target in targets:
         roles = [s.role for s in target.sites]

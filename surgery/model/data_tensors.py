@@ -99,6 +99,19 @@ def _count(ask: Ask, given: Mapping[str, Tensor]) -> int:
         )  # fmt: skip
     if not first:
         raise fail("S0741", f"{ask.shown} holds no sample", ask.span, "empty", help="the first axis of every tensor counts the samples")
+    hollow = next((n for n, t in given.items() if not t.numel()), None)
+    if hollow is not None:
+        raise fail(
+            "S0741", f"the samples of {ask.shown} are empty: `{hollow}` has the shape {list(given[hollow].shape)}", ask.span, "empty",
+            help="give each sample a token or more",
+        )  # fmt: skip
+    mask = given.get("attention_mask")
+    bare = [] if mask is None else (mask.reshape(first, -1) == 0).all(1).nonzero().flatten().tolist()
+    if bare:
+        raise fail(
+            "S0741", f"`attention_mask` of {ask.shown} leaves sample {bare[0]} without a token", ask.span, "empty",
+            help="ones stand for tokens and zeros for padding; leave such samples out",
+        )  # fmt: skip
     return first
 
 
