@@ -205,3 +205,40 @@ def test_slopes_masks_and_a_cache_are_one_operation_of_the_runtime() -> None:
         feeds = {n: t.numpy() for n, t in zip(input_names(program), inputs, strict=True) if n in read}
         for want, got in zip(run(root, inputs), runner.run(None, feeds), strict=True):
             assert difference(want, torch.from_numpy(got), None) < 1e-5
+
+
+def test_a_window_that_only_a_stored_table_tells_of_stays() -> None:
+    """GPT-Neo: its local layers look back 20 steps, which shows beyond them alone; and it is inlined, though it reads tables up to a total length."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    from surgery.backends.fuse.inline import inlined
+
+    config = GPTNeoConfig(
+        vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=48, window_size=20, intermediate_size=64,
+        attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    program = program_for(live(GPTNeoForCausalLM, config, scale=4.0))
+    root = rooted(program)
+    assert len(inlined(program, rooted(program)).graph.nodes) > 50
+    result = fuse(program, root, Target(), RULES)
+    assert {e.rule: e.fired for e in result.report}["attention"] == 2
+    for length, past in ((48, 0), (1, 47), (30, 9)):
+        inputs = sample_inputs(program, batch=1, length=length, seed=9, padding=False, past=past)
+        for want, got in zip(run(rooted(program), inputs), run(result.graph, inputs), strict=True):
+            assert difference(want, got, None) < 1e-5, (length, past)
+
+
+def test_models_whose_sizes_have_limits_are_inlined() -> None:
+    """Bloom's slopes are an operation that knows open sizes only as the tracer takes it apart, MPT reads the last rows of a table."""
+    from transformers import MptConfig, MptForCausalLM
+
+    from surgery.backends.fuse.inline import inlined
+
+    mpt = live(MptForCausalLM, MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4, max_seq_len=24))
+    for model in (bloom(), mpt):
+        program = program_for(model)
+        flat = inlined(program, rooted(program))
+        for length, past in ((9, 0), (1, 23), (24, 0)):
+            inputs = sample_inputs(program, batch=2, length=length, seed=9, padding=True, past=past)
+            for want, got in zip(run(rooted(program), inputs), run(flat, inputs), strict=True):
+                assert difference(want, got, None) < 1e-6

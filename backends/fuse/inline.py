@@ -14,10 +14,12 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
+from torch.utils._sympy.functions import Max
 
 from surgery.model.capture import leaves
 from surgery.model.flat import Flattener
@@ -75,13 +77,25 @@ def dtype_of(root: nn.Module) -> torch.dtype:
 
 
 def general(env: ShapeEnv) -> bool:
-    """Whether all that was learned of sizes is a least or a greatest one, as a table of positions has it."""
-    limits = all(isinstance(g.expr, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) and _bound(g.expr) for g in env.guards)
-    return limits and not env.replacements and not env.deferred_runtime_asserts
+    """Whether all that was learned of sizes is a least or a greatest one, as a table of positions has it, or how a value lies in memory."""
+    return all(map(_limit, env.guards)) and not env.replacements and not env.deferred_runtime_asserts
 
 
-def _bound(expr: sympy.Rel) -> bool:
-    return sum(side.is_Symbol for side in expr.args) == 1 and sum(side.is_Integer for side in expr.args) == 1
+def _limit(guard: Any) -> bool:
+    expr = guard.expr
+    if isinstance(expr, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return sum(map(_length, expr.args)) == 1 and sum(side.is_Integer for side in expr.args) == 1
+    if isinstance(expr, sympy.Ne):  # part of a table is no block of memory; all of it would be, which nothing asks for
+        return "check_contiguous" in str(guard.sloc) and any(side.is_Integer and side > 1 for side in expr.args)
+    if isinstance(expr, sympy.Eq):  # the last n of N rows, counted from row max(0, N - n), are n where n is at most N
+        least = [m for m in expr.atoms(Max) if len(m.args) == 2 and 0 in m.args]
+        return len(least) == 1 and sympy.expand((expr.lhs - expr.rhs).xreplace({least[0]: sum(least[0].args)})) == 0
+    return False
+
+
+def _length(side: Any) -> bool:
+    """Whether an expression is a size of the inputs, or a sum of them: what is new behind what is past."""
+    return bool(side.is_Symbol or (side.is_Add and all(part.is_Symbol for part in side.args)))
 
 
 class _Inliner(Flattener):
@@ -175,7 +189,11 @@ class _Inliner(Flattener):
         key = (target, _kind(given), _kind(named))
         if key not in self.known:
             with self.mode, torch.no_grad():
-                self.known[key] = target(*given, **named)
+                try:
+                    self.known[key] = target(*given, **named)
+                except RuntimeError:  # some operations know open sizes only in the form that the tracer would take
+                    with enable_python_dispatcher():
+                        self.known[key] = target(*given, **named)
             if self.env.pending_fresh_unbacked_symbols or self.env.unbacked_symint_counter > 0:
                 raise NotInlined(f"{self.path}: a size depends on values")
         return self.known[key]

@@ -63,11 +63,12 @@ def _classify(view: FuseView, node: fx.Node) -> Mask:
     if view.rank(node) not in (2, 3, 4):
         return Mask(False, why=f"it has {view.rank(node)} axes")
     longest = max((c for n in above for c in _numbers(n)), default=0)
+    table = max((n for a in above if a.op == "get_attr" for n in view.shape(a) if isinstance(n, int)), default=0)
     graph, order = subgraph(view, node, above)
     candidates: set[tuple[bool, str]] | None = None
-    for inputs in trials(view, longest):
+    for inputs in trials(view, longest, table):
         if inputs is None:
-            return Mask(False, why=f"it depends on the number {longest}, too long to try")
+            return Mask(False, why=f"it depends on the number {max(longest, table)}, too long to try")
         try:
             with one_thread(), torch.no_grad():
                 found = graph(*[inputs[name] for name in order])
@@ -127,18 +128,20 @@ def subgraph(view: FuseView, node: fx.Node, above: list[fx.Node]) -> tuple[fx.Gr
     return fx.GraphModule(view.graph, graph), order
 
 
-def trials(view: FuseView, longest: int) -> Iterator[dict[str, Tensor] | None]:
-    """Inputs of several sizes with masks of random zeros; the last so long that every number in the mask is exceeded, or None."""
+def trials(view: FuseView, longest: int, table: int = 0) -> Iterator[dict[str, Tensor] | None]:
+    """Inputs of several sizes with masks of random zeros: such that every number in the mask is exceeded, and that a stored table with an axis of
+    ``table`` is read to its end, where a window shows that no number tells of. None in the place of what is too long."""
     program = view.program
     names = [n for n, _ in placeholders(program)]
     cached = any("past_key" in n or "past_value" in n for n in names)
     generator = torch.Generator().manual_seed(5)
     shapes = [(2, 6, 0), (3, 9, 4), (2, 1, 7)] if cached else [(2, 6, 0), (3, 9, 0), (1, 5, 0)]
-    if longest > 4:
-        extra = (1, 3, longest + 2) if cached else (1, longest + 3, 0)
-        at = sizes(program, *extra)
-        steps = max([*at.values(), 1])
-        if steps * (3 if cached else steps) > LONGEST or (steps <= longest and not cached):
+    long = [((1, 3, longest + 2) if cached else (1, longest + 3, 0), longest)] if longest > 4 else []
+    if table > 13 and program.signature.symbols:
+        long.append(((1, 3, table - 3) if cached else (1, table, 0), 0))
+    for extra, exceeded in long:
+        steps = max([*sizes(program, *extra).values(), 1])
+        if steps * (3 if cached else steps) > LONGEST or (steps <= exceeded and not cached):
             yield None
             return
         shapes.append(extra)
