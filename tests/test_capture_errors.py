@@ -41,6 +41,31 @@ class Loops(nn.Module):
         return state
 
 
+class Blocks(nn.Module):
+    """A loop over blocks, whose number is no size: it is one for several sizes. With ``pairs`` a number that fixes none."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pairs:
+            return x.reshape(x.shape[0], x.shape[1] // 2, 6)
+        parts = [x[:, 4 * at : 4 * at + 4].cumsum(1) for at in range((x.shape[1] + 3) // 4)]
+        return torch.cat(parts, 1)
+
+
+def test_a_number_of_blocks_is_no_open_size() -> None:
+    axes = {"x": {0: "batch", 1: "sequence"}}
+    with pytest.raises(SurgeryError) as caught:
+        capture_module(Blocks(False), {"x": torch.randn(2, 10, 3)}, dynamic=axes)
+    (found,) = caught.value.diagnostics
+    assert found.code == "S0503" and "test_capture_errors.py:" in found.message and "sizes of 9 to 12 only" in found.notes[0]
+    graph = materialise(capture_module(Blocks(True), {"x": torch.randn(2, 10, 3)}, dynamic=axes), {})
+    x = torch.randn(3, 26, 3)
+    assert torch.equal(graph(x)[0], Blocks(True)(x))
+
+
 class Looks(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:

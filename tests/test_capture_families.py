@@ -155,11 +155,20 @@ LLAMA4 = dict(
 )  # fmt: skip
 
 
+BERT = dict(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, max_position_embeddings=64)
+VIT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, image_size=16, patch_size=4)
+
+
 @pytest.mark.parametrize(
-    ("family", "architecture", "config"), [("convbert", "ConvBertModel", CONVBERT), ("llama4_text", "Llama4ForCausalLM", LLAMA4)]
-)
-def test_heads_beside_others_and_behind_complex_numbers(family: str, architecture: str, config: dict[str, Any], here: Path) -> None:
-    """Heads of a convolution stand beside those of attention in ConvBERT; Llama 4 turns queries and keys as complex numbers."""
+    ("family", "architecture", "config"),
+    [
+        ("convbert", "ConvBertModel", CONVBERT), ("llama4_text", "Llama4ForCausalLM", LLAMA4), ("bert-generation", "BertGenerationEncoder", BERT),
+        ("dinov3_vit", "DINOv3ViTModel", VIT),
+    ],
+)  # fmt: skip
+def test_heads_of_further_families(family: str, architecture: str, config: dict[str, Any], here: Path) -> None:
+    """Heads of a convolution stand beside those of attention in ConvBERT; Llama 4 turns queries and keys as complex numbers; an encoder of a
+    family of decoders takes a cache that it does not give back; DINOv3 makes a grid of positions."""
     Path("model.json").write_text(json.dumps({"model_type": family, "architectures": [architecture], **config}), "utf-8")
     result = surgery.compile("surg 1\nprune heads(ratio = 50%) on layers[*].attn\n", "config:model.json")
     (claim,) = [c for c in result.certificates if c["claim"] == "removed = masked"]

@@ -82,6 +82,22 @@ def watch_sizes(shape_env: Any, found: dict[Any, tuple[str, str]]) -> None:
 
     note.watched = True  # type: ignore[attr-defined]
     shape_env._set_replacement = note
+    shape_env.guards = _Guards(shape_env.guards)
+
+
+class _Guards(list[Any]):
+    """What a trace takes for granted, with the lines of model code at which a number became a constant."""
+
+    def __init__(self, known: list[Any]) -> None:
+        super().__init__(known)
+        self.places: dict[Any, str] = {}
+
+    def append(self, guard: Any) -> None:
+        super().append(guard)
+        if type(guard.expr).__name__ == "Equality" and any(side.is_number for side in guard.expr.args):
+            frame = _innermost(traceback.extract_stack())
+            if frame is not None:
+                self.places.setdefault(guard.expr, _describe(frame))
 
 
 def capture_error(error: BaseException, module: nn.Module, fixed: dict[Any, tuple[str, str]] | None = None) -> SurgeryError:
@@ -123,6 +139,42 @@ def capture_error(error: BaseException, module: nn.Module, fixed: dict[Any, tupl
         "S0501", f"{name} cannot be captured: {where} does something that the tracer cannot follow",
         notes=notes, help="the model must run on tensors of any batch size without Python code that looks into them",
     )  # fmt: skip
+
+
+_LARGER = (*range(33), 101, 1009)
+
+
+def refuse_fixed_counts(module: nn.Module, graph: fx.Graph) -> None:
+    """S0503 where a number that grows with an open size, such as how often a loop over blocks runs, is that of the traced size in the graph.
+
+    The tracer takes it as known as long as some sizes have it. Here no larger one may be left: a number that comes back (a remainder) or stays
+    (a bound) fixes nothing.
+    """
+    import sympy
+
+    values = (n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
+    sizes = [s for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return
+    env = sizes[0].node.shape_env
+    for guard in env.guards:
+        expr = env.simplify(guard.expr)
+        if not isinstance(expr, sympy.Eq) or not any(side.is_number for side in expr.args):
+            continue
+        hints = {s: int(env.backed_var_to_val[s]) for s in expr.free_symbols if s in env.backed_var_to_val}
+        if len(hints) != len(expr.free_symbols):
+            continue
+        for symbol, hint in hints.items():
+            larger = ({**hints, symbol: 2 * hint + more} for more in _LARGER)
+            if any(expr.subs(at) != sympy.false for at in larger):
+                continue
+            fits = [n for n in range(1, 2 * hint) if expr.subs({**hints, symbol: n}) == sympy.true]
+            place = getattr(env.guards, "places", {}).get(guard.expr)
+            raise fail(
+                "S0503", f"{type(module).__name__} fixes a size that was to stay open" + (f": {place}" if place else ""),
+                notes=[f"a number that grows with the size is fixed there: the graph would fit sizes of {min(fits)} to {max(fits)} only"] if fits else [],
+                help="leave that axis out of `dynamic`, or make the model take any size there",
+            )  # fmt: skip
 
 
 def _first_line(text: str) -> str:

@@ -18,7 +18,7 @@ from surgery.core.diagnostics import SurgeryError
 from surgery.model import pytree
 from surgery.model.capture import markers
 from surgery.model.capture.casts import casting
-from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, watch_sizes
+from surgery.model.capture.errors import Fallback, capture_error, refuse_data_sizes, refuse_fixed_counts, watch_sizes
 from surgery.model.capture.literals import Literals
 from surgery.model.capture.questions import name_input
 from surgery.model.capture.regions import Region, Regions
@@ -302,6 +302,7 @@ def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
         regions.check()
     try:
         refuse_data_sizes(model, exported.graph)
+        refuse_fixed_counts(model, exported.graph)
     except SurgeryError:
         if stubs:
             return trace(model, call, stubs=False)  # raises the same, with the line of model code

@@ -15,8 +15,8 @@ BATCH, LENGTH, TARGET, PAST = 2, 12, 7, 8
 QUERY = 3  # new tokens of a causal model; differs from every other size, so that no two sizes are taken for one
 
 
-def hf_call(model: Any) -> Call:
-    """Meta inputs for a transformers model, from its class, its ``forward`` and its config.
+def hf_call(model: Any, past: bool = True) -> Call:
+    """Meta inputs for a transformers model, from its class, its ``forward`` and its config; without ``past`` a causal one gets no cache.
 
     Text: ids, mask and, where taken, token types; encoder-decoders their decoder ids and mask too; causal models get a
     filled cache, so that one graph serves prefill, decoding and padding. Vision and audio models get their features.
@@ -33,7 +33,7 @@ def hf_call(model: Any) -> Call:
             values[name] = torch.ones(BATCH * rows, length, dtype=torch.long, device="meta")
             axes[name] = {0: f"{rows}*batch" if rows > 1 else "batch", 1: size}
 
-    causal = _is_causal(model, taken) and not other_states(model.config)
+    causal = past and _is_causal(model, taken) and not other_states(model.config)
     both = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in taken
     features = _features(model, taken)
     if ("input_ids" in taken and features is None) or ("pixel_values" in taken and "input_ids" in taken):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.model.capture import build, dropouts, flatten
 from surgery.model.capture.errors import Fallback
-from surgery.model.capture.flatcall import Axes, Call, Trace, flat_names, trace
+from surgery.model.capture.flatcall import Axes, Call, Trace, cache_names, flat_names, trace
 from surgery.model.capture.inputs import hf_call, note_of_cache
 from surgery.model.capture.normalise import Normaliser, draws
 from surgery.model.capture.numbers import fold_scalars
@@ -67,12 +67,19 @@ def _capture_hf(config: Any, cls: type[Any]) -> Captured:
         # the class gives some parameters float32 of their own and does not run in any other type: they are of the model's type in it
         model, values = build.hf_model(config, cls, uniform=True)
         captured = capture_traced(model, hf_call(model), values)
+    if _keeps_nothing(captured):  # an encoder of a family that has decoders, too
+        captured = capture_traced(model, hf_call(model, past=False), values)
     captured.notes += note_of_cache(model)
     if build.draws_spec_augment(config):
         captured.notes += (
             "SpecAugment is drawn outside the graph: in training this module masks no features (apply_spec_augment = false)",
         )
     return captured
+
+
+def _keeps_nothing(captured: Captured) -> bool:
+    """Whether a cache goes in and none comes out."""
+    return bool(cache_names(captured.signature.in_spec)) and not cache_names(captured.signature.out_spec)
 
 
 def _mixes_types(error: SurgeryError) -> bool:
