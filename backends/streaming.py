@@ -19,7 +19,7 @@ from surgery.model.weights import Expr, loads
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "": ""}
 WORKERS = 4
 """Most threads that make tensors at once; as many as torch may use otherwise."""
-PAGE = 1 << 16
+PAGE = 1 << 18
 """Stored tensors below this size are not announced to the system before they are read."""
 
 

@@ -13,6 +13,7 @@ import surgery as api
 from surgery.folding import Widening
 from surgery.model.byrows import rows_of
 from surgery.model.checkpoint_headers import read_header
+from surgery.model.pieces import in_pieces
 from surgery.model.realise import realise
 from surgery.model.weights import Add, Apply, Cast, Expr, Load, MatMul, Scale, Select
 from surgery.passes import registry
@@ -31,10 +32,7 @@ def stored(tmp_path: Path) -> dict[str, Load]:
     path = tmp_path / "some.safetensors"
     save_file(tensors, path)
     found = read_header(path).tensors
-    return {
-        n: Load(tuple(t.shape), str(t.dtype).removeprefix("torch."), str(path), n, (found[n].span[0], found[n].span[1]))
-        for n, t in tensors.items()
-    }
+    return {n: Load(tuple(t.shape), str(t.dtype).removeprefix("torch."), str(path), n, found[n].span) for n, t in tensors.items()}
 
 
 def parts(stored: dict[str, Load]) -> dict[str, Expr]:
@@ -83,6 +81,28 @@ def test_what_has_no_rows_of_its_own_is_computed_whole(stored: dict[str, Load]) 
             Scale((48, 20), "bfloat16", stored["W"], 2.0),
         ):
             assert rows_of(expr, realise, registry.function, files) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_is_folded_from_its_file_with_the_same_bits(dtype: torch.dtype, transposed: bool, tmp_path: Path) -> None:
+    """Large enough to be read block by block; of a transposed one all rows are needed at once."""
+    g = torch.Generator().manual_seed(5)
+    site = Geometry("linear", 400, 200, 400, transposed=transposed)
+    made = {"W": torch.randn((200, 400) if transposed else (400, 200), generator=g).to(dtype), "A": torch.randn(4, 200, generator=g)}
+    made["B"] = torch.randn(400, 4, generator=g)
+    save_file(made, tmp_path / "w.safetensors")
+    found = read_header(tmp_path / "w.safetensors").tensors
+    name = str(dtype).removeprefix("torch.")
+    loads = [
+        Load(tuple(t.shape), str(t.dtype).removeprefix("torch."), str(tmp_path / "w.safetensors"), n, found[n].span)
+        for n, t in made.items()
+    ]
+    assert in_pieces(loads[0])
+    params = {"rank": 4, "alpha": 6.0, "site": site.pairs()}
+    expr = Apply(loads[0].shape, name, "adapt/lora:fold", tuple(loads), tuple(params.items()))
+    expected = registry.function("adapt/lora:fold")(*made.values(), **params).to(dtype)
+    assert torch.equal(realise(expr, functions=registry.function), expected) and not torch.equal(expected, made["W"])
 
 
 def test_a_product_that_adds_has_the_bits_of_a_product_and_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.model.byrows import Operand, Place, Rows
+from surgery.model.pieces import Pieces
 from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
 
@@ -33,18 +34,23 @@ def spans(rows: int, width: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows], strict=True))
 
 
-def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor, wide: torch.dtype) -> Tensor | None:
+def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor | Pieces, wide: torch.dtype) -> Tensor | None:
     """The folded weight in the dtype of ``stored``, rounded once from ``wide``; None where the method or the layout needs all rows
-    at once. ``stored`` is the site's part of the weight, ``t`` the method's tensors in ``wide``.
+    at once. ``stored`` is the site's part of the weight, ``t`` the method's tensors in ``wide``. Of a matrix that is still in its file
+    the rows of a block are read when their turn comes.
 
     Rows are those of the canonical weight: of a weight that is stored transposed they are its columns, of expert tensors each expert has
     its own. Grouped convolutions, whose rows belong to different inputs, and embeddings, whose rows are as long as the vocabulary, are left.
     """
-    if site.op not in ("linear", "conv", "experts") or site.groups != 1 or stored.ndim < 2:
+    if site.op not in ("linear", "conv", "experts") or site.groups != 1 or stored.dim() < 2:
         return None
     one = replace(site, op="linear", experts=0) if site.experts else site
     if method.rows(one, _of_expert(t, 0) if site.experts else t, 0, 1) is None:
         return None
+    if isinstance(stored, Pieces):
+        if site.op == "linear" and not site.transposed:
+            return _fold_stored(method, site, t, stored, wide)
+        stored = stored.whole()
     out = room(stored.shape, stored.dtype)
     source, target = site.to_canonical(stored), site.to_canonical(out)
     for expert in range(site.experts) if site.experts else (None,):
@@ -66,6 +72,16 @@ def _fold_matrix(method: DeltaMethod, site: Geometry, t: Tensors, source: Tensor
         rows = source[start:stop]
         weight = rows.to(wide, copy=True) if place is None else place[: stop - start].copy_(rows)
         target[start:stop] = folded(start, stop, weight)
+
+
+def _fold_stored(method: DeltaMethod, site: Geometry, t: Tensors, stored: Pieces, wide: torch.dtype) -> Tensor:
+    rows, width = stored.shape
+    out = room(stored.shape, stored.dtype)
+    folded, place = _Folder(method, site, t), Place(width, wide)
+    for start, stop in spans(rows, width):
+        block = stored[start * width : stop * width].view(-1, width)
+        out[start:stop] = folded(start, stop, place(stop - start).copy_(block))
+    return out
 
 
 class _Folder:

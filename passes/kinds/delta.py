@@ -24,6 +24,7 @@ from surgery.model import masked
 from surgery.model.byrows import Operand, Rows, by_rows
 from surgery.model.cut_attached import Around, Follow
 from surgery.model.modules import register_module
+from surgery.model.pieces import Pieces, by_pieces, whole
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, tie_fold
@@ -299,8 +300,11 @@ def _rows(cls: type[DeltaMethod], current: Operand, *tensors: Operand, site: Any
     return None if base else folded_rows(cls(**params), Geometry.of(site), current, tensors)
 
 
+@by_pieces
 @by_rows(_rows)
-def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, base: bool = False, **params: Any) -> Tensor:
+def fold(
+    cls: type[DeltaMethod], current: Tensor | Pieces, *tensors: Tensor | Pieces, site: Any, base: bool = False, **params: Any
+) -> Tensor:
     """The function ``VERB/NAME:fold``: the stored weight (of the site's rows) with the method's change in it.
 
     Computed in float32 (float64 for a float64 weight) and given back in that dtype: the one rounding is the caller's cast.
@@ -309,13 +313,13 @@ def fold(cls: type[DeltaMethod], current: Tensor, *tensors: Tensor, site: Any, b
     geometry = Geometry.of(site)
     method = cls(**params)
     wide = torch.float64 if current.dtype == torch.float64 else torch.float32
-    rest = list(tensors)
+    rest = [whole(t) for t in tensors]
     origin = geometry.to_canonical(rest.pop(0).to(wide)) if base else None
     names = [s.name for s in method.tensors(geometry)]
     t = {n: v.to(wide) for n, v in zip(names, rest, strict=True)}
     if origin is None and (done := fold_by_rows(method, geometry, t, current, wide)) is not None:
         return done
-    weight = geometry.to_canonical(current.to(wide))
+    weight = geometry.to_canonical(whole(current).to(wide))
     folded = method.fold(geometry, t, weight) if origin is None else weight + method.delta(geometry, t, origin)
     return geometry.from_canonical(folded).contiguous()
 

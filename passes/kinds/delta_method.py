@@ -31,6 +31,8 @@ class DeltaMethod(Method):
     shared: bool = param(False, "one adapter for all uses of a weight that layers share, in place of one for each layer", last=True)
     fold_class: ClassVar[str] = "merge"
     reads: ClassVar[tuple[str, ...]] = ()
+    by_pieces: ClassVar[bool] = False
+    """Whether most weights are folded block by block (:meth:`rows`), so that stored ones need not be in memory."""
 
     # -------------------------------------------------------------- mathematics of the method
 

@@ -34,6 +34,7 @@ class LowRankMethod(DeltaMethod):
     """
 
     exchange: ClassVar[Mapping[str, Any] | None] = None
+    by_pieces: ClassVar[bool] = True
 
     rank: int = param(8, "columns of the thin factors", min=1, per_layer=True)
     alpha: float = param(16.0, "numerator of the scale", min=0, per_layer=True)
