@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import surgery
+from tests.caching import capture_cache
 from tests.zoo import ZOO
 
 
-def test_width_goes_with_the_prompt(tmp_path: Path) -> None:
+def test_width_goes_with_the_prompt(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 looks positions up, also those of the prompt: embeddings that end in the pass."""
+    monkeypatch.setenv("SURGERY_CACHE", str(capture_cache(tmp_path_factory)))
     ZOO["gpt2"].make_model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
     cut = "prune width(ratio = 25%)\n"
     result = surgery.compile(f"surg 1\ninsert prompt(length = 3, std = 1) on embed.tokens\n{cut}fold all on **\n", str(tmp_path / "base"))
