@@ -111,6 +111,53 @@ def _respell(node: fx.Node) -> None:
         node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
     elif node.target in _BITWISE:
         node.target = _BITWISE[node.target]
+    elif (pure := _without_writing(node.target)) is not None:
+        node.target = pure
+
+
+def _without_writing(target: Any) -> Any:
+    """The operation that gives what another one writes into its first argument, ``div`` for ``div_``; None for one that writes nothing or
+    of which torch has no such form."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    space, _, name = target._schema.name.partition("::")
+    written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
+    if not name.endswith("_") or name.endswith("__") or not written[0] or any(written[1:]):
+        return None
+    pure = getattr(getattr(getattr(torch.ops, space), name[:-1], None), target._overloadname, None)
+    same = pure is not None and [(a.name, str(a.type)) for a in pure._schema.arguments] == [
+        (a.name, str(a.type)) for a in target._schema.arguments
+    ]
+    return pure if same else None
+
+
+def _unseen(node: fx.Node) -> bool:
+    """Whether nobody can tell that a call writes into its first argument: that is new memory, which is not read again but as what the call
+    gives, of which no view was taken, and whose type is that of all that is written."""
+    into = node.args[0] if node.args else None
+    if _without_writing(node.target) is None or not isinstance(into, fx.Node) or not _fresh(into):
+        return False
+    for user in into.users:
+        if user is not node and (node < user or not _reads(user)):
+            return False
+    dtype = into.meta["val"].dtype
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    numbers = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (float, complex))]
+    return all(v.dtype == dtype for v in values if isinstance(v, Tensor)) and (dtype.is_floating_point or not numbers)
+
+
+def _fresh(node: fx.Node) -> bool:
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return _unseen(node) or _reads(node)
+
+
+def _reads(node: fx.Node) -> bool:
+    """Whether an operation gives new memory and leaves its arguments as they are, as far as torch says of its operations."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or torch.Tag.maybe_aliasing_or_mutating in target.tags:
+        return False
+    return all(r.alias_info is None for r in target._schema.returns)
 
 
 def _size(node: fx.Node) -> Any:
@@ -136,7 +183,7 @@ def _known(flat: fx.GraphModule) -> bool:
         elif node.op == "get_attr" and not isinstance(node.meta["val"], FakeTensor):
             return False
         elif isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
+            if node.target._schema.is_mutable and not _unseen(node):
                 return False
         elif node.op == "call_function" and getattr(operator, getattr(node.target, "__name__", ""), None) is not node.target:
             return False
