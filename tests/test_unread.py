@@ -99,3 +99,15 @@ def test_samples_without_a_token_are_refused(tmp_path: Path, monkeypatch: pytest
         save_file({n: t.contiguous() for n, t in tensors.items()}, "rows.safetensors")
         ran = surgery("plan", "a.surg", model("bert"))
         assert ran.codes == ["S0741"] and text in ran.err
+
+
+def test_a_part_that_was_bypassed_is_told_of_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its layer has another number by then; a dropped layer's place is the next one's."""
+    monkeypatch.chdir(tmp_path)
+    write("scores.json", json.dumps({f"layers[{i}]": i for i in range(3)}))
+    drop = 'prune layers(count = 1, score = file, scores = "scores.json") on layers\n'
+    write("a.surg", f"surg 1\n\nskip bypass on layers[2].attn\n{drop}adapt lora(rank = 2) on layers[*].attn.q\n")
+    ran = surgery("plan", "a.surg", model("bert"))
+    assert ran.codes == ["S0402"] and "layers[1].attn was bypassed here\n --> a.surg:3:1" in ran.err, ran.err
+    write("a.surg", f"surg 1\n\nskip bypass on layers[0].attn\n{drop}adapt lora(rank = 2) on layers[*].attn.q\n")
+    assert surgery("plan", "a.surg", model("bert")).code == 0

@@ -16,7 +16,7 @@ from surgery.core.method import Method
 from surgery.core.near import quoted
 from surgery.core.plan import group_roles, plural
 from surgery.core.site import Site
-from surgery.model.program import Program
+from surgery.model.program import Gone, Program
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.drop_choice import amount, choose
 from surgery.passes.kinds.drop_extract import Extraction, is_layer
@@ -65,6 +65,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     _stacks_stay(program, op, chosen)
     chosen = [s for s in chosen if not any(s is not t and within(s.role, t.role) for t in chosen)]
     before = program.copy() if op.study is not None else None
+    _remember(program, op, chosen)
     took = Extraction(program, op.origin.span)
     took.run([s for s in chosen if is_layer(s)], [s for s in chosen if not is_layer(s)])
     program.journal.record(_where(chosen), op.origin)
@@ -72,6 +73,13 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         bypassed = Bypassed(before, took.layers, took.branches)
         op.claim(bypass_claim(bypassed, program.copy(), took.inputs, took.outputs, op.origin.span))
     return _changes(chosen, took.removed, note)
+
+
+def _remember(program: Program, op: Resolved, chosen: Sequence[Site]) -> None:
+    """A later line that names a part of a layer which goes is told so. The place of a whole layer is taken by the next one."""
+    layers, parts = [c for c in chosen if is_layer(c)], [c for c in chosen if not is_layer(c)]
+    lost = {s.role: Gone(s, op.origin, "bypassed") for s in program.anatomy.sites if any(within(s.role, p.role) for p in parts)}
+    program.gone = {role: g for role, g in (program.gone | lost).items() if not any(within(role, c.role) for c in layers)}
 
 
 def _no_virtual_tokens(program: Program, op: Resolved) -> None:

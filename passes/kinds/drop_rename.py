@@ -36,6 +36,7 @@ def rename(program: Program, moves: Mapping[str, str], roles: Mapping[str, str])
         _graph_targets(program, moves)
         _tensors(program, moves)
     program.attachments[:] = [_attachment(a, moves, roles) for a in program.attachments]
+    program.gone = {role_of(role, roles): replace(g, site=site_at(g.site, moves, roles)) for role, g in program.gone.items()}
 
 
 def renamed(name: str, moves: Mapping[str, str]) -> str:
