@@ -108,8 +108,8 @@ CASES = {
             ("prune heads(ratio = 25%) on attentions.layers[*].attn", "prune ffn(ratio = 25%) on ffns.layers[*].ffn", "prune width(ratio = 25%)"),
         ),
         Case(
-            Entry("longformer", "LongformerModel", LONGFORMER, text), "layers[*].ffn.up",
-            ("prune ffn(ratio = 25%) on layers[*].ffn", "prune width(ratio = 25%)"), 1e-6,
+            Entry("longformer", "LongformerModel", LONGFORMER, text), "layers[*].attn.{q, v}",
+            ("prune heads(ratio = 50%) on layers[*].attn", "prune width(ratio = 25%)"), 1e-6,
         ),
         Case(
             Entry("rwkv", "RwkvForCausalLM", dict(LM, hidden_size=16, num_hidden_layers=2, intermediate_size=24), rows), "layers[*].mixer.in[0]",

@@ -102,7 +102,7 @@ class Attentions(Streams):
             context = next((u for u in users if ops.name_of(u) in ops.MATMUL and u not in self.view.by_node), None)
             if context is not None:
                 break
-            step = next((u for u in users if ops.name_of(u) in ops.SHAPE or ops.name_of(u) in ("slice", "masked_fill")), None)
+            step = next((u for u in users if ops.name_of(u) in ops.SHAPE or ops.name_of(u) in ("slice", "masked_fill", "pad")), None)
             if step is None:
                 return None
             node = step
@@ -145,9 +145,12 @@ class Attentions(Streams):
             moves = moves or (name == "cat" and sum(not self.view.constant[n] for n in self.view.inputs(node)) == 1)
             return not moves or self.view.constant[node] or node.op != "call_function"
 
-        for node in self.view.backward(softmax, stop):
-            if ops.name_of(node) in ops.MATMUL and node not in self.view.by_node:
-                found.append(node)
+        starts = [softmax]
+        for start in starts:  # scores may be put together in memory of their own
+            for node in self.view.backward(start, stop):
+                if ops.name_of(node) in ops.MATMUL and node not in self.view.by_node and node not in found:
+                    found.append(node)
+                starts += [n for n in self.sources.written(node) if n not in starts]
         with_sources = [n for n in found if all(self.sources.reach(t) for t in self.view.inputs(n)[-2:])]
         return sorted(with_sources, key=self.view.position.__getitem__)
 

@@ -24,10 +24,10 @@ Reach = dict[Projection, dict[tuple[Cut, ...], None]]
 """The projections behind a value, each with the different chains of cuts between them, outermost last."""
 
 
-_MOVED = frozenset(("roll", "pad", "constant_pad_nd", "repeat"))
+_MOVED = frozenset(("roll", "pad", "constant_pad_nd", "repeat", "unfold", "movedim"))
 """Operations of one input that leave its features as they are and change how many of them there are along other axes."""
-_FRESH = frozenset(("new_empty", "empty", "empty_like", "empty_strided"))
-"""Operations that give memory without values."""
+_FRESH = frozenset(("new_empty", "empty", "empty_like", "empty_strided", "new_zeros", "zeros", "zeros_like"))
+"""Operations that give memory without values of the model."""
 
 
 @dataclass(eq=False)
@@ -128,15 +128,19 @@ class Sources:
         if name in ("cat", "stack", "concat", "copy", "slice_scatter"):
             return self.view.inputs(node)
         if name in _FRESH:
-            return self._written(node)
+            return self.written(node)
         if ops.is_pointwise(node):
             return self.view.activations(node)
         return []
 
-    def _written(self, fresh: fx.Node) -> list[fx.Node]:
-        """What is copied into the parts of memory that was asked for without values, as some models put heads together (DeepSeek's keys);
-        nothing where one of these values is made of the memory itself."""
+    def written(self, fresh: fx.Node) -> list[fx.Node]:
+        """What is copied into the parts of memory that was asked for without values, as some models put heads together (DeepSeek's keys) or the
+        scores of windows (Longformer's); nothing where one of these values is made of the memory itself, or where the node is no such memory."""
+        if ops.name_of(fresh) not in _FRESH:
+            return []
         parts = [u for u in self.view.users(fresh) if ops.name_of(u) in ops.PARTS]
+        for part in parts:
+            parts += [u for u in self.view.users(part) if ops.name_of(u) in ops.PARTS]
         copies = [c for p in parts for c in self.view.users(p) if ops.name_of(c) == "copy" and c.args[0] is p]
         values = [c.args[1] for c in copies if isinstance(c.args[1], fx.Node)]
         for value in values:
