@@ -15,11 +15,9 @@ LIKE_MIXTRAL = {"llama": "Llama", "mistral": "Mistral"}
 def as_mixtral(program: Program, config: Any) -> tuple[Any, str, dict[str, str]] | None:
     """``(config, architecture, name in the checkpoint of each renamed tensor)`` where every layer has experts in Mixtral's form: gated,
     gate rows before up rows in one tensor, a router without bias; None otherwise."""
-    import transformers
-
     word = LIKE_MIXTRAL.get(program.info.family)
     target = program.info.architecture.replace(word, "Mixtral") if word else ""
-    if not word or not hasattr(transformers, target) or len(program.anatomy.stacks) != 1:
+    if not word or len(program.anatomy.stacks) != 1:
         return None
     stack = program.anatomy.stacks[0]
     sites = {s.role: s for s in program.anatomy.sites}
@@ -37,7 +35,9 @@ def as_mixtral(program: Program, config: Any) -> tuple[Any, str, dict[str, str]]
         counts.add((block.facts.get("experts"), block.facts.get("top_k")))
         at = f"{stack.path}.{i}.mlp"
         names |= {router.weight: f"{at}.gate.weight", up.weight: f"{at}.experts.gate_up_proj", down.weight: f"{at}.experts.down_proj"}
-    if len(counts) != 1:
+    import transformers
+
+    if len(counts) != 1 or not hasattr(transformers, target):  # asking for a class imports the family: last
         return None
     return _config(config, sites, stack.name, *counts.pop()), target, names
 
