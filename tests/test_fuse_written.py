@@ -242,3 +242,39 @@ def test_models_whose_sizes_have_limits_are_inlined() -> None:
             inputs = sample_inputs(program, batch=2, length=length, seed=9, padding=True, past=past)
             for want, got in zip(run(rooted(program), inputs), run(flat, inputs), strict=True):
                 assert difference(want, got, None) < 1e-6
+
+
+def test_neighbours_that_are_turned_are_found_in_either_spelling() -> None:
+    """RoFormer gives the turned features the shape of another value, and its attention is one operation behind rotary embedding."""
+    from transformers import RoFormerConfig, RoFormerModel
+
+    config = RoFormerConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_position_embeddings=40
+    )
+    program = program_for(live(RoFormerModel, config, scale=4.0))
+    result = fuse(program, rooted(program), Target(), (*RULES, "rotary"))
+    assert {e.rule: e.fired for e in result.report if e.rule in ("rotary", "attention")} == {"rotary": 2, "attention": 1}
+    inputs = sample_inputs(program, batch=2, length=17, seed=9, padding=True)
+    for want, got in zip(run(rooted(program), inputs), run(result.graph, inputs), strict=True):
+        assert difference(want, got, None) < 1e-5
+
+
+def test_scores_that_a_table_erases_are_hidden_without_it() -> None:
+    """The first GPT multiplies with zeros for later keys and adds a low number there. A table of other numbers, or a number that hides nothing, stays."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTModel
+
+    program = program_for(live(OpenAIGPTModel, OpenAIGPTConfig(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=48), scale=4.0))
+    result = fuse(program, rooted(program), Target(), RULES)
+    assert {e.rule: e.fired for e in result.report if e.rule in ("written_attention", "attention")} == {
+        "written_attention": 1,
+        "attention": 1,
+    }
+    for batch, length in ((2, 17), (1, 48)):
+        inputs = sample_inputs(program, batch=batch, length=length, seed=9, padding=batch > 1)
+        for want, got in zip(run(rooted(program), inputs), run(result.graph, inputs), strict=True):
+            assert difference(want, got, None) < 1e-5
+    other = rooted(program)
+    (table,) = (b for b in other.buffers() if b.ndim == 4)
+    table[..., 3, 1] = 0.5
+    report = {e.rule: e for e in fuse(program, other, Target(), RULES).report}["written_attention"]
+    assert not report.fired and [m.condition for m in report.misses] == ["scores are multiplied by a number for each key"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.backends.fuse.heads import COPIES, SHAPES, behind_copies
+from surgery.backends.fuse.heads import COPIES, SHAPES, behind_copies, called
 from surgery.backends.fuse.masks import HIDES
 from surgery.backends.fuse.nodes import CASTS, is_call, number, same, with_number
 from surgery.backends.fuse.view import FuseView, aten
@@ -101,7 +101,8 @@ def read(view: FuseView, node: Any) -> Scores:
             node = bounded
         elif is_call(node, aten.mul.Tensor):
             own, other = _sides(view, node)
-            _multiply(view, factors, other, node)
+            if not _erased(view, other, added):
+                _multiply(view, factors, other, node)
             node = own
         elif is_call(node, aten.tanh.default) and not cap and scale > 0:
             cap, scale = scale, 1.0
@@ -216,6 +217,27 @@ def _bounded(view: FuseView, node: fx.Node) -> fx.Node | None:
         if low is not None and low <= FLOOR and (high is None or float(high) >= -FLOOR):  # type: ignore[arg-type]
             return node.args[0]  # type: ignore[return-value]
     return None
+
+
+def _erased(view: FuseView, node: Any, added: list[Added]) -> bool:
+    """Whether a factor of the scores is a stored table of zeros and ones, and where it is zero a number that hides is added behind it, as in the first
+    GPT: ``scores * b + c * (1 - b)``. What the zeros erase is then hidden without them."""
+    table = node
+    while called(table, aten.slice.Tensor, *COPIES, *SHAPES):
+        table = table.args[0]
+    values = view.tensor(table) if isinstance(table, fx.Node) else None
+    if values is None or not bool(((values == 0) | (values == 1)).all()):
+        return False
+    return any(part.hides is None and _complement(view, part, node) for part in added)
+
+
+def _complement(view: FuseView, part: Added, node: fx.Node) -> bool:
+    """Whether what is added is ``c * (1 - node)`` with a ``c`` that hides."""
+    by = scaling(view, part.node)
+    if by is None or by[1] * part.factor > HIDES or not is_call(by[0], aten.rsub.Scalar, aten.rsub.Tensor, aten.sub.Tensor):
+        return False
+    left, right = by[0].args[:2][:: 1 if is_call(by[0], aten.sub.Tensor) else -1]
+    return right is node and number(view, left) == 1 and len(by[0].args) == 2 and by[0].kwargs.get("alpha", 1) == 1
 
 
 def _multiply(view: FuseView, factors: list[fx.Node], node: fx.Node, level: fx.Node) -> None:

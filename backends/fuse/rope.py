@@ -79,7 +79,7 @@ def _exchanged(view: FuseView, node: Any) -> tuple[fx.Node, str] | None:
     node = behind_copies(node)
     if called(node, aten.cat.default) and _axis(node, 1, 0) in (3, -1):
         pieces, step, kind = node.args[0], 1, "halves"
-    elif called(node, aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+    elif called(node, aten.view.default, aten.reshape.default, aten.reshape_as.default, aten.flatten.using_ints):
         stack = behind_copies(node.args[0])
         if not called(stack, aten.stack.default) or _axis(stack, 1, 0) not in (4, -1):
             return None
