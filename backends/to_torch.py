@@ -14,6 +14,7 @@ from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
 from surgery.model import artifact, samegraph
 from surgery.model.atomic import AtomicOutput
+from surgery.model.narrow import placing
 from surgery.model.program import Program
 from surgery.model.record import Methods
 from surgery.model.running import Runner, is_small
@@ -32,11 +33,15 @@ class TorchBackend:
     folds = False
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
-        """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right)."""
+        """``params``: ``dtype`` (fp32, bf16, fp16 or none). Raises S0801 to S0805 (storage, target), S0836 (does not load right),
+        S0874 (a weight is beyond fp16)."""
         dtype = streaming.DTYPES.get(str(request.params.get("dtype") or ""), str(request.params.get("dtype") or ""))
         checked: dict[Path, int] | None = None if is_small(program) else {}
         weights, lanes = streaming.weights(program, request.tensors), streaming.lanes(program, request.tensors)
-        with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
+        with (
+            placing(request.span),
+            AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder,
+        ):
             written = artifact.write_artifact(
                 folder, program, weights, dtype=dtype, files=request.files, plan=request.plan, certificates=request.certificates,
                 spec=request.spec.text if request.spec else "", lock=request.lock.to_text() if request.lock else "",

@@ -25,6 +25,7 @@ from surgery.model import pytree
 from surgery.model.artifact import copy_files
 from surgery.model.atomic import AtomicOutput, storage_errors
 from surgery.model.live import live_root
+from surgery.model.narrow import narrowed, placing
 from surgery.model.program import Program
 from surgery.model.running import is_small
 from surgery.model.sample import sample_inputs
@@ -90,12 +91,15 @@ class TransformersBackend:
         return self.check(program, span)
 
     def emit(self, program: Program, request: EmitRequest) -> Emitted:
-        """``params``: ``dtype``. Raises what :meth:`check` does, S0863 (what loads from the checkpoint computes something else), and S0801 to
-        S0805 (storage, target)."""
+        """``params``: ``dtype``. Raises what :meth:`check` does, S0863 (what loads from the checkpoint computes something else), S0874 (a weight is beyond
+        fp16), and S0801 to S0805 (storage, target)."""
         said = self._said(program, request.span)
         derived, architecture = said.derived, said.architecture
         dtype = streaming.DTYPES[str(request.params.get("dtype") or "")]
-        with AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder:
+        with (
+            placing(request.span),
+            AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder,
+        ):
             stored = _write(apart(program, said.stacks), said, dtype, folder, request)
             if is_small(program):
                 found = [] if dtype else _certify(program, architecture, folder, request)
@@ -294,7 +298,7 @@ def _write(program: Program, said: Sayable, dtype: str, folder: Path, request: E
     values = streaming.weights(program, request.tensors)
 
     def make(source: str, wanted: str) -> Callable[[], torch.Tensor]:
-        return lambda: values[source].to(getattr(torch, wanted))
+        return lambda: narrowed(values[source], getattr(torch, wanted), source)
 
     total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
     lanes = streaming.lanes(program, request.tensors, dict(stored))

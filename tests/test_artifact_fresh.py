@@ -84,3 +84,22 @@ def test_what_loads_may_differ_by_the_rounding_of_large_values_and_no_more(tmp_p
     with pytest.raises(SurgeryError) as caught:
         surgery.compile('surg 1\n\nemit torch to "wrong"\n', "large", out=tmp_path)
     assert caught.value.diagnostics[0].code == "S0836" and not (tmp_path / "wrong").exists()
+
+
+def test_a_weight_beyond_half_precision_is_not_written_as_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from tests.driver_support import surgery as run
+
+    monkeypatch.chdir(tmp_path)
+    file = Path(checkpoint("bert")) / "model.safetensors"
+    name = "encoder.layer.1.output.dense.weight"
+    tensors = load_file(file)
+    tensors[name][3, 4] = 7e4
+    save_file(tensors, file, metadata={"format": "pt"})
+    for backend in ("torch", "transformers"):
+        for dtype, codes in (("fp16", ["S0874"]), ("bf16", [])):
+            write("a.surg", f'surg 1\n\nemit {backend}(dtype = {dtype}) to "out-{backend}-{dtype}"\n')
+            ran = run("compile", "a.surg", "bert")
+            assert ran.codes == codes and Path(f"out-{backend}-{dtype}").exists() == (not codes)
+            assert not codes or (f"`{name}` overflows in fp16: it holds 70000" in ran.err and "a.surg:3:1" in ran.err)

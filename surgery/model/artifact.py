@@ -44,6 +44,7 @@ from surgery.model.artifact_open import (
     open_artifact,
     tidy,
 )
+from surgery.model.narrow import narrowed
 from surgery.model.program import Program
 from surgery.model.record import Methods, constant_names, program_of, record_of, signature_of
 from surgery.model.runtime import MODEL_DTYPE, build_module
@@ -121,7 +122,7 @@ def _maker(tensors: Mapping[str, Any], name: str, dtype: torch.dtype) -> Any:
     def make() -> torch.Tensor:
         value = tensors[name]
         value = value if isinstance(value, torch.Tensor) else value()
-        return value.detach().to(dtype=dtype, device="cpu").contiguous()
+        return narrowed(value.detach().to("cpu"), dtype, name).contiguous()
 
     return make
 
