@@ -170,11 +170,8 @@ class _Inliner(Flattener):
         return made
 
     def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
-        plain = type(module).__module__.startswith("torch.nn.modules.") or type(module) in (
-            leaves.Attention,
-            leaves.DropPath,
-            leaves.Jitter,
-        )
+        plain = type(module).__module__.startswith("torch.nn.modules.") or hasattr(type(module), "expand_flat")
+        plain = plain or type(module) in (leaves.Attention, leaves.DropPath, leaves.Jitter)
         if not plain or kwargs.keys() - {"mask"} or getattr(module, "max_norm", None) is not None:
             raise NotInlined(f"{full} is a {type(module).__name__}")
         value = super()._leaf(module, full, args, kwargs, spec)

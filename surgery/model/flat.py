@@ -72,8 +72,8 @@ def _unique(namespace: Any, name: str) -> str:
 class Flattener:
     """The state of one :func:`flatten` run, and what expansions build nodes with.
 
-    A module of surgery's own may offer ``expand_flat(flattener, args, kwargs, spec) -> value`` that builds its aten
-    operations with :meth:`call` and :meth:`attribute`; without it the call stays an opaque ``call_module``.
+    A module of surgery's own may offer ``expand_flat(flattener, args, kwargs, spec) -> value`` that builds what it computes in evaluation of
+    aten operations with :meth:`call` and :meth:`attribute`; without it the call stays an opaque ``call_module``.
     """
 
     def __init__(self, root: fx.GraphModule, aliases: Mapping[str, str], bare: bool = False) -> None:

@@ -183,7 +183,7 @@ class RouterTap(nn.Module):
         return torch.stack(noted).sum() if noted else None
 
     def expand_flat(self, flat: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
-        """For the analyses: nothing."""
+        """In evaluation it does nothing."""
         return args[0]
 
     def follow(self, around: Any) -> Any:
