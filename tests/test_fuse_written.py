@@ -120,8 +120,22 @@ def after(m: Layer, x: Tensor, weights: Tensor) -> Tensor:
 
 
 FOUND = (plain, batched, summed, sloped, turned, steep)
+
+
+def sinking(m: Layer, x: Tensor, mask: Tensor) -> Tensor:
+    """One more score a head that no key has, as in gpt-oss."""
+    sink = m.slopes[None].expand(x.shape[0], -1, x.shape[1], 1)
+    return after(m, x, torch.cat([scores_of(m, x), sink], -1).softmax(-1)[..., :-1])
+
+
+def blocked(m: Layer, x: Tensor, mask: Tensor) -> Tensor:
+    """Blocks of steps on an axis of their own, as in LongT5; here one."""
+    q, k, v = (apart(t)[:, None] for t in (m.q(x), m.k(x), m.v(x)))
+    return joined(((q @ k.transpose(-1, -2)).softmax(-1) @ v)[:, 0])
+
+
 LEFT: tuple[tuple[str, Any], ...] = (
-    ("the scores are capped, which the runtime's attention does more slowly than single operations do",
+    ("the scores are capped, which the runtime's attention does faster for single steps and more slowly for prompts, and one graph serves both",
      lambda m, x, mask: after(m, x, (5 * torch.tanh(scores_of(m, x) / 5)).softmax(-1))),
     ("something is added to scores before they are capped",
      lambda m, x, mask: after(m, x, (5 * torch.tanh((scores_of(m, x) + m.far(x)) / 5)).softmax(-1))),
@@ -134,6 +148,8 @@ LEFT: tuple[tuple[str, Any], ...] = (
      lambda m, x, mask: after(m, x, scores_of(m, x).masked_fill((mask == 0)[:, None, None, :], -5.0).softmax(-1))),
     ("keys and values differ in width", lambda m, x, mask: joined(scores_of(m, x).softmax(-1) @ apart(torch.cat([m.v(x), x], -1), 2 * WIDTH))),
     ("an operand has no axis of heads", lambda m, x, mask: (m.q(x) @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x)),
+    ("the softmax weighs more than keys, as with sinks, which the runtime's attention has no place for", sinking),
+    ("the scores have an axis of blocks, which the runtime's attention has no place for", blocked),
     ("something else reads scores or weights", lambda m, x, mask: after(m, x, (w := scores_of(m, x).softmax(-1))) + w.amax((1, 3))[..., None]),
 )  # fmt: skip
 

@@ -74,6 +74,8 @@ def _take_apart(view: FuseView, node: fx.Node) -> Written | None:
     out, at, path = ahead
     if int(node.args[1]) % view.rank(node) != view.rank(node) - 1:  # type: ignore[arg-type]
         raise Unread("the softmax is not over the keys", f"axis {node.args[1]}")
+    if view.rank(node) > 4:
+        raise Unread("the scores have an axis of blocks, which the runtime's attention has no place for", f"{view.rank(node)} axes")
     scores = read(view, node.args[0])
     for inner in (*scores.chain, node, *path):
         if len(_readers(inner)) != 1:
@@ -115,6 +117,10 @@ def _ahead(view: FuseView, node: fx.Node) -> tuple[fx.Node, int, tuple[fx.Node, 
         if not through:
             behind = [r for r in readers if any(is_call(u, *PRODUCTS) for u in r.users) and r.op == "call_function"]
             if behind and view.rank(behind[0]) == view.rank(here) > 2 and same(view, view.shape(behind[0])[-2], view.shape(here)[-2]):
+                if is_call(behind[0], aten.slice.Tensor):
+                    raise Unread(
+                        "the softmax weighs more than keys, as with sinks, which the runtime's attention has no place for", behind[0].name
+                    )
                 raise Unread("between the softmax and the product with the values stands another operation", str(behind[0].target))
             return None
         if not same(view, view.shape(through[0])[-2:], view.shape(here)[-2:]):
@@ -146,7 +152,8 @@ def _fits(view: FuseView, found: Written) -> None:
         raise Unread("the operands are not all float32 or float16", ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)))
     if found.scores.cap:
         raise Unread(
-            "the scores are capped, which the runtime's attention does more slowly than single operations do", f"at {found.scores.cap:g}"
+            "the scores are capped, which the runtime's attention does faster for single steps and more slowly for prompts, and one graph serves both",
+            f"at {found.scores.cap:g}",
         )
     if found.scores.added and isinstance(q[2], int) and q[2] <= WINDOW:
         raise Unread("something is added to the scores of short windows, where single operations are as fast", f"{q[2]} queries")
