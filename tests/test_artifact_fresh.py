@@ -103,3 +103,22 @@ def test_a_weight_beyond_half_precision_is_not_written_as_infinity(tmp_path: Pat
             ran = run("compile", "a.surg", "bert")
             assert ran.codes == codes and Path(f"out-{backend}-{dtype}").exists() == (not codes)
             assert not codes or (f"`{name}` overflows in fp16: it holds 70000" in ran.err and "a.surg:3:1" in ran.err)
+
+
+def test_a_weight_file_that_was_damaged_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and headers fit; the hash, which the lock needs anyway, does not."""
+    from tests.driver_support import surgery as run
+
+    monkeypatch.chdir(tmp_path)
+    surgery.compile('surg 1\n\nadapt lora(rank = 2) on layers[0].attn.q\nemit torch to "out"\n', checkpoint("bert"), out=tmp_path)
+    file = Path("out/model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    write("a.surg", 'surg 1\n\nfold all\nemit torch to "next"\n')
+    assert run("compile", "a.surg", "out").code == 0
+    file.write_bytes(data)
+    ran = run("compile", "a.surg", "out", "--force")
+    assert ran.codes == ["S0822"] and "model.safetensors in out is not the file that surgery wrote" in ran.err
+    file.unlink()
+    file.write_bytes(bytes(data[: len(data) // 2]) + bytes([data[len(data) // 2] ^ 0x40]) + bytes(data[len(data) // 2 + 1 :]))
+    assert run("compile", "a.surg", "out", "--force").code == 0

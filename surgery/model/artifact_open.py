@@ -101,6 +101,18 @@ def open_artifact(folder: str | Path, *, verify: str = "fast") -> Artifact:
     return Artifact(folder, manifest, graph, tensors)
 
 
+def compare_hashes(folder: Path, hashes: Mapping[Path, str]) -> None:
+    """Files of an artifact that were hashed for another purpose are what the manifest says. Raises S0822, and what :func:`open_artifact` does."""
+    said = _read_manifest(folder)["files"]
+    for path, digest in hashes.items():
+        entry = said.get(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else None
+        if entry is not None and entry["sha256"] != digest:
+            raise fail(
+                "S0822", f"{path.relative_to(folder)} in {folder} is not the file that surgery wrote",
+                help="emit the artifact again; to keep a trained model use surgery.save",
+            )  # fmt: skip
+
+
 @contextmanager
 def tidy(folder: Path) -> Iterator[None]:
     try:

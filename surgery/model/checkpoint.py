@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.source import Span
+from surgery.model.artifact_open import compare_hashes
 from surgery.model.checkpoint_config import architecture_of, check_family, read_config
 from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import Ref, load_factory, resolve
@@ -83,9 +84,12 @@ class Checkpoint:
         return bind(self, parameters, aliases, **more)
 
     def content_hash(self) -> str:
-        """sha256 over config and every byte of the weight files; reads them all, unless that is done (:meth:`read_ahead`). Raises S0721."""
+        """sha256 over config and every byte of the weight files; reads them all, unless that is done (:meth:`read_ahead`). Raises S0721, and
+        S0822 where an artifact's file is not the one that surgery wrote."""
         digest = hashlib.sha256(self.hash.encode())
         hashes = (self.hashing or Hashing(self.files)).result()
+        if self.kind == "artifact" and self.path is not None:
+            compare_hashes(self.path, hashes)
         for path in self.files:
             digest.update(bytes.fromhex(hashes[path]))
         return digest.hexdigest()
