@@ -111,3 +111,14 @@ def test_a_part_that_was_bypassed_is_told_of_by_its_line(tmp_path: Path, monkeyp
     assert ran.codes == ["S0402"] and "layers[1].attn was bypassed here\n --> a.surg:3:1" in ran.err, ran.err
     write("a.surg", f"surg 1\n\nskip bypass on layers[0].attn\n{drop}adapt lora(rank = 2) on layers[*].attn.q\n")
     assert surgery("plan", "a.surg", model("bert")).code == 0
+
+
+def test_factors_of_an_adapter_are_no_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.adapters import bert, low
+    from tests.adapters import write as write_adapter
+
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "whole", {n: t.round().int() for n, t in low(bert("query"), 4).items()})
+    write("a.surg", 'surg 1\n\nadapter whole = load("whole")\nmerge linear of whole * 1 as x\n')
+    ran = surgery("plan", "a.surg", model("bert"))
+    assert ran.codes == ["S0783"] and "is int32, where a trained factor is expected" in ran.err

@@ -26,7 +26,7 @@ from surgery.model.checkpoint_headers import TensorHeader, read_header
 from surgery.model.checkpoint_refs import hub_cache
 from surgery.model.checkpoint_shards import refuse_pickle
 from surgery.model.contenthash import Hashing
-from surgery.model.weights import Expr, Load, loads
+from surgery.model.weights import Expr, Load, is_float, loads
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -248,6 +248,8 @@ class _Reader:
             return
         if key.role in (LOW if self.kind is None else self.kind.roles.values()):
             mine = self.found.setdefault(key.path, {})
+            if self.kind is None and not is_float(header.dtype):
+                raise self.fault(f"`{key.role}` of `{key.path}` of {self.name} is {header.dtype}, where a trained factor is expected")
             if key.role in mine:
                 raise self.fault(f"{self.name} has two tensors for `{key.role}` of `{key.path}`", "save one adapter a folder")
             mine[key.role] = header
