@@ -26,6 +26,8 @@ from surgery.opening import capture
 from surgery.passes import registry
 from tests.captured_programs import zoo_program
 from tests.test_prune_slice import Cutting
+from tests.workbench import operation, perturb
+from tests.workbench import run as apply
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -348,6 +350,20 @@ def test_inlining_gives_the_operations_that_tracing_gives(family: str) -> None:
     assert len(gate.samples) == (4 if family == "gpt2" else 2) and gate.error(quick) == (0.0, "")
     for node in quick.graph.nodes:
         assert node.op == "output" or node.meta["val"] is not None, node
+
+
+def test_what_was_attached_is_inlined_as_tracing_takes_it_apart() -> None:
+    """Keys and values of one size, which are told apart, a mask that grows, and a branch behind a block."""
+    program = zoo_program("gpt2")[0].copy()
+    apply(program, operation(program, "insert", "prefix", ["layers[0].attn"], "on", length=3))
+    apply(program, operation(program, "insert", "bottleneck", ["layers[1].ffn"], "after", width=4))
+    perturb(program)
+    root = rooted(program)
+    quick, traced = inlined(program, root), flatten._traced(program, root)
+    gate = Gate(program, traced, torch.float32)
+    assert gate.error(quick) == (0.0, "")
+    named = {str(n.target) for n in quick.graph.find_nodes(op="get_attr")}
+    assert {t for a in program.attachments for t in a.tensors} <= named
 
 
 def test_what_cannot_be_inlined_is_traced() -> None:

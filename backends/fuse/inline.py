@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
 from torch.utils._sympy.functions import Max
@@ -45,7 +46,7 @@ class NotInlined(Exception):
 def inlined(program: Program, root: fx.GraphModule) -> fx.GraphModule:
     """The flat module of a root with real tensors, with the properties that :func:`~surgery.backends.fuse.flatten.flatten_live` promises.
 
-    Raises :class:`NotInlined` for leaf modules that are no single operation, sizes that depend on values, and graphs that only
+    Modules that were attached are traced by themselves. Raises :class:`NotInlined` for one that cannot be, sizes that depend on values, and graphs that only
     run at some sizes.
     """
     made = _Inliner(program, root)
@@ -172,14 +173,47 @@ class _Inliner(Flattener):
     def _leaf(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Any) -> Any:
         plain = type(module).__module__.startswith("torch.nn.modules.") or hasattr(type(module), "expand_flat")
         plain = plain or type(module) in (leaves.Attention, leaves.DropPath, leaves.Jitter)
-        if not plain or kwargs.keys() - {"mask"} or getattr(module, "max_norm", None) is not None:
+        if not plain:
+            return self._taken_apart(module, full, args, kwargs)
+        if kwargs.keys() - {"mask"} or getattr(module, "max_norm", None) is not None:
             raise NotInlined(f"{full} is a {type(module).__name__}")
         value = super()._leaf(module, full, args, kwargs, spec)
         if isinstance(value, fx.Node) and value.op == "call_module":
             raise NotInlined(f"{full} is a {type(module).__name__}")
         return value
 
+    def _taken_apart(self, module: nn.Module, full: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module that was attached computes, traced by itself on values of these sizes."""
+        own = {n: self.attribute(n, t) for n, t in (*module.named_parameters(), *module.named_buffers())}
+        given: list[Any] = [*own.values(), *(a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node))]
+
+        def run(*values: Any) -> Any:
+            left = iter(values[len(own) :])
+            at, by = map_aggregate((args, kwargs), lambda a: next(left) if isinstance(a, fx.Node) else a)  # type: ignore[misc]
+            return torch.func.functional_call(module, dict(zip(own, values, strict=False)), at, by)
+
+        if any(isinstance(a, (tuple, list, dict, slice)) for a in (*args, *kwargs.values())):
+            raise NotInlined(f"{full} is a {type(module).__name__} of nested arguments")
+        with self.mode, torch.no_grad():
+            apart = [
+                n.meta["val"].detach() if isinstance(n.meta["val"], Tensor) else n.meta["val"] for n in given
+            ]  # equal ones are one object
+            steps = make_fx(run, pre_dispatch=True, tracing_mode="real")(*apart).graph
+        self._counted(full)
+        values: dict[fx.Node, Any] = dict(zip(steps.find_nodes(op="placeholder"), given, strict=True))
+        for node in steps.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], values.__getitem__)
+            if node.op != "placeholder":
+                values[node] = self._copy(node, values)
+        raise AssertionError("a graph has an output")
+
     # ---------------------------------------------------------------- values
+
+    def _counted(self, where: str) -> None:
+        """Sizes that depend on values have no symbol among those of the inputs."""
+        if self.env.pending_fresh_unbacked_symbols or self.env.unbacked_symint_counter > 0:
+            raise NotInlined(f"{where}: a size depends on values")
 
     def _value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, named = map_aggregate((args, kwargs), lambda n: n.meta["val"] if isinstance(n, fx.Node) else n)  # type: ignore[misc]
@@ -191,8 +225,7 @@ class _Inliner(Flattener):
                 except RuntimeError:  # some operations know open sizes only in the form that the tracer would take
                     with enable_python_dispatcher():
                         self.known[key] = target(*given, **named)
-            if self.env.pending_fresh_unbacked_symbols or self.env.unbacked_symint_counter > 0:
-                raise NotInlined(f"{self.path}: a size depends on values")
+            self._counted(self.path)
         return self.known[key]
 
 
