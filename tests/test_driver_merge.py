@@ -67,6 +67,23 @@ def test_parameters_may_differ_by_layer_and_parts_may_be_named(models: Path, mon
     assert all(torch.equal(got[n], one[n]) for n in changed)
 
 
+def test_a_tied_checkpoint_in_a_model_that_is_not(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its one tensor counts for the embedding and for the head, and the plan says so."""
+    import transformers
+
+    torch.manual_seed(5)
+    tied = transformers.AutoConfig.for_model("llama", **{**ZOO["llama"].config, "tie_word_embeddings": True})
+    transformers.LlamaForCausalLM(tied).save_pretrained(tmp_path / "tied")
+    text = f'checkpoint tied = load("{tmp_path}/tied")\nmerge linear of base, tied\n'
+    got = emitted(models, text, monkeypatch, tmp_path)
+    base, other = tensors(models / "base"), tensors(tmp_path / "tied")
+    assert "lm_head.weight" not in other
+    assert close(got["lm_head.weight"], (base["lm_head.weight"] + other["model.embed_tokens.weight"]) / 2)
+    assert close(got["model.embed_tokens.weight"], (base["model.embed_tokens.weight"] + other["model.embed_tokens.weight"]) / 2)
+    said = [f for step in api.plan(HEAD + text).steps for f in step.facts if "ties" in f]
+    assert said == ["tied ties `lm_head.weight` to `model.embed_tokens.weight`, the model does not: its one tensor is merged into both"]
+
+
 def test_ties_trims_over_the_whole_model(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base, one, two = (tensors(models / n) for n in ("base", "one", "two"))
     got = emitted(models, "merge ties(density = 20%) of one, two\n", monkeypatch, tmp_path)

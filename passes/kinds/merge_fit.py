@@ -60,6 +60,10 @@ def compatible(program: Program, names: Sequence[str], sources: Sequence[Source]
             continue
         _ties(program, names, source, span, sink)
     sink.raise_if_failed()
+    for source in (s for s in sources if not s.own):
+        for name, first in source.aliases.items():
+            if name in names and first in program.weights and name not in program.aliases:
+                op.tell(f"{source.name} ties `{name}` to `{first}`, the model does not: its one tensor is merged into both")
     for name, count in rows.items():
         op.tell(f"{name}: the first {count:,} of {program.weights[name].shape[0]:,} rows are merged, the others stay the model's")
     return rows
