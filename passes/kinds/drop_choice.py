@@ -241,15 +241,6 @@ def _file(op: Resolved, score: str) -> dict[str, float]:
             "S0278", f"{path} has no score for {quoted(group_roles(missing)[:3], 'and')}", span_of(op, "scores"), "read here",
             help="give one number for each selected part under its role, as `surgery select` prints them",
         )  # fmt: skip
-    odd = next((s.role for s in op.sites if not math.isfinite(data[s.role])), None)
-    if odd is not None:
-        raise fail(
-            "S0278",
-            f"{path}: the score of {odd} is not a finite number",
-            span_of(op, "scores"),
-            "read here",
-            help="give a number for each part",
-        )
     unread = group_roles(sorted(set(data) - {s.role for s in op.sites}))
     if unread:
         op.tell(f"{path} also has scores of parts that this statement does not choose from: {quoted(unread[:3], 'and')}")
