@@ -84,7 +84,7 @@ def test_scores_of_parts_that_are_not_cut_are_told_of(tmp_path: Path, monkeypatc
     assert "ffn.json also has scores of parts that this statement does not cut: `layers[1, 7].ffn`" in told
     assert "layers.json also has scores of parts that this statement does not choose from: `layers[3]`" in told
     write("layers.json", '{"layers[0]": 1, "layers[1]": NaN, "layers[2]": 2}')
-    assert surgery("compile", "a.surg", folder).codes == ["S0278"]
+    assert surgery("compile", "a.surg", folder).codes == ["S0479"]
 
 
 def test_samples_without_a_token_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
