@@ -121,10 +121,11 @@ class Bench:
 
 
 def rounds(arms: dict[str, Callable[[], Run]], count: int) -> dict[str, list[Run]]:
-    """The arms in turn, ``count`` times."""
+    """The arms in turn, ``count`` times. What one arm left to be written goes to the disk before the next one begins."""
     found: dict[str, list[Run]] = {name: [] for name in arms}
     for _ in range(count):
         for name, run in arms.items():
+            os.sync()
             found[name].append(run())
     return found
 
