@@ -55,7 +55,9 @@ def test_rows_are_those_of_the_whole(what: str, stored: dict[str, Load]) -> None
         rows = rows_of(expr, realise, registry.function, files)
         assert rows is not None
         found = torch.cat([rows(start, stop).clone() for start, stop in ((0, 16), (16, 32), (32, 48))])
-    assert found.dtype == whole.dtype and torch.equal(found, whole)
+    # a library may add up a product of fewer rows in another order
+    allowed = 0.0 if what in ("stored", "wide") else 1e-6
+    assert found.dtype == whole.dtype and float((found.double() - whole.double()).abs().max()) <= allowed
 
 
 def test_what_has_no_rows_of_its_own_is_computed_whole(stored: dict[str, Load]) -> None:
