@@ -20,7 +20,7 @@ from surgery.core.source import Span
 from surgery.model import pytree
 from surgery.model.live import live_root
 from surgery.model.program import Program, Signature
-from surgery.model.running import is_small
+from surgery.model.running import difference, is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
 from surgery.model.weights import Init
@@ -166,6 +166,6 @@ def _difference(program: Program, model: nn.Module, request: EmitRequest) -> tup
         want, got = both(root, model, signature, inputs, request.span)
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
-                error = float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf")
-                worst, scale = max(worst, error), max(scale, float(x.abs().max()))
+                error, size = difference(x, y)
+                worst, scale = max(worst, error), max(scale, size)
     return worst, scale

@@ -18,7 +18,7 @@ from surgery.backends.protocol import EmitRequest
 from surgery.core.diagnostics import fail
 from surgery.core.plan import plural
 from surgery.core.source import Span
-from surgery.model import pytree
+from surgery.model import pytree, running
 from surgery.model.adapter_tokens import KEY, TASK_FACTORS
 from surgery.model.live import live_root
 from surgery.model.program import Attachment, Program
@@ -292,5 +292,6 @@ def difference(program: Program, tokens: Tokens, model: Any, request: EmitReques
             if real:
                 seen = torch.stack(real).all(0)
                 x, y = x[seen], y[seen]
-            worst, scale = max(worst, float((x.double() - y.double()).abs().max())), max(scale, float(x.abs().max()))
+            error, size = running.difference(x, y)
+            worst, scale = max(worst, error), max(scale, size)
     return worst, scale

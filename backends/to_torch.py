@@ -17,7 +17,7 @@ from surgery.model.atomic import AtomicOutput
 from surgery.model.narrow import placing
 from surgery.model.program import Program
 from surgery.model.record import Methods
-from surgery.model.running import Runner, is_small
+from surgery.model.running import Runner, difference, is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.threads import one_thread
 from surgery.model.weights import loads
@@ -70,8 +70,8 @@ class TorchBackend:
         worst, scale = 0.0, 1.0
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
-                scale = max(scale, float(x.abs().max()))
-                worst = max(worst, float((x.double() - y.double()).abs().max()) if x.shape == y.shape else float("inf"))
+                error, size = difference(x, y)
+                worst, scale = max(worst, error), max(scale, size)
         tolerance = TOLERANCE * scale
         entry = {
             "claim": "loaded = program",

@@ -26,7 +26,7 @@ from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.live import Tensors
 from surgery.model.program import Origin, Program
-from surgery.model.running import Runner, floats, is_small
+from surgery.model.running import Runner, difference, floats, is_small
 from surgery.model.sample import sample_inputs
 from surgery.model.study_run import check_finite
 from surgery.model.threads import one_thread
@@ -327,17 +327,6 @@ def _inputs(spec: Spec, model: str) -> list[tuple[Path, str]]:
             if place.exists():
                 found += [(place, what), *((inner, f"a file of {what}") for inner in (sorted(place.iterdir()) if place.is_dir() else ()))]
     return found
-
-
-def difference(x: torch.Tensor, y: torch.Tensor, *, relative: bool = True) -> tuple[float, float]:
-    """Largest absolute difference, and the factor by which a tolerance grows for tensors of this size (see :meth:`Compilation.compare`)."""
-    error, scale = float("inf"), 1.0
-    if x.shape == y.shape:
-        error = float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
-        scale = max(1.0, float(x.abs().max())) if relative and x.numel() else 1.0
-    if math.isnan(error / scale):
-        error, scale = float("inf"), 1.0
-    return error, scale
 
 
 def _advice(checked: Checked) -> str:

@@ -17,6 +17,7 @@ from surgery.core.source import Source, Span
 from surgery.model import artifact, artifact_open, graphjson
 from surgery.model.program import Attachment, Origin
 from surgery.model.realise import Realiser
+from surgery.model.running import difference
 from surgery.passes import registry
 from tests.programs import TEXT, emitted, ids, live, padded, program_for
 
@@ -317,3 +318,11 @@ def test_a_failed_emission_leaves_what_stood_there(program, home, tmp_path, monk
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before and [p.name for p in tmp_path.iterdir()] == ["a"]
     with pytest.raises(SurgeryError, match="S0803"):
         emitted(program, target)
+
+
+def test_what_is_no_number_differs_from_everything() -> None:
+    """As the checks of what was written see it: the largest of several differences must not pass over it."""
+    one = torch.ones(3)
+    for odd in (torch.tensor([1.0, float("nan"), 1.0]), torch.ones(4)):
+        assert difference(one, odd)[0] == difference(odd, one)[0] == float("inf")
+    assert difference(one, 3 * one) == (2.0, 1.0) and difference(3 * one, one) == (2.0, 3.0)

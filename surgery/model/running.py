@@ -60,3 +60,15 @@ def outputs_of(program: Program) -> Callable[[Tensors, Sequence[Tensor]], list[T
         return floats(made[0](inputs))
 
     return run
+
+
+def difference(x: torch.Tensor, y: torch.Tensor, *, relative: bool = True) -> tuple[float, float]:
+    """Largest absolute difference, and the factor by which a tolerance grows for tensors of this size. The difference is infinite where shapes
+    differ or a value of either is not a number."""
+    error, scale = float("inf"), 1.0
+    if x.shape == y.shape:
+        error = float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
+        scale = max(1.0, float(x.abs().max())) if relative and x.numel() else 1.0
+    if math.isnan(error / scale):
+        error, scale = float("inf"), 1.0
+    return error, scale
