@@ -16,6 +16,7 @@ from surgery.core.spread import expand_per_layer
 from surgery.idle import idle
 from surgery.model.program import Origin, Program
 from surgery.passes import registry
+from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_inputs import Inputs, Source
 from surgery.passes.kinds.stack import Stacking, StackMethod
 from surgery.passes.kinds.stack_order import order_of
@@ -87,6 +88,8 @@ def _inputs(
     varied = any(isinstance(v, ast.ListValue | ast.Table | ast.Call) for v in call.values().values())
     methods = build(cls, call, regions if varied else [], stacks)
     layers: Any = tuple(zip(regions, methods, strict=True)) if varied else ()
+    if issubclass(cls, MergeMethod) and (why := cls.together(methods)):
+        raise fail("S0250", f"{call.name}: {why}", call.span, "these values do not go together")
     given = call.args.get("weights")
     if given is None:
         return methods, Inputs(sources, layers)

@@ -133,7 +133,12 @@ def test_a_merged_model_takes_adapters_and_plans_without_weights(models: Path, m
         ("merge linear of one * 1, two * -1\n", "S0775"),
         ("merge slerp of one\n", "S0776"),
         ("merge model_stock of one * 2, two\n", "S0775"),
+        ("merge slerp of one * 2, two\n", "S0775"),
         ("merge della(density = 10%, epsilon = 20%) of one\n", "S0250"),
+        ("merge ties(density = 0%) of one\n", "S0250"),
+        ("merge dare(density = {0..: 0%}) of one\n", "S0250"),
+        ("merge ties(density = {0: 20%, 1..: 80%}) of one\n", "S0250"),  # a global trim has one
+        ("merge slerp(t = {0..9: 1}) of one, two\n", "S0303"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(models: Path, monkeypatch: pytest.MonkeyPatch, text: str, code: str) -> None:

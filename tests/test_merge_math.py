@@ -119,6 +119,7 @@ def test_breadcrumbs_and_della_worked_numbers() -> None:
     drop = merge_sparse.RankedDrop(4, 0.5, 0.2, True, 0)
     assert close(drop.probabilities(torch.tensor([[0.1, -0.4, 0.2, 0.3]]))[0], t(0.3, 0.7, 0.433333, 0.566667))
     assert merge_sparse.RankedDrop(1, 0.5, 0.2, True, 0).probabilities(torch.ones(3, 1)).tolist() == [[0.5]] * 3
+    assert merge_sparse.RankedDrop(4, 0.0, 0.0, True, 0)(tau.float(), slice(0, 4)).tolist() == [0.0] * 4  # never stays, divided by nothing
     flatter = run("della", torch.zeros(8, 16), torch.ones(8, 16), density=0.5, epsilon=0.0, seed=3, ties=False)
     assert set(flatter.unique().tolist()) <= {0.0, 2.0}
 

@@ -247,7 +247,9 @@ def prepared_facts(op: Resolved, method: MergeMethod, places: Sequence[Here]) ->
         for n, h in zip(names, places, strict=True)
     }
     sources = [Source(i.adapter.name, {}, {}, i.weight, span=i.span) for i in op.data.adapters]
-    found = method.prepare(op, operands, sources)
+    standing = {n: dict(zip(h.names, h.weights, strict=True)) for n, h in zip(names, places, strict=True)}
+    factors = {n: [own.get(i.adapter.name, 0.0) for i in op.data.adapters] for n, own in standing.items()}
+    found = method.prepare(op, operands, sources, factors)
     # a place has the facts of the adapters that stand there
     everyone = [i.adapter.name for i in op.data.adapters]
     for n, here in zip(names, places, strict=True):

@@ -71,8 +71,16 @@ class MergeMethod(Method):
         """The operands after a change that keeps what each model computes; reads through ``op.study``, says nothing while planning."""
         return operands
 
-    def prepare(self, op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
-        """Facts of the whole model that a tensor's merge needs, by tensor name (``prepared`` of :meth:`merge`); reads through ``op.study``."""
+    @classmethod
+    def together(cls, methods: Sequence[Any]) -> str:
+        """Why the parameters that the layers of a statement have do not go together, or an empty text."""
+        return ""
+
+    def prepare(
+        self, op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], factors: Mapping[str, Sequence[float]]
+    ) -> dict[str, tuple[Any, ...]]:
+        """Facts of the whole model that a tensor's merge needs, by tensor name (``prepared`` of :meth:`merge`); reads through ``op.study``.
+        ``factors`` are those of tensors whose factors are not the sources' own."""
         return {}
 
     def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
@@ -89,6 +97,12 @@ class TaskMethod(MergeMethod):
 
     watches: ClassVar[bool] = True
     by_pieces: ClassVar[bool] = True
+
+    @classmethod
+    def together(cls, methods: Sequence[Any]) -> str:
+        if all(getattr(m, "density", 1) == 0 for m in methods):
+            return "`density = 0%` keeps nothing of any model, so that nothing would be merged"
+        return ""
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         """What becomes of the task vector of model number ``model``."""
@@ -189,7 +203,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
         op.tell(line)
     operands = method.align(program, op, names, operands, sources)
     by_layer = {program.aliases.get(n, n): m for site, m in op.data.layers for n in site.parameters}
-    prepared = method.prepare(op, operands, sources)
+    prepared = method.prepare(op, operands, sources, {n: weights_of.get(n, outside) for n in names} if op.data.factors else {})
     for name in names:
         own = by_layer.get(name, method)
         params = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in own.params().items() if k not in NOT_PASSED)

@@ -27,10 +27,11 @@ Walk = Callable[[], Iterator[tuple[str, Tensor, list[Tensor]]]]
 
 
 def rank(
-    op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], density: float, weighted: bool
+    op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], density: float, factors: Mapping[str, Sequence[float]] | None
 ) -> dict[str, tuple[Any, ...]]:
     """For each tensor ``(((key, ties) of each model), majority sign)``: see :class:`~surgery.passes.kinds.merge_sparse.Top`.
 
+    The sign is that of sums weighted by the factors of each tensor, which are the sources' own where ``factors`` has none; None: not weighted.
     Three streamed passes over all tensors: a sample, the thresholds, and the sign of the summed trimmed task vectors. Empty while planning.
     Raises S0798 for weights that are not finite.
     """
@@ -57,7 +58,7 @@ def rank(
             found = _thresholds(walk, len(sources), keep, total)
         else:
             found = [(-1, 0) if keep else (0x7FFFFFFF, 0)] * len(sources)
-        return _signs(walk, sources, found, keep, total, weighted)
+        return _signs(walk, sources, found, keep, total, factors)
 
 
 def _thresholds(walk: Walk, models: int, keep: int, total: int) -> list[tuple[int, int]]:
@@ -111,7 +112,12 @@ def _ranked(walk: Walk, models: int, keep: int) -> list[tuple[int, int]]:
 
 
 def _signs(
-    walk: Walk, sources: Sequence[Source], found: Sequence[tuple[int, int]], keep: int, total: int, weighted: bool
+    walk: Walk,
+    sources: Sequence[Source],
+    found: Sequence[tuple[int, int]],
+    keep: int,
+    total: int,
+    factors: Mapping[str, Sequence[float]] | None,
 ) -> dict[str, tuple[Any, ...]]:
     left = [ties for _, ties in found]
     out: dict[str, tuple[Any, ...]] = {}
@@ -120,10 +126,11 @@ def _signs(
         mine = [(key, ties) for (key, _), ties in zip(found, left, strict=True)]
         tops: list[Sparsifier] = [keep_all if keep >= total else nothing if not keep else Top(*pair) for pair in mine]
         deltas = [delta_of(e, base) for e in experts]
+        own = [1.0] * len(sources) if factors is None else factors.get(name) or [s.weight for s in sources]
         for at in chunks(base.shape):
             summed = torch.zeros(at.stop - at.start)
-            for clean, delta, source in zip(tops, deltas, sources, strict=True):
-                summed.add_(clean(delta(at), at), alpha=source.weight if weighted else 1.0)
+            for clean, delta, factor in zip(tops, deltas, own, strict=True):
+                summed.add_(clean(delta(at), at), alpha=factor)
             majority += int(np.sign(summed.numpy()).sum())
         for i, clean in enumerate(tops):
             if isinstance(clean, Top):

@@ -337,4 +337,4 @@ class RankedDrop:
         keep = self.probabilities(rows)
         drawn = torch.rand(rows.shape, generator=self.generator) < keep
         rows.mul_(drawn)
-        return tau.div_(keep.view(-1)) if self.inverse else tau
+        return tau.div_(keep.view(-1).clamp_min_(torch.finfo(torch.float32).tiny)) if self.inverse else tau  # what never stays is zero

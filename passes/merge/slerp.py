@@ -37,6 +37,9 @@ class Slerp(MergeMethod):
 
     t: float = param(0.5, "0 is the first model, 1 the second", min=0, max=1, per_layer=True)
 
+    def check(self, weights: Sequence[float]) -> str:
+        return "" if all(w == 1 for w in weights) else "it takes no factors: `t` says how far it goes; `merge nuslerp` takes them"
+
     def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
         first, second = experts
         lengths = products(first, second)

@@ -52,8 +52,18 @@ class Ties(Refactored):
     def check(self, weights: Sequence[float]) -> str:
         return "the factors sum to zero, and it divides by their sum" if self.divide == "weight" and abs(sum(weights)) < 1e-8 else ""
 
-    def prepare(self, op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
-        return rank(op, operands, sources, self.density, self.elect == "weighted") if self.trim == "global" else {}
+    @classmethod
+    def together(cls, methods: Sequence[Any]) -> str:
+        if methods[0].trim == "global" and len({m.density for m in methods}) > 1:
+            return "a global trim has one `density` for the whole model; with `trim = tensor` it may differ by layer"
+        return super().together(methods)
+
+    def prepare(
+        self, op: Resolved, operands: Mapping[str, Operands], sources: Sequence[Source], factors: Mapping[str, Sequence[float]]
+    ) -> dict[str, tuple[Any, ...]]:
+        if self.trim != "global":
+            return {}
+        return rank(op, operands, sources, self.density, factors if self.elect == "weighted" else None)
 
     def sparsify(self, delta: Delta, shape: Sequence[int], model: int, seed: int, prepared: tuple[Any, ...]) -> Sparsifier:
         if self.trim == "global" and prepared:

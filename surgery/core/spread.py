@@ -21,7 +21,7 @@ def expand_per_layer(
     (``{0..3: 4, 4..11: 8}``) or ``ramp(a, b)``: linear from the first matched layer to the last, rounded half up when
     ``integer``. Trees of a spec and plain Python values (list, tuple, dict with integer or range keys) are taken. Sites of one
     layer share its value. ``stacks`` gives the number of layers of each stack, for indices that count from the end of a table.
-    Raises SurgeryError: S0307 a list of another length, S0308 a table that leaves out a layer or has it twice, S0309 a site
+    Raises SurgeryError: S0307 a list of another length, S0303 a table that names a layer past the end, S0308 one that leaves out a layer or has it twice, S0309 a site
     outside of the layers.
     """
     if isinstance(value, ast.ListValue):
@@ -87,6 +87,7 @@ def _list(items: list[Any], sites: Sequence[Site], span: Span) -> list[Any]:
 def _table(entries: list[tuple[ast.Range, Any]], sites: Sequence[Site], span: Span, stacks: Mapping[str, int]) -> list[Any]:
     layers = _layers(sites, "a table", span)
     counts = {stack: stacks.get(stack, max(i for s, i in layers if s == stack) + 1) for stack, _ in layers}
+    _within_stacks(entries, {stack: stacks[stack] for stack in counts if stack in stacks}, span)
     chosen: dict[tuple[str, int], Any] = {}
     missing: list[tuple[str, int]] = []
     for stack, layer in layers:
@@ -111,6 +112,22 @@ def _table(entries: list[tuple[ast.Range, Any]], sites: Sequence[Site], span: Sp
             )
         )  # fmt: skip
     return [chosen[s.stack, s.layer] for s in sites]  # type: ignore[index]
+
+
+def _within_stacks(entries: list[tuple[ast.Range, Any]], counts: Mapping[str, int], span: Span) -> None:
+    """Raises S0303 for an index that none of the stacks has."""
+    if not counts:
+        return
+    stack, most = max(counts.items(), key=lambda c: c[1])
+    for key, _ in entries:
+        for index in (key.start, key.stop):
+            if index is not None and not -most <= index < most:
+                raise SurgeryError(
+                    error(
+                        "S0303", f"{index} goes past the end: `{stack or 'layers'}` has {_count(most, 'layer')}", key.span or span, "in this table",
+                        help=f"name layers from 0 to {most - 1}, or leave the end open as in `{min(max(0, key.start), most - 1)}..`",
+                    )
+                )  # fmt: skip
 
 
 def _holds(key: ast.Range, layer: int, count: int) -> bool:
