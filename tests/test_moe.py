@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.model import moe_split
-from surgery.model.moe import Layout, MoeBlock, RouterTap, load_balance, within_capacity, z_loss
+from surgery.model.moe import MOST_NOTED, Layout, MoeBlock, RouterTap, load_balance, within_capacity, z_loss
 from surgery.model.realise import held, realise
 from surgery.model.weights import Apply
 from surgery.passes import registry
@@ -136,6 +136,10 @@ def test_the_tap_notes_each_pass_once_and_only_in_training() -> None:
     tap(logits)
     tap.step_begin(tap, 0)
     assert tap.extra_loss(tap) is None
+    with pytest.warns(UserWarning, match="not collected"):  # a loop that never asks must hear of it, and must not fill the memory
+        for _ in range(MOST_NOTED + 3):
+            tap(logits)
+    assert len(tap.noted) == MOST_NOTED
     noisy = RouterTap(2, jitter=0.25).train()
     spread = noisy(torch.zeros(20_000, 4))
     assert float(spread.std()) == pytest.approx(0.25, rel=0.02) and noisy.extra_loss(noisy) is None

@@ -246,3 +246,32 @@ def test_under_the_trainer_and_resumed(tmp_path: Path) -> None:
     assert events[-1] == "finalise"
     rates, _ = train(6, resume=True)
     assert rates == [rule.lr(10 * i) for i in range(3, 6)]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_extra_loss_counts_once_however_many_batches_a_step_has(accumulated: int, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    from surgery.train import Callback
+
+    class Summed(Toy):
+        def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+            assert num_items_in_batch is not None
+            return {"loss": (self.layer(self.embed(input_ids))[..., 0] * labels.ne(-100)).sum() / num_items_in_batch}
+
+    torch.manual_seed(0)
+    model = Summed()
+    before = model.layer.weight.detach().clone()
+    labels = [[1, 1, -100], [1, -100, -100], [1, 1, 1], [1, 1, -100]]
+    data = [{"input_ids": torch.arange(3), "labels": torch.tensor(row)} for row in labels]
+    states = model.embed.weight.detach()[:3]
+    pushed = torch.stack([states[i] for row in labels for i, x in enumerate(row) if x > 0]).mean(0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // accumulated, gradient_accumulation_steps=accumulated, report_to=[],
+        use_cpu=True, disable_tqdm=True, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, save_strategy="no",
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=data, callbacks=[Callback(model)]).train()
+    expected = before - 0.1 * before  # the extra loss pulls every weight to zero
+    expected[0] -= 0.1 * pushed
+    torch.testing.assert_close(model.layer.weight.detach(), expected)

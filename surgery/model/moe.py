@@ -6,6 +6,7 @@ come from. Tokens are sorted by expert and each expert computes its own rows, so
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from surgery.model.modules import register_module
 
 ROUTERS = ("mixtral", "switch", "sum")
 TAP_TAG = "surgery.router"
+MOST_NOTED = 64
+"""Calls whose losses a tap keeps until somebody asks for them."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ class RouterTap(nn.Module):
         super().__init__()
         self.top_k, self.balance, self.z, self.jitter = top_k, balance, z, jitter
         self.noted: list[Tensor] = []
+        self.unasked = False
 
     def forward(self, logits: Tensor) -> Tensor:
         if not self.training:
@@ -157,8 +161,20 @@ class RouterTap(nn.Module):
         if torch.is_grad_enabled() and (self.balance or self.z):
             found = self.loss(logits)  # also when a checkpointed layer runs again: it must save what it saved before
             if not _recomputing():
-                self.noted.append(found)
+                self._note(found)
         return logits
+
+    def _note(self, found: Tensor) -> None:
+        self.noted.append(found)
+        if len(self.noted) > MOST_NOTED:  # nobody asks: each holds the graph that it came from
+            del self.noted[0]
+            if not self.unasked:
+                self.unasked = True
+                warnings.warn(
+                    "a router's loss is not collected, so that nothing balances its experts: train with surgery.train.Controller, or give"
+                    " the Trainer surgery.train.Callback; `balance = 0` makes experts without it",
+                    stacklevel=2,
+                )
 
     def loss(self, logits: Tensor) -> Tensor:
         """What scores ``[tokens, E]`` of one call add."""

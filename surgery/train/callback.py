@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from surgery.model.losses import IGNORED
 from surgery.train.controller import Controller
 
 STATE_FILE = "surgery_training.json"
@@ -18,14 +20,15 @@ class Callback(TrainerCallback):
     """``Trainer(..., callbacks=[Callback(model)])``.
 
     The Trainer clips gradients before it says that backward is done, so ``after_backward`` sees clipped ones. Extra losses are
-    added to the ``loss`` of the model's output. Steps and tokens are kept in every checkpoint folder, and a resumed run goes
+    added to the ``loss`` of the model's output, whatever the number of batches that a step accumulates: where the Trainer has the model divide by
+    the labels of them all, so does each batch's extra loss count by its share of these. Steps and tokens are kept in every checkpoint folder, and a resumed run goes
     on from there; the rates are set before each step, so the Trainer's own scheduler has no effect beside a schedule.
     """
 
     def __init__(self, module: nn.Module, *, schedules: Any = None, tokens_per_step: int | None = None) -> None:
         self.controller = Controller(module, schedules=schedules)
         self.tokens_per_step = tokens_per_step
-        self._hook = module.register_forward_hook(self._add_loss)
+        self._hook = module.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.controller.drive(kwargs["optimizer"])
@@ -53,13 +56,28 @@ class Callback(TrainerCallback):
         self._hook.remove()
         self.controller.finalise()
 
-    def _add_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _add_loss(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         loss = output.get("loss") if hasattr(output, "get") else None
         if module.training and isinstance(loss, Tensor):
             extra = self.controller.extra_loss()
             if extra is not None:
-                output["loss"] = loss + extra
+                output["loss"] = loss + extra * _share(module, kwargs)
         return output
+
+
+def _share(module: nn.Module, given: Any) -> Tensor | float:
+    """What a batch is of its step, by labels. One where the Trainer itself divides by the number of batches (it then gives no
+    ``num_items_in_batch``)."""
+    items, labels = given.get("num_items_in_batch"), given.get("labels")
+    ready = given.get("shift_labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    # as the Trainer counts: a causal model has nothing to say of the first position
+    causal = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+    if ready is None:
+        ready = labels[..., 1:] if causal and not getattr(getattr(module, "config", None), "is_encoder_decoder", False) else labels
+    own: Tensor = ready.ne(IGNORED).sum() / items
+    return own
 
 
 def _folder(args: Any, state: Any) -> Path:
