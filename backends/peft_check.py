@@ -15,6 +15,7 @@ from torch import nn
 from surgery.backends.peft_parts import START, Said, collect, origin_of
 from surgery.backends.protocol import EmitRequest
 from surgery.backends.transformers_config import original
+from surgery.backends.transformers_stacks import layout_of
 from surgery.core.diagnostics import fail
 from surgery.core.source import Span
 from surgery.model import pytree
@@ -115,10 +116,15 @@ def base_model(base: Program, tensors: Any) -> nn.Module | None:
         model: nn.Module = cls(config).float().eval()
     added = {t for a in base.attachments for t in a.tensors}
     there = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    layout = layout_of(model, base, {name: name for name in base.weights})
     with torch.no_grad():
         for name in (*base.weights, *base.aliases):
-            if name in there and name not in added:
-                there[name].copy_(tensors.of(base, name))
+            if name in layout.apart:
+                for member, value in zip(layout.apart[name], tensors.of(base, name), strict=True):
+                    there[member].copy_(value)
+            elif name in there and name not in added:
+                value = tensors.of(base, name)
+                there[name].copy_(value.reshape(there[name].shape) if name in layout.flat else value)
     return model
 
 

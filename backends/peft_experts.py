@@ -12,8 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.backends.transformers_config import original
+from surgery.backends.transformers_stacks import layout_of
 from surgery.model.adapter_keys import PREFIX
 from surgery.model.program import Program
+
+
+def unreachable(program: Program, names: Sequence[str]) -> str:
+    """The first of some tensors of experts that peft cannot reach in the class of the base, with the reason; empty where it reaches all.
+
+    peft changes a bare parameter while its own module runs. Experts that are stored in two dimensions are read from outside of that module, which sees
+    no change; and experts that stand one by one in the class are no bare parameter.
+    """
+    import transformers
+
+    config = original(program)
+    cls = getattr(transformers, program.info.architecture, None) if program.info.architecture else None
+    if config is None or cls is None:
+        return ""
+    with torch.device("meta"):
+        model = cls(config)
+    layout = layout_of(model, program, {program.aliases.get(n, n): n for n in names})
+    for name in names:
+        first = program.aliases.get(name, name)
+        if first in layout.flat:
+            return f"{program.info.architecture} keeps `{name}` in two dimensions and reads it where peft does not change it"
+        if first in layout.apart:
+            return f"{program.info.architecture} keeps its experts one by one (`{layout.apart[first][0]}`), the program as one tensor"
+    return ""
 
 
 def rank_of(parts: Mapping[str, Sequence[Any]]) -> int:

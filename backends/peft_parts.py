@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.backends.peft_experts import unreachable
 from surgery.core.diagnostics import fail
 from surgery.core.source import Span
 from surgery.model.program import Attachment, Origin, Program
@@ -71,6 +72,8 @@ def collect(
         said.parts.setdefault(path, []).append(entry)
         if entry.says is None:
             said.truncated.append(entry)
+    if said.experts and (why := unreachable(program, list(said.experts))):
+        raise _cannot(next(iter(said.experts.values()))[0].attachment, why, span)
     _flags(said, span)
     trained(program, said, span)
     if tokens:

@@ -18,7 +18,7 @@ from surgery.backends import streaming
 from surgery.backends.protocol import EXPORT_RECORD, EmitRequest, Emitted, owns
 from surgery.backends.transformers_config import Derived, derive, original
 from surgery.backends.transformers_moe import as_mixtral
-from surgery.backends.transformers_stacks import apart, members
+from surgery.backends.transformers_stacks import Layout, as_stored, layout_of
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
 from surgery.model import pytree
@@ -38,13 +38,13 @@ CASES = (("random", 2, 16, False), ("padded", 3, 11, True))
 @dataclass(frozen=True)
 class Sayable:
     """A program as a plain checkpoint: its config, its class, the name in the checkpoint of every stored tensor, the names in the
-    order of the class's state dict, and which tensors are stored as several (``transformers_stacks``)."""
+    order of the class's state dict, and how tensors of experts are stored (``transformers_stacks``)."""
 
     derived: Derived
     architecture: str
     names: Mapping[str, str]
     order: tuple[str, ...]
-    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layout: Layout = field(default_factory=Layout)
 
 
 class TransformersBackend:
@@ -76,10 +76,10 @@ class TransformersBackend:
             config, architecture, renamed = converted
             names = {name: renamed.get(name, target) for name, target in names.items()}
         derived = derive(program, config)
-        stacks = _stacks(derived, architecture, names) if any(s.op == "experts" for s in program.anatomy.sites) else {}
-        names = {n: t for n, t in names.items() if n not in stacks} | {m: m for parts in stacks.values() for m in parts}
-        order = _agree(apart(program, stacks), derived, architecture, names, span)
-        said = Sayable(derived, architecture, names, order, stacks)
+        layout = _layout(program, derived, architecture, names) if any(s.op == "experts" for s in program.anatomy.sites) else Layout()
+        names = {n: t for n, t in names.items() if n not in layout.apart} | {m: m for parts in layout.apart.values() for m in parts}
+        order = _agree(as_stored(program, layout), derived, architecture, names, span)
+        said = Sayable(derived, architecture, names, order, layout)
         self._checked = weakref.ref(program), _sizes(program), said
         return said
 
@@ -100,7 +100,7 @@ class TransformersBackend:
             placing(request.span),
             AtomicOutput(request.target, force=request.force, own=lambda path: owns(path, request.spec_digest)) as folder,
         ):
-            stored = _write(apart(program, said.stacks), said, dtype, folder, request)
+            stored = _write(as_stored(program, said.layout), said, dtype, folder, request)
             if is_small(program):
                 found = [] if dtype else _certify(program, architecture, folder, request)
             else:  # names and shapes were compared; running two copies would take more memory than writing did
@@ -176,12 +176,13 @@ def _empty(derived: Derived, architecture: str) -> torch.nn.Module:
     return model
 
 
-def _stacks(derived: Derived, architecture: str, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The tensors that the class has one by one; none where it cannot be built, which is said later."""
+def _layout(program: Program, derived: Derived, architecture: str, names: Mapping[str, str]) -> Layout:
+    """How the class stores experts; as the program does where it cannot be built, which is said later."""
     try:
-        return members(_empty(derived, architecture), names)
+        model = _empty(derived, architecture)
     except Exception:
-        return {}
+        return Layout()
+    return layout_of(model, program, names)
 
 
 def _agree(program: Program, derived: Derived, architecture: str, names: Mapping[str, str], span: Span | None) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from surgery.model.program import Program
 NAMES: dict[str, tuple[str, ...]] = {
     "layers": ("{side}_layers", "num_{side}_layers", "num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     "heads": ("{side}_attention_heads", "num_attention_heads", "num_heads", "n_head", "n_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "ffn": ("{side}_ffn_dim", "intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"),
     "expert_ffn": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff"),
@@ -29,6 +29,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
 }
 """Spellings of a quantity, the more particular first; ``{side}`` is ``encoder`` or ``decoder`` in models that have both."""
+
+PARTS = {"attn_config": ("kv_heads", "head_dim"), "ffn_config": ("ffn", "expert_ffn", "shared_ffn", "experts", "top_k", "hidden")}
+"""Configs within a config that speak of one part of every layer, and the quantities that stand there."""
 
 STAGED = {"layers": ("depths",), "heads": ("num_heads", "num_attention_heads"), "width": ("hidden_sizes", "embed_dims")}
 """Spellings of quantities that a config lists stage by stage."""
@@ -73,7 +76,8 @@ def derive(program: Program, config: Any) -> Derived:
         if stage is not None and _staged(out, owner, int(stage.group(1)), facts):
             facts = {k: v for k, v in facts.items() if k not in ("layers", "heads", "kv_heads", "width")}
         for what, values in facts.items():
-            _write(out, owner, what, side, values, stack.name, stack.layers)
+            for place in _places(owner, what):
+                _write(out, place, what, side, values, stack.name, stack.layers)
     _hidden(out, anatomy)
     _ties(out, program)
     _per_layer(out)
@@ -87,6 +91,13 @@ def _owner(config: Any, stack: str) -> tuple[Any, str]:
     if sub is not None and not isinstance(sub, dict):
         return sub, ""
     return config, head if head in ("encoder", "decoder") else ""
+
+
+def _places(owner: Any, what: str) -> list[Any]:
+    """The configs that say a quantity: those of parts of a layer that have a word for it, and the stack's own."""
+    parts = [getattr(owner, name, None) for name, said in PARTS.items() if what in said]
+    found = [p for p in parts if p is not None and not isinstance(p, dict) and _spelling(p, what, "") is not None]
+    return [*found, owner] if not found or _spelling(owner, what, "") is not None else found
 
 
 def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, list[Any]]]:
@@ -216,8 +227,8 @@ def _per_layer(out: Derived) -> None:
     """``per_layer_config``: exceptions from the one number, in the form that any config takes. Whether the class reads them shows when it is built."""
     owners = {id(owner): owner for owner, *_ in out.layers}
     for owner in owners.values():
-        if not hasattr(type(owner), "per_layer_config"):
-            continue
+        if not hasattr(type(owner), "per_layer_config") or _spelling(owner, "layers", "") is None:
+            continue  # a config of a part of every layer does not know the layers
         spec = getattr(owner, "_heterogeneity_spec", None)
         given: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in getattr(spec, "per_layer_overrides", {}).items()}
         for other, layer, name, value in out.layers:
@@ -259,9 +270,10 @@ def _hidden(out: Derived, anatomy: Anatomy) -> None:
     sides = {s.stack.partition(".")[0] for s in anatomy.sites if s.op == "norm" and s.stack}
     if not widths or len(set(widths)) != 1 or any(getattr(out.config, f"{side}_config", None) is not None for side in sides):
         return
-    name = _spelling(out.config, "hidden", "")
-    if name is not None and isinstance(getattr(out.config, name), int):
-        _set(out, out.config, name, widths[0])
+    for place in _places(out.config, "hidden"):
+        name = _spelling(place, "hidden", "")
+        if name is not None and isinstance(getattr(place, name), int):
+            _set(out, place, name, widths[0])
 
 
 def _ties(out: Derived, program: Program) -> None:

@@ -19,6 +19,7 @@ from surgery.model.naming import Naming, naming_of, read_naming, write_naming
 from surgery.model.program import ModelInfo, Program
 from surgery.model.realise import held
 from surgery.model.stacked import fuse_stacked
+from surgery.model.viewed import unfold_experts
 from surgery.model.weights import Weights
 
 
@@ -129,6 +130,7 @@ def assemble(captured: Any, weights: Weights, info: ModelInfo) -> Program:
     info = replace(info, notes=captured.notes)
     program = Program(graph=captured.graph, signature=captured.signature, weights=weights, info=info, aliases=dict(captured.aliases))
     fuse_stacked(program)
+    unfold_experts(program)
     return program
 
 

@@ -36,6 +36,10 @@ JETMOE = dict(
     LM, hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=16, num_local_experts=4,
     num_experts_per_tok=2, max_position_embeddings=64,
 )  # fmt: skip
+DBRX = dict(
+    LM, d_model=16, n_heads=4, n_layers=1, max_seq_len=64, attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    ffn_config={"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+)  # fmt: skip
 MUSICGEN = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, ffn_dim=24, num_codebooks=2, max_position_embeddings=64,
     pad_token_id=63, bos_token_id=63,
@@ -91,6 +95,10 @@ CASES = {
         Case(
             Entry("jetmoe", "JetMoeForCausalLM", JETMOE, causal(1, 2, 8)), "layers[*].attn.{k, v}, layers[*].ffn.experts.up",
             ("prune kv_groups(ratio = 50%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn", "prune experts(keep = 3) on layers[*].ffn"), 1e-5,
+        ),
+        Case(
+            Entry("dbrx", "DbrxForCausalLM", DBRX, causal(1, 2, 4)), "layers[*].attn.{q, v}, layers[*].ffn.{router, experts.{up, gate, down}}",
+            ("prune kv_groups(ratio = 50%) on layers[*].attn", "prune ffn(ratio = 25%) on layers[*].ffn", "prune experts(ratio = 50%) on layers[*].ffn"), 1e-5,
         ),
         Case(
             Entry("mamba", "MambaForCausalLM", dict(LM, hidden_size=16, num_hidden_layers=1, state_size=4), plain), "layers[*].mixer.{in, out}",
@@ -191,6 +199,96 @@ def test_experts_are_one_tensor_here_and_apart_in_a_checkpoint(tmp_path: Path) -
     whole = dict(result.module.named_parameters())["encoder.block.0.layer.1.mlp.experts.wi.weight"]
     assert loaded.config.num_experts == 3 and len(own) == 3
     assert all(torch.equal(own[f"expert_{e}"].wi.weight, whole[e]) for e in range(3))
+
+
+def test_experts_in_two_dimensions(tmp_path: Path) -> None:
+    """DBRX stores its experts as ``[experts * units, width]``: here they are ``[experts, units, width]``, and a plain checkpoint has them as the class does."""
+    live: Any = CASES["dbrx"].entry.make_model()
+    with torch.no_grad():
+        for tensor in live.parameters():
+            tensor.mul_(6.0)  # so that experts matter to the outputs
+    live.save_pretrained(tmp_path / "base")
+    text = (
+        'surg 1\nprune experts(keep = 3) on layers[0].ffn\nprune ffn(ratio = 25%) on layers[0].ffn.experts\nemit transformers to "plain"\n'
+    )
+    result = surgery.compile(text, str(tmp_path / "base"), out=tmp_path)
+    claims = {c["claim"]: c for c in result.certificates}
+    assert all(c["ok"] for c in result.certificates) and "from_pretrained = program" in claims
+    loaded: Any = transformers.DbrxForCausalLM.from_pretrained(tmp_path / "plain")
+    assert loaded.config.ffn_config.moe_num_experts == 3 and loaded.config.ffn_config.ffn_hidden_size == 18
+    prefix = "transformer.blocks.0.ffn.experts.mlp."
+    old, own, new = (dict(m.named_parameters()) for m in (live, result.module, loaded))
+    for name in ("w1", "v1", "w2"):
+        whole = own[prefix + name]
+        assert whole.shape == (3, 18, 16) and torch.equal(new[prefix + name], whole.flatten(0, 1))
+        rows = {tuple(r.tolist()) for r in old[prefix + name]}
+        assert all(tuple(r.tolist()) in rows for r in new[prefix + name])
+    # the experts that stay are those whose rows of the router stay
+    kept = [
+        int((old["transformer.blocks.0.ffn.router.layer.weight"] == row).all(1).nonzero())
+        for row in new["transformer.blocks.0.ffn.router.layer.weight"]
+    ]
+    whole_old = old[prefix + "w2"].view(4, 24, 16)
+    assert all({tuple(r.tolist()) for r in own[prefix + "w2"][i]} <= {tuple(r.tolist()) for r in whole_old[e]} for i, e in enumerate(kept))
+
+
+class Residual(nn.Module):
+    """One feed-forward block of DBRX on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(16), CASES["dbrx"].entry.make_model().transformer.blocks[0].ffn  # type: ignore[union-attr,operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.ffn(self.norm(x))
+        return out
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Residual()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_adapters_on_experts_in_two_dimensions_fold_and_are_exported(tmp_path: Path) -> None:
+    model, x = Layers().eval(), torch.randn(2, 9, 16)
+    text = 'surg 1\nprune experts(keep = 3) on layers[0].ffn\nadapt lora(rank = 2) on layers[0].ffn.experts.{up, gate, down}\nemit torch to "here"\n'
+    result = surgery.compile(text, model, inputs={"x": x}, out=tmp_path)
+    module = surgery.load(tmp_path / "here").eval()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 3 * 3 * 2 * (16 + 24) and all(c["ok"] for c in result.certificates)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        before = module(x)
+        for tensor in trained.values():
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+        moved = module(x)
+    surgery.save(module, tmp_path / "trained")
+    folded = surgery.compile('surg 1\nfold all\nemit onnx to "m.onnx"\n', str(tmp_path / "trained"), out=tmp_path)
+    with torch.no_grad():
+        again = folded.module.eval()(x)
+    assert float((again - moved).abs().max()) <= 1e-5 < 1e-3 < float((moved - before).abs().max())
+    claims = [c for c in folded.certificates if c["claim"] == "torch = onnx"]
+    assert claims and all(c["ok"] for c in folded.certificates)
+    assert {tuple(p.shape) for n, p in folded.module.named_parameters() if "experts" in n} == {(3, 24, 16)}
+
+
+@pytest.mark.parametrize(("family", "why"), [("dbrx", "in two dimensions"), ("switch_transformers", "one by one")])
+def test_peft_does_not_reach_such_experts(family: str, why: str, tmp_path: Path) -> None:
+    """Which the plan says; an adapter on attention goes into a folder that peft loads onto them."""
+    case = CASES[family]
+    case.entry.make_model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    where = "layers" if family == "dbrx" else "encoder.layers"
+    plan = surgery.plan(f'surg 1\nadapt lora(rank = 2) on {where}[0].ffn.experts.up\nemit peft to "p"\n', str(tmp_path / "base"))
+    assert not plan.ok and [d.code for d in plan.diagnostics] == ["S0793"] and why in plan.diagnostics[0].message
+    result = surgery.compile(f'surg 1\nadapt lora(rank = 2) on {where}[0].attn.q\nemit peft to "p"\n', str(tmp_path / "base"), out=tmp_path)
+    (claim,) = [c for c in result.certificates if c["claim"] == "peft = program"]
+    assert claim["ok"]
 
 
 def test_a_recurrence_and_its_gradient() -> None:

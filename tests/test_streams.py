@@ -22,6 +22,7 @@ from surgery.model.live import Tensors
 from surgery.model.realise import no_functions, realise
 from surgery.model.shards import write_safetensors
 from surgery.model.streams import Stream, stream_of
+from surgery.model.viewed import reshaped
 from surgery.model.weights import Concat, Expr, Scale, Stack, select
 from surgery.passes.kinds.slice_scores import _Plan, _summed, marginal
 from tests.captured_programs import zoo_program
@@ -58,6 +59,8 @@ def expressions(stored: dict[str, Expr]) -> dict[str, Expr]:
         "short": select(stored["bias"], 0, TORN),
         "chain": Concat((2 * 400, 300), "bfloat16", (stored["wide"], stored["wide"]), 0),
         "stack": Stack((2, *rows.shape), "bfloat16", (rows, rows), 0),
+        "unfolded": select(reshaped(stored["wide"], (4, 100, 300)), 0, ((1, 2), (3, 4))),
+        "flat": reshaped(select(stored["experts"], 0, ((1, 3),)), (2 * stored["experts"].shape[1], stored["experts"].shape[2])),
     }
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from surgery.model.stored import gone, positions
-from surgery.model.weights import Concat, Expr, Load, Select, Stack
+from surgery.model.weights import Concat, Expr, Load, Reshape, Select, Stack
 
 BLOCK = 4 << 20
 """Most bytes of a piece, where nobody asks for less."""
@@ -58,6 +58,9 @@ def stream_of(expr: Expr, limit: int = BLOCK) -> Stream | None:
             return Stream(expr.shape, expr.dtype, 1, partial(_read_runs, expr, lambda: iter([(0, expr.nbytes)])))
         case Select():
             return _selected(expr, limit)
+        case Reshape(permute=()):  # the same bytes in the same order
+            source = stream_of(expr.source, limit)
+            return None if source is None else replace(source, shape=expr.shape)
     return None
 
 

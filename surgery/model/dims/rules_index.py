@@ -124,9 +124,15 @@ def scatter(cx: Context, node: fx.Node) -> Axes:
 
 @rule("aten.one_hot")
 def one_hot(cx: Context, node: fx.Node) -> Axes:
-    axes = cx.axes(node.args[0])
-    classes = cx.leaf(cx.shape()[-1])
-    indexed_by(cx, classes, node.args[0], "counts numbers of unknown meaning")
+    axes, number = cx.axes(node.args[0]), cx.shape()[-1]
+    domain = cx.domains.get(node.args[0])  # type: ignore[arg-type]
+    if domain is not None and domain.size + 1 == number:  # a class more than there are positions: the last, which nothing is
+        cx.handled.add(node.args[0])  # type: ignore[arg-type]
+        cx.mark(domain, "indexed")
+        classes = cx.algebra.concat((domain, ONE))
+    else:
+        classes = cx.leaf(number)
+        indexed_by(cx, classes, node.args[0], "counts numbers of unknown meaning")
     if argument(node, 1, "num_classes", -1) != -1:
         cx.constant(where(node, 1, "num_classes"), "size", classes)
     return (*axes, classes)
