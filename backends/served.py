@@ -116,10 +116,10 @@ def _rows(program: Program, name: str) -> int | None:
 
 
 def _longest(program: Program) -> int | None:
-    """The length that the model's table of positions allows, with the slack of tables that start late; None without a limit."""
-    from surgery.model.sample import _longest as limit
+    """The length that the model's table of positions allows; None without a limit."""
+    from surgery.model.data_text import longest
 
-    found = limit(program)
+    found = longest(program)
     return found if found < 1 << 20 else None
 
 

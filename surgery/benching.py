@@ -109,6 +109,7 @@ def bench(
         if not opened:
             raise fail("S0899", "nothing is left to run", help="name an artifact, or leave out `--arms`", exit_code=2)
         inputs = merged(a.inputs for a in opened)
+        _comparable(opened)
         found = Benched(opened, [(b, n) for b in batches for n in lengths], count, rounds, list(artifacts))
         _fits(opened, max(lengths))
         with _threads(count):
@@ -140,6 +141,18 @@ def _fits(arms: Iterable[Arm], longest: int) -> None:
         if limit and longest > limit:
             raise fail(
                 "S0896", f"{arm.source} takes up to {limit:,} tokens, not {longest:,}", help=f"write `--length {limit}` or less", exit_code=2
+            )  # fmt: skip
+
+
+def _comparable(arms: Sequence[Arm]) -> None:
+    """Every arm shares an input with the first. Raises S0898."""
+    first = {i.name for i in arms[0].inputs}
+    for arm in arms[1:]:
+        own = {i.name for i in arm.inputs}
+        if first and own and not first & own:
+            raise fail(
+                "S0898", f"{arms[0].source} and {arm.source} have no input in common", notes=[f"one takes {', '.join(sorted(first))}, the other {', '.join(sorted(own))}"],
+                help="compare models of one kind, for example a model and what was made of it", exit_code=2,
             )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_numbers_of_the_command_line() -> None:
 @pytest.fixture(scope="module")
 def benched(models: Path) -> Any:
     return bench(
-        [str(models / "llama")], batches=[1, 3], lengths=[4, 9], rounds=2, prompts=[1, 8, 61], outputs=[1, 3], memory=False, threads=1
+        [str(models / "llama")], batches=[1, 3], lengths=[4, 9], rounds=2, prompts=[1, 8, 62], outputs=[1, 3], memory=False, threads=1
     )
 
 
@@ -133,7 +133,7 @@ def test_every_arm_is_measured_at_every_shape(benched: Any, models: Path) -> Non
         assert eager.flops == plain.flops == batch * cost.count(program, length).total
         assert eager.timing.median > 0 and eager.rate == eager.flops / eager.timing.median
     assert all(set(i.table) == {1, 8} and i.step is not None for i in benched.ideal.values())
-    assert benched.left_out == {"prompt of 61": "the models take up to 62 tokens"}
+    assert benched.left_out == {"prompt of 62": "the models take up to 64 tokens"}
 
 
 def test_what_is_measured_is_shown(benched: Any) -> None:
@@ -143,7 +143,7 @@ def test_what_is_measured_is_shown(benched: Any) -> None:
         times = {a["name"]: a["median_ms"] for a in shape["arms"]}
         assert shape["best"] == min(times, key=times.get)  # type: ignore[arg-type]
         assert shape["best_artifact"].endswith("[torch eager]")
-    assert "batch 3, length 9" in text and "best artifact:" in text and "F(8)" in text and "prompt of 61" in text
+    assert "batch 3, length 9" in text and "best artifact:" in text and "F(8)" in text and "prompt of 62" in text
 
 
 def test_a_file_of_another_origin_runs_too(tmp_path: Path) -> None:
@@ -152,18 +152,22 @@ def test_a_file_of_another_origin_runs_too(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     table = numpy_helper.from_array(np.ones((10, 4), np.float32), "table")
-    graph = helper.make_graph(
-        [helper.make_node("Gather", ["table", "input_ids"], ["y"])], "g",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", 4])], [table],
-    )  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    for name, ids in (("g", "input_ids"), ("h", "codes")):
+        graph = helper.make_graph(
+            [helper.make_node("Gather", ["table", ids], ["y"])], name,
+            [helper.make_tensor_value_info(ids, TensorProto.INT64, ["batch", "sequence"])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", 4])], [table],
+        )  # fmt: skip
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / f"{name}.onnx")
     found = bench([str(tmp_path / "g.onnx")], batches=[2], lengths=[5], rounds=1, prompts=[], threads=1)
     (arm,) = found.arms
     (cell,) = found.cells[2, 5].values()
     assert arm.inputs == (Input("input_ids", "int64", ("batch", "sequence"), 10),) and arm.record["bytes"] == 160
     assert cell.flops is None and cell.rate is None
     assert 20 < found.memory[arm.name] < 150 and not found.left_out, "a process of its own, without torch"
+    with pytest.raises(SurgeryError, match="have no input in common") as wrong:
+        bench([str(tmp_path / "g.onnx")], str(tmp_path / "h.onnx"), rounds=1, prompts=[], threads=1)
+    assert wrong.value.diagnostics[0].code == "S0898"
 
 
 def test_tokens_of_an_arm_are_those_of_generate(benched: Any, models: Path) -> None:
@@ -219,8 +223,8 @@ def test_everything_is_looked_at_before_anything_is_opened(tmp_path: Path, model
 
 def test_longer_than_the_model_takes(models: Path) -> None:
     with pytest.raises(SurgeryError) as found:
-        bench([str(models / "llama")], lengths=[16, 63], arms=[EAGER], prompts=[], memory=False)
-    assert found.value.diagnostics[0].code == "S0896" and "62 tokens, not 63" in found.value.diagnostics[0].message
+        bench([str(models / "llama")], lengths=[16, 65], arms=[EAGER], prompts=[], memory=False)
+    assert found.value.diagnostics[0].code == "S0896" and "64 tokens, not 65" in found.value.diagnostics[0].message
 
 
 # ------------------------------------------------------------------ what compile says
