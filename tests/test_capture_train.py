@@ -316,6 +316,45 @@ def test_a_part_that_draws_in_training_only_is_captured_as_in_evaluation() -> No
     assert all(m.training for m in module.modules())
 
 
+class Faced(nn.Module):
+    """Drops in training, and in evaluation scales what it kept instead, as the experts of NLLB-MoE do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        if self.training:
+            y = self.dropout(y)
+        else:
+            y = y * 0.5
+        return y
+
+
+class Same(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            y = self.linear(x)
+        else:
+            y = self.linear(x)
+        return self.dropout(y)
+
+
+def test_a_part_with_another_branch_for_evaluation_is_captured_as_there() -> None:
+    module, x = nn.Sequential(Faced(), Same()), torch.randn(3, 4)
+    captured = capture_module(module, (x,))
+    assert len(captured.notes) == 1 and captured.notes[0].startswith("Faced") and all(m.training for m in module.modules())
+    graph = materialise(captured, module.state_dict())
+    assert torch.equal(graph.eval()(x)[0], module.eval()(x))
+    same = capture_module(nn.Sequential(Same()).train(), (x,))
+    assert same.notes == () and any("dropout" in str(n.target) for _, g in graphs_of(same.graph) for n in g.graph.nodes)
+
+
 class Sharer(nn.Module):
     """A layer whose activation is the one module of all layers, as that of OpenAI's GPT is."""
 

@@ -39,6 +39,16 @@ def test_concatenations_are_cut_at_the_union_of_their_boundaries():
     assert sizes(segments(a)) == [3, 3, 2] and segments(a) == segments(b)
 
 
+def test_a_sequence_that_meets_itself_moved_is_frozen_and_stays_whole():
+    al = Algebra()
+    rest = al.leaf(10007)
+    shifted = al.concat([ONE, rest])  # one new position in front, the last one gone
+    two = al.pieces(whole := al.leaf(10008), [10007, 1])
+    assert two is not None and al.unify(two[0], rest)
+    assert not al.unify(whole, shifted)
+    assert find(rest).frozen is not None and len(segments(whole)) == 2
+
+
 def test_a_product_against_a_concatenation_shares_the_inner_factor():
     al = Algebra()
     cat = al.concat([al.leaf(8), al.leaf(4)])

@@ -55,12 +55,16 @@ def _parts(node: fx.Node) -> list[fx.Node]:
 
 def _joined(names: list[str]) -> str:
     """``a.b_0.c``, ``a.b_1.c`` ... as ``a.c``; empty where the names are not those of numbered parts in one place."""
-    split = [re.fullmatch(r"(.*\.)?(\D*)(\d+)\.(.+)", n) for n in names]
-    if not split or any(m is None for m in split):
+    split = [n.split(".") for n in names]
+    if not split or len({len(s) for s in split}) != 1:
         return ""
-    found = [m.groups() for m in split if m is not None]
-    same = len({(m[0], m[1], m[3]) for m in found}) == 1
-    return (found[0][0] or "") + found[0][3] if same and [int(m[2]) for m in found] == list(range(len(found))) else ""
+    different = [i for i, words in enumerate(zip(*split, strict=True)) if len(set(words)) > 1]
+    if len(different) != 1 or different[0] == len(split[0]) - 1:
+        return ""
+    found = [re.fullmatch(r"(\D*)(\d+)", s[different[0]]) for s in split]
+    if any(m is None for m in found) or len({m[1] for m in found if m}) != 1 or [int(m[2]) for m in found if m] != list(range(len(names))):
+        return ""
+    return ".".join(w for i, w in enumerate(split[0]) if i != different[0])
 
 
 def _replace(module: fx.GraphModule, node: fx.Node, parts: list[fx.Node], name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import sympy
 from torch import fx
 
 from surgery.model.anatomy import ops
@@ -135,25 +136,41 @@ class FeedForwards(Streams):
         return [n for n in self.sources.visited(start) if n not in self.view.by_node and ops.is_pointwise(n)]
 
     def _routers(self) -> None:
-        """The projection whose scores a top-k picks from selects the experts of the block whose stored experts are that class.
+        """The projection whose scores choose among stored experts: its outputs are their class.
 
-        Where the numbers of the experts escape the classes (see ``dims.domains``) a router has a class of its own: then it is
-        the one with as many units that reads the block's input.
+        Where the numbers of the experts escape the classes (see ``dims.domains``) a router has a class of its own: then it is the one with as many units
+        that a top-k picks from and that reads the block's input.
         """
         dims = self.dims
         for projection in self.view.projections:
+            if projection in self._taken:
+                continue
             axis = self.sources.out_axis(projection)
             top_k = dims.picks(axis)
-            if top_k is None or projection in self._taken:
-                continue
             source = self.view.strip(projection.x, gather=True)  # routers may look at a noisy input
+            alike: list[FeedForward] = []
             for block in self.found:
-                if block.experts is None or block.router is not None or self.view.strip(block.input, gather=True) is not source:
+                if block.experts is None or block.router is not None:
                     continue
                 experts = dims.parameter(block.parts["down"].projection.weight)[0]
-                if dims.same(experts, axis) or dims.size(experts) == dims.size(axis):
-                    block.router, block.top_k = whole(projection), top_k
-                    self._taken.add(projection)
+                near = self.view.strip(block.input, gather=True) is source
+                if dims.same(experts, axis):
+                    alike.insert(0 if near else len(alike), block)  # one that is read at the same place goes first
+                elif near and top_k is not None and dims.size(experts) == dims.size(axis):
+                    alike.append(block)
+            if alike:
+                block = alike[0]
+                block.router, block.top_k = whole(projection), top_k if top_k is not None else _choices(block, projection)
+                self._taken.add(projection)
+
+
+def _choices(block: FeedForward, router: Projection) -> int | None:
+    """How many experts each token is sent to, where no top-k says it: the rows that experts see for each row that the router sees."""
+    seen, rows = ops.shape_of(router.x), ops.shape_of(block.parts["up"].projection.x)
+    if block.experts is None or seen is None or rows is None or len(rows) != 2:
+        return None
+    share = sympy.simplify(sympy.sympify(rows[0]) / sympy.Mul(*map(sympy.sympify, seen[:-1])))
+    return int(share) if share.is_Integer and 0 < share <= block.experts else None
 
 
 def activation_of(trail: list[fx.Node]) -> str:

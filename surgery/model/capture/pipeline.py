@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.core.diagnostics import SurgeryError, fail
-from surgery.model.capture import build, dropouts, flatten
+from surgery.model.capture import build, dropouts, flatten, modes
 from surgery.model.capture.errors import Fallback
 from surgery.model.capture.flatcall import Axes, Call, Trace, cache_names, flat_names, trace
 from surgery.model.capture.inputs import hf_call, note_of_cache
@@ -197,12 +197,7 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
         parameter.requires_grad_(False)
     bound = build.stop_clipping(model)
     quiet: dict[str, str] = {}
-    while True:
-        try:
-            captured = _captured(model, call, values, tensors)
-            break
-        except Noise as noise:
-            _calm(model, noise, quiet)
+    captured = _in_each_mode(model, call, values, tensors, quiet)
     captured.notes += tuple(
         f"{draw} is drawn outside the graph: in training this module runs {where} as in evaluation" for where, draw in quiet.items()
     )
@@ -211,6 +206,43 @@ def capture_traced(model: nn.Module, call: Call, values: dict[str, Tensor]) -> C
             f"AltUp coefficients are clipped outside the graph: in training this module does not keep them within {bound:g} of zero",
         )
     return captured
+
+
+def _in_each_mode(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors, quiet: dict[str, str]) -> Captured:
+    """The capture in training mode; where parts of the model compute something else in evaluation, those parts as in evaluation, with a note."""
+    faced = modes.two_faced(model)
+    found: Captured | SurgeryError
+    try:
+        found = _without_noise(model, call, values, tensors, quiet)
+    except SurgeryError as error:
+        found = error
+    if faced:
+        for module in faced.values():
+            module.training = False
+        try:
+            calm = dict(quiet)
+            other = _without_noise(model, call, values, tensors, calm)
+        except SurgeryError:
+            other = None
+        finally:
+            for module in faced.values():
+                module.training = True
+        if other is not None and (isinstance(found, SurgeryError) or modes.steps(found.graph) != modes.steps(other.graph)):
+            quiet |= calm
+            kinds = ", ".join(dict.fromkeys(type(m).__name__ for m in faced.values()))
+            other.notes += (f"{kinds} may compute something else in training: in training this module runs them as in evaluation",)
+            return other
+    if isinstance(found, SurgeryError):
+        raise found
+    return found
+
+
+def _without_noise(model: nn.Module, call: Call, values: dict[str, Tensor], tensors: Tensors, quiet: dict[str, str]) -> Captured:
+    while True:
+        try:
+            return _captured(model, call, values, tensors)
+        except Noise as noise:
+            _calm(model, noise, quiet)
 
 
 class Noise(Exception):

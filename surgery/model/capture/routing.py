@@ -53,8 +53,11 @@ class Loop:
     """One loop over experts, made from the mask ``[experts, choices, tokens]`` of which expert a token's choice is.
 
     ``ids`` is the expert of each row, sorted; ``ends`` where the rows of each expert end; ``tokens`` and ``choices`` where a row comes from;
-    ``taken`` whether it was sent to an expert at all (behind a limit of capacity some are not).
+    ``taken`` whether it was sent to an expert at all (behind a limit of capacity some are not). ``named`` says that the body takes a module by the
+    number of the expert: the first one stands for all, so whatever reads its parameters has to be known.
     """
+
+    named = False
 
     def __init__(self, mask: Any) -> None:
         self.mask, self.experts = mask, int(mask.shape[0])
@@ -86,6 +89,7 @@ class Hit:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
+        loop.named = False
 
     def same_as(self) -> Any:
         return self.loop.mask
@@ -94,6 +98,7 @@ class Hit:
         return self
 
     def __format__(self, spec: str) -> str:
+        self.loop.named = True
         return "0"
 
 
@@ -173,12 +178,30 @@ class Routing:
     """Follows both forms through the calls of torch that a model makes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.families = [m for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ModuleList)) and _alike(m)]
+        lists = [m for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ModuleList)) and _alike(m)]
+        self.families = lists[::-1]  # inner ones first: a list of layers holds the parameters of the experts in them, too
         self.loop: Loop | None = None
         self.hot = False  # until a choice of experts is spread out, few calls can be of interest
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call that belongs to one of the forms; else ``NO``."""
+        """The result of a call that belongs to one of the forms; else ``NO``.
+
+        Raises RuntimeError where a body does something with a parameter of one expert that is not known for all of them.
+        """
+        found = self._follow(func, args, kwargs)
+        if (
+            found is not NO
+            or self.loop is None
+            or not self.loop.named
+            or not any(isinstance(a, nn.Parameter) for a in (*args, *kwargs.values()))
+        ):
+            return found
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            raise RuntimeError(f"data-dependent: {getattr(func, '__name__', func)} with a parameter of one expert")
+        return out
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.hot and func not in _EARLY:
             return NO
         first: Any = args[0] if args else None
@@ -266,16 +289,21 @@ class Routing:
     def _siblings(self, tensor: Tensor) -> list[Tensor] | None:
         """A parameter of the first of some experts with those of its name of the others."""
         for family in self.families:
-            members = list(family.children())
+            members = _members(family)
             for name, own in members[0].named_parameters():
                 if own is tensor:
                     return [m.get_parameter(name) for m in members]
         return None
 
 
+def _members(container: nn.Module) -> list[nn.Module]:
+    """The children with parameters: a list of experts may hold a dropout beside them."""
+    return [m for m in container.children() if next(m.parameters(), None) is not None]
+
+
 def _alike(container: nn.Module) -> bool:
     """Two members or more, of one class and one form."""
-    members = list(container.children())
+    members = _members(container)
     forms = {(type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters())) for m in members}
     return len(members) > 1 and len(forms) == 1
 
