@@ -25,6 +25,7 @@ from surgery.folding import stir as stir
 from surgery.model import masked
 from surgery.model.claims import Claim
 from surgery.model.live import Tensors
+from surgery.model.narrow import placing
 from surgery.model.program import Origin, Program
 from surgery.model.running import Runner, difference, floats, is_small
 from surgery.model.sample import sample_inputs
@@ -81,7 +82,8 @@ class Compilation:
         self.session.sink.raise_if_failed()
         for emission in self.session.emissions:
             try:
-                self.emit(emission)
+                with placing(emission.checked.node.span):
+                    self.emit(emission)
             except SurgeryError as fault:  # weights that are computed from others late, when they are written
                 raise placed(fault, _computes(emission.program) or emission.checked.node.span) from fault
 

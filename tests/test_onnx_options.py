@@ -325,6 +325,34 @@ def test_an_overflow_names_the_place(tmp_path: Path, size: float, named: str) ->
     assert not list(tmp_path.iterdir())
 
 
+class Masked(nn.Module):
+    """Gives infinities on purpose, as scores of what is no choice are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, x, -torch.inf)
+
+
+def test_values_that_are_no_numbers_are_found_in_torch() -> None:
+    """Packages are measured against torch in their own precision, where both sides would agree on them."""
+    from surgery.backends.torch_finite import refuse_lost
+
+    x = torch.full((2, 8), 0.5)
+    steep = Steep(3e4).half()
+    nn.init.constant_(steep.last.weight, 1.0)
+    broken = Steep(1.0)
+    with torch.no_grad():
+        broken.steep.weight[0, 0] = torch.nan
+    for model, given, code, named in (
+        (steep, x.half(), "S0874", "with `steep.bias`"), (Steep(1e5).half(), x.half(), "S0874", "64 of `steep.weight`"), (broken, x, "S0888", "`steep.weight`"),
+    ):  # fmt: skip
+        with torch.no_grad(), pytest.raises(surgery.SurgeryError) as caught:
+            refuse_lost(model, [given], [model(given)], "random")
+        (found,) = caught.value.diagnostics
+        assert found.code == code and named in " ".join([found.message, *found.notes])
+    given = torch.tensor([[-1.0, 2.0]])
+    refuse_lost(Masked(), [given], [Masked()(given)], "random")
+
+
 # ------------------------------------------------------------------ operator sets, shared names
 
 

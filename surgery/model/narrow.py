@@ -29,11 +29,11 @@ def narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 @contextmanager
 def placing(span: Span | None) -> Iterator[None]:
-    """Gives an S0874 from a thread that writes the place of the statement that asked for the type."""
+    """Gives an S0874 or S0888 from where no statement is known the place of the one that asked for the type."""
     try:
         yield
     except SurgeryError as exc:
-        if span is None or any(d.code != "S0874" or d.labels for d in exc.diagnostics):
+        if span is None or any(d.code not in ("S0874", "S0888") or d.labels for d in exc.diagnostics):
             raise
         found = [replace(d, labels=(Label(span, "asked for here"),)) for d in exc.diagnostics]
         raise SurgeryError(*found, exit_code=exc.exit_code) from None
