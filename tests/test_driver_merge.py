@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,17 @@ def test_a_sum_that_the_type_cannot_hold() -> None:
             big, big, weights=(1.0, 1.0), seed=0, normalize=False, dtype="float16", tensor="w", of=("one", "two")
         )
     assert caught.value.diagnostics[0].message == "merging `w` gives values that float16 cannot hold"
+
+
+def test_a_config_that_uses_the_weights_otherwise_is_said(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(models)
+    shutil.copytree(models / "one", tmp_path / "turned")
+    config = json.loads((tmp_path / "turned/config.json").read_text())
+    config["rms_norm_eps"], config["rope_parameters"]["rope_theta"], config["bos_token_id"] = 0.25, 99.0, 7
+    (tmp_path / "turned/config.json").write_text(json.dumps(config))
+    text = f'checkpoint turned = load("{tmp_path}/turned")\n'
+    plan = api.plan(HEAD + text + "merge linear of base, turned, two\n")
+    (told,) = [f for f in plan.steps[-1].facts if "config" in f]
+    assert "of turned" in told and "`rms_norm_eps` is 0.25 there" in told and "rope_theta" in told and "bos" not in told
+    found = api.plan(HEAD + text + "merge stack of base, turned\n").diagnostics
+    assert [d.code for d in found] == ["S0799"] and "rope_parameters" in found[0].message

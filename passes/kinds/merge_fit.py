@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,25 @@ from surgery.core.plan import plural
 from surgery.model.program import Program
 from surgery.passes.kinds.merge_inputs import Operands, Source
 from surgery.passes.operation import Resolved
+
+MEANT_OTHERWISE = frozenset(
+    "architectures model_type name_or_path _name_or_path dtype torch_dtype transformers_version use_cache tie_word_embeddings vocab_size num_hidden_layers "
+    "initializer_range initializer_factor id2label label2id num_labels problem_type task_specific_params finetuning_task pretraining_tp auto_map "
+    "gradient_checkpointing output_attentions output_hidden_states return_dict router_aux_loss_coef output_router_logits _attn_implementation".split()
+)
+"""Entries of a config that do not say how its weights are used, or of which something else speaks."""
+
+
+def unlike(program: Program, source: Source) -> dict[str, tuple[Any, Any]]:
+    """Entries that the configs of the model and of a source both have and that say something else about what is computed: (here, there)."""
+    if source.program is None:
+        return {}
+    mine, theirs = program.info.config, source.program.info.config
+    return {
+        key: (mine[key], theirs[key])
+        for key in sorted(set(mine) & set(theirs) - MEANT_OTHERWISE)
+        if mine[key] != theirs[key] and not key.endswith(("_token_id", "dropout", "dropout_prob", "drop_rate", "_droprate", "layerdrop"))
+    }
 
 
 def compatible(program: Program, names: Sequence[str], sources: Sequence[Source], op: Resolved, common: bool) -> dict[str, int]:
@@ -64,9 +84,18 @@ def compatible(program: Program, names: Sequence[str], sources: Sequence[Source]
         for name, first in source.aliases.items():
             if name in names and first in program.weights and name not in program.aliases:
                 op.tell(f"{source.name} ties `{name}` to `{first}`, the model does not: its one tensor is merged into both")
+    for source in sources:
+        if other := unlike(program, source):
+            listed = ", ".join(f"`{k}` is {shown(there)} there and {shown(here)} here" for k, (here, there) in other.items())
+            op.tell(f"the config of {source.name} says something else about the same weights: {listed}; the model's stays")
     for name, count in rows.items():
         op.tell(f"{name}: the first {count:,} of {program.weights[name].shape[0]:,} rows are merged, the others stay the model's")
     return rows
+
+
+def shown(value: Any) -> str:
+    """An entry of a config on one line."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _ties(program: Program, names: Sequence[str], source: Source, span: Any, sink: Sink) -> None:

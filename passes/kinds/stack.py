@@ -26,6 +26,7 @@ from surgery.model.running import is_small
 from surgery.model.weights import Expr, Scale, Select, Update, Weights, cast, is_float, select
 from surgery.passes.kinds import attach
 from surgery.passes.kinds.drop_extract import is_layer
+from surgery.passes.kinds.merge_fit import shown, unlike
 from surgery.passes.kinds.merge_inputs import Source
 from surgery.passes.kinds.stack_claim import stacked_claim
 from surgery.passes.kinds.stack_config import stack_layers
@@ -77,6 +78,7 @@ def apply(program: Program, op: Resolved) -> list[SiteChange]:
     mine = Chain(program, order.stack, span, "the model")
     for source, other in zip(data.sources, before, strict=True):
         _same_symbols(program, other, source, span)
+        _same_positions(program, source, span)
     sizes = [_size(program, s) for s in mine.sites]
     ends = _ends(program, data, before, mine, op)
     plan = [(chains[id(before[t.source])], t.layer) for t in order.layers]
@@ -120,6 +122,16 @@ def _free_of_attachments(program: Program, data: Stacking, span: Span) -> None:
                     "S0799", f"{a.name} is attached to {a.site.role} of {source.name}", span, "stacked here",
                     also=[(a.origin.span, "attached here")] if other is program else (), help="stack first, or fold what is attached",
                 )  # fmt: skip
+
+
+def _same_positions(program: Program, source: Source, span: Span) -> None:
+    """Layers of several checkpoints read one table of rotary positions, which stands in front of them."""
+    for key, (here, there) in unlike(program, source).items():
+        if "rope" in key or "rotary" in key:
+            raise fail(
+                "S0799", f"`{key}` is {shown(there)} in {source.name} and {shown(here)} in the model", source.span if source.span.end else span, "stacked here",
+                help="stack checkpoints that turn positions alike; one alone: open it as the model",
+            )  # fmt: skip
 
 
 def _same_symbols(program: Program, other: Program, source: Source, span: Span) -> None:
