@@ -116,12 +116,17 @@ def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, lis
         yield "width", [*norms]
     # beside experts in one layer a plain block is the shared expert, of which few configs speak apart
     routed = {s.layer for s in anatomy.sites if s.stack == stack and s.is_region and "experts" in s.facts}
+    parts = {s.role: s for s in anatomy.sites if s.stack == stack and not s.is_region}
     for site in anatomy.sites:
         match = pattern.fullmatch(site.role)
         if match is None:
             continue
         if match.group(1) == "attn":
-            for what, value in (("heads", site.heads), ("kv_heads", site.kv_heads), ("head_dim", site.head_dim)):
+            counts = {
+                "heads": _of_rows(parts.get(f"{site.role}.q"), site.heads),
+                "kv_heads": _of_rows(parts.get(f"{site.role}.k"), site.kv_heads),
+            }
+            for what, value in (*counts.items(), ("head_dim", site.head_dim)):
                 if value is not None:
                     note(site, what, value)
         elif match.group(2):
@@ -133,6 +138,13 @@ def _facts(anatomy: Anatomy, stack: str, layers: int) -> Iterator[tuple[str, lis
         values = [v for _, v in entries]
         if all(v is not None for v in values):
             yield what, values
+
+
+def _of_rows(part: Site | None, heads: int | None) -> int | None:
+    """The heads that a config counts, where those of the program are groups of them that go together (the pairs of differential attention)."""
+    if part is None or not heads or not part.head_dim or part.shape[0] % (part.head_dim * heads):
+        return heads
+    return part.shape[0] // part.head_dim
 
 
 def _runs(anatomy: Anatomy, stack: str) -> int:

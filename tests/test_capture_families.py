@@ -164,6 +164,7 @@ LLAMA4 = dict(
 )  # fmt: skip
 
 
+DIFFLLAMA = dict(LM, hidden_size=32, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, head_dim=4, intermediate_size=16)
 BERT = dict(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, max_position_embeddings=64)
 VIT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, image_size=16, patch_size=4)
 
@@ -172,7 +173,7 @@ VIT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermedi
     ("family", "architecture", "config"),
     [
         ("convbert", "ConvBertModel", CONVBERT), ("llama4_text", "Llama4ForCausalLM", LLAMA4), ("bert-generation", "BertGenerationEncoder", BERT),
-        ("dinov3_vit", "DINOv3ViTModel", VIT),
+        ("dinov3_vit", "DINOv3ViTModel", VIT), ("diffllama", "DiffLlamaForCausalLM", DIFFLLAMA),
     ],
 )  # fmt: skip
 def test_heads_of_further_families(family: str, architecture: str, config: dict[str, Any], here: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
 from torch import fx
 
 from surgery.model.anatomy import ops
@@ -61,6 +62,8 @@ class Attention:
     """The earlier block whose keys and values this one reads: it has none of its own (Gemma 3n)."""
     spans: dict[str, tuple[Projection, dict[Leaf, int]]] = field(default_factory=dict)
     """What the numbers of the block are products of: a projection that stores it, and classes with the units that count."""
+    also: list[Core] = field(default_factory=list)
+    """Further attentions that the block is made of."""
 
 
 class Attentions(Streams):
@@ -73,11 +76,26 @@ class Attentions(Streams):
         self.found: list[Attention] = []
         for core in self._cores():
             found = self._attention(core)
-            if found is not None:
+            if found is not None and not self._joins(found):
                 self.found.append(found)
                 for role in ("k", "v"):
                     if role in found.parts:
                         self._first.setdefault(found.parts[role].projection, found)
+
+    def _joins(self, found: Attention) -> bool:
+        """Attention that runs again with the same queries and keys on other rows of one product's values belongs to the block before, which has all of
+        those values (differential attention, arXiv:2410.05258)."""
+        if not self.found or not {"q", "k", "v", "o"} <= found.parts.keys():
+            return False
+        before = self.found[-1]
+        if not all(r in before.parts and before.parts[r].same(found.parts[r]) for r in "qko"):
+            return False
+        values, others = before.parts.get("v"), found.parts["v"]
+        if values is None or values.projection is not others.projection or np.intersect1d(values.rows, others.rows).size:
+            return False
+        before.parts["v"] = Part(values.projection, np.union1d(values.rows, others.rows))
+        before.also.append(found.core)
+        return True
 
     def _cores(self) -> Iterator[Core]:
         for node in self.view.nodes:
@@ -266,6 +284,8 @@ class Attentions(Streams):
             step = next((u for u in users if self._passes(u, node)), None)
             # other heads beside these, such as those of a convolution (ConvBERT, arXiv:2008.02496)
             step = step or next((u for u in users if ops.name_of(u) == "cat"), None)
+            # halves of the heads that are taken from each other (differential attention, arXiv:2410.05258)
+            step = step or next((u for u in users if ops.name_of(u) in ops.PARTS), None)
             if step is None:
                 return None
             node = step

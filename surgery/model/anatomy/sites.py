@@ -160,7 +160,7 @@ class Builder:
             facts["kv_of"] = self._role_of.get(block.lender, "")
         if block.value_dim != block.head_dim:
             facts["value_dim"] = block.value_dim
-        cores = origins(n for c in calls for n in (*c.core.scores, c.core.node))
+        cores = origins(n for c in calls for core in (c.core, *c.also) for n in (*core.scores, core.node))
         self._region(base, unit, block.input, block.exit, members, facts, heads | where | {"calls": cores})
 
     def _measure(self, base: str, block: Attention) -> None:
