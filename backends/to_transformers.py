@@ -326,6 +326,19 @@ def _dtype(own: str, wanted: str) -> str:
     return wanted if wanted and is_float(own) else own
 
 
+def _cannot_run(program: Program, architecture: str, fault: Exception, span: Span | None) -> SurgeryError:
+    """S0863 for a checkpoint whose class loads it and cannot run it, such as experts of a width that its kernels do not take."""
+    experts = any(s.op == "experts" for s in program.anatomy.sites)
+    return fail(
+        "S0863", f"{architecture} loads the checkpoint and cannot run it: {' '.join(str(fault).split())[:160]}", span, "asked for here",
+        also=[(o.span, "changes the structure") for o in _structural(program)[-4:]],
+        help=[
+            *(["its products of experts take widths of whole 16 bytes: `round_to = 8` keeps them"] if experts else []),
+            "nothing was written; `emit torch` writes any model",
+        ],
+    )  # fmt: skip
+
+
 def _certify(program: Program, architecture: str, folder: Path, request: EmitRequest) -> list[dict[str, Any]]:
     """``from_pretrained`` on the written folder against the program, in fp32, on random and padded inputs."""
     import transformers
@@ -342,7 +355,10 @@ def _certify(program: Program, architecture: str, folder: Path, request: EmitReq
             want = root(*inputs)
             given = pytree.unflatten(list(inputs), signature.in_spec)
             given = given if isinstance(given, Mapping) else dict(zip(signature.parameters, given, strict=True))
-            out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+            try:
+                out = model(**given, **{k: v for k, v in signature.constants.items() if k not in given})
+            except (RuntimeError, ValueError, TypeError, IndexError) as exc:
+                raise _cannot_run(program, architecture, exc, request.span) from exc
             got = pytree.flatten(out, signature.out_spec)
         for x, y in zip(want, got, strict=True):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():

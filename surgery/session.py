@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.backends import registry as backends
 from surgery.core import ast
-from surgery.core.diagnostics import Label, Sink, SurgeryError, error
+from surgery.core.diagnostics import Diagnostic, Label, Sink, SurgeryError, error
 from surgery.core.method import Method
 from surgery.core.plan import Expectation, Plan, PlanSite, PlanStep, Totals
 from surgery.core.printer import to_text
@@ -103,11 +103,11 @@ class Session:
             try:
                 handler(self, checked, position)
             except SurgeryError as exc:
-                self.sink.extend(d for d in exc.diagnostics if not (d.code == "S0306" and any(f"`@{n}`" in d.message for n in lost)))
+                self.sink.extend(d for d in exc.diagnostics if not _follows(d, lost))
                 if exc.exit_code == 2:
                     raise
-                if made := getattr(checked.node, "name", ""):
-                    lost.add(made)
+                if made := getattr(checked.node, "name", "") or (checked.call.name if checked.call is not None else ""):
+                    lost.add(made)  # what is attached without a name is called as its method
             broken |= self.sink.failed and not isinstance(checked.node, ast.ExpectQuantity | ast.ExpectCheck)
         if not broken:
             sizes = parameter_sizes(self.program)
@@ -142,6 +142,12 @@ class Session:
 
     def snapshot(self, position: int) -> Program:
         return self.program.copy() if self.changes_later(position) else self.program
+
+
+def _follows(found: Diagnostic, lost: set[str]) -> bool:
+    """Whether a finding only says that something is missing which a statement that failed would have made."""
+    said = {"S0306": "`@{}`", "S0870": "`live` names `{}`,"}.get(found.code)
+    return said is not None and any(said.format(name) in found.message for name in lost)
 
 
 def _closed(ref: str, span: Any) -> Program:

@@ -194,3 +194,12 @@ def test_experts_of_nllb_are_those_that_transformers_takes() -> None:
         x = torch.randn(batch, length, 16)
         with torch.no_grad():
             assert float((graph(x)[0] - model(x)).abs().max()) <= 1e-6
+
+
+def test_a_width_of_experts_that_transformers_cannot_multiply(here: Path) -> None:
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **PHIMOE}
+    Path("model.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(surgery.SurgeryError) as caught:
+        surgery.compile('surg 1\nprune ffn(keep = 10) on layers[*].ffn\nemit transformers to "plain"\n', "config:model.json")
+    found = caught.value.diagnostics[-1]
+    assert found.code == "S0863" and "cannot run it" in found.message and "round_to" in found.help[0] and not Path("plain").exists()

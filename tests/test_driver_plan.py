@@ -323,3 +323,14 @@ def test_a_backend_that_is_not_there_is_said_before_any_work(here: Path, verb: s
         assert ran.code == 1 and "S0843" in ran.codes
         assert f"cannot emit `{name}` yet" in ran.err and f"write `{word} to" in ran.err and "emits onnx, report, torch" in ran.err
         assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("name", "label"), [("lora", ""), ("news", " as news")])
+def test_an_output_that_keeps_what_a_failed_line_would_have_made(here: Path, name: str, label: str) -> None:
+    """That its name is missing is no finding of its own; a name that nothing makes is one."""
+    write(
+        "a.surg",
+        f'surg 1\n\nadapt lora(rank = 2) on layers[9].attn.q{label}\nemit onnx(live = [@{name}]) to "a.onnx"\nemit onnx(live = [@other]) to "b.onnx"\n',
+    )
+    ran = surgery("plan", "a.surg", checkpoint("llama"))
+    assert ran.code == 1 and ran.codes == ["S0303", "S0870"] and "`other`" in ran.err, ran.err
