@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -218,6 +219,18 @@ def test_a_reader_that_goes_away() -> None:
     for _ in range(3):
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
         assert done.stderr == ""
+
+
+@pytest.mark.parametrize("format", ["text", "json", "sarif"])
+def test_a_full_disk_behind_the_output_is_said(format: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(["check", "bad.surg", "--format", format]) == 2
+    err = capsys.readouterr().err
+    assert "error[S0910]: cannot write the output: no space left on device" in err and "S0901" not in err
 
 
 def test_output_that_cannot_hold_every_character(here: Path) -> None:

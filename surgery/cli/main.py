@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import importlib
 import os
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _last_words(
             report, fail("S0901", "surgery ran out of memory", help="close other programs or use a smaller model", exit_code=FAULT)
         )
+    except OSError as e:
+        if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):  # of a stream, which has no path
+            return _unwritten(e)
+        return _last_words(report, internal(e))
     except Exception as e:
         if os.environ.get("SURGERY_DEBUG") == "1":
             raise
@@ -157,6 +162,21 @@ def _last_words(report: Report, fault: SurgeryError) -> int:
     except BrokenPipeError:
         _closed()
         return fault.exit_code
+    except OSError as e:
+        return _unwritten(e)
+
+
+def _unwritten(fault: OSError) -> int:
+    """The output cannot be written, as on a full disk: said in words on stderr, in every format."""
+    from surgery.cli.views import text
+
+    _closed()
+    found = fail("S0910", f"cannot write the output: {(fault.strerror or str(fault)).lower()}", help="check the space left where it goes")
+    try:
+        write(sys.stderr, text.render(found.diagnostics, color=False))
+    except OSError:
+        pass
+    return FAULT
 
 
 def _interrupted() -> int:
