@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from surgery.model.flows import Parts
 from surgery.model.lanes import read_soon
 from surgery.model.pieces import held_by
 from surgery.model.program import Program
@@ -67,6 +69,21 @@ def lanes(program: Program, tensors: Any, names: Mapping[str, str] | None = None
     streams = {name: stream for name, expr in exprs.items() if (stream := stream_of(expr)) is not None}
     costs = {name: cost(expr, tensors.functions) for name, expr in exprs.items() if name not in streams}
     return Lanes(max(1, min(WORKERS, torch.get_num_threads())), costs, soon, streams)
+
+
+def parts(
+    values: Mapping[str, torch.Tensor], program: Program, sources: Mapping[str, str], dtypes: Mapping[str, str]
+) -> Callable[[str, ExitStack], Parts | None]:
+    """For :func:`surgery.model.shards.write_safetensors`: tensors that keep their type in parts. ``values`` are those of :func:`weights`, ``sources``
+    maps names in the file to names in the program, ``dtypes`` are those of the file."""
+
+    def run(name: str, files: ExitStack) -> Parts | None:
+        source = sources[name]
+        if not isinstance(values, Realiser) or program.weights[source].dtype != dtypes[name]:
+            return None
+        return values.parts(source, files)
+
+    return run
 
 
 def cost(expr: Expr, functions: Callable[[str], Callable[..., Any]]) -> int:

@@ -302,10 +302,12 @@ def _write(program: Program, said: Sayable, dtype: str, folder: Path, request: E
         return lambda: narrowed(values[source], getattr(torch, wanted), source)
 
     total = sum(math.prod(shapes[n]) * DTYPE_BYTES[dtypes[n]] for n in shapes)
-    lanes = streaming.lanes(program, request.tensors, dict(stored))
+    sources = dict(stored)
+    lanes = streaming.lanes(program, request.tensors, sources)
     written = write_safetensors(
         folder, {name: make(source, dtypes[name]) for name, source in stored}, shapes, dtypes, progress=request.counting(total),
         workers=lanes.workers, costs=lanes.costs, soon=lanes.soon, streams=lanes.streams, checking=not is_small(program),
+        parts=streaming.parts(values, program, sources, dtypes),
     )  # fmt: skip
     with storage_errors(folder):
         (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.model.byrows import Operand, Place, Rows
+from surgery.model.flows import Parts, gathered
 from surgery.model.pieces import Pieces
 from surgery.model.room import room
 from surgery.passes.kinds.geometry import Geometry
@@ -49,7 +50,7 @@ def fold_by_rows(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor
         return None
     if isinstance(stored, Pieces):
         if site.op == "linear" and not site.transposed:
-            return _fold_stored(method, site, t, stored, wide)
+            return gathered(_parts(method, site, t, stored, wide), stored.shape, stored.dtype)
         stored = stored.whole()
     out = room(stored.shape, stored.dtype)
     source, target = site.to_canonical(stored), site.to_canonical(out)
@@ -74,14 +75,19 @@ def _fold_matrix(method: DeltaMethod, site: Geometry, t: Tensors, source: Tensor
         target[start:stop] = folded(start, stop, weight)
 
 
-def _fold_stored(method: DeltaMethod, site: Geometry, t: Tensors, stored: Pieces, wide: torch.dtype) -> Tensor:
+def stored_parts(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor | Pieces, wide: torch.dtype) -> Parts | None:
+    """The folded weight in ``wide`` in parts of some rows; None where :func:`fold_by_rows` does not read the matrix from its file in this way."""
+    if not isinstance(stored, Pieces) or site.op != "linear" or site.transposed or site.groups != 1 or stored.dim() != 2:
+        return None
+    return None if method.rows(site, t, 0, 1) is None else _parts(method, site, t, stored, wide)
+
+
+def _parts(method: DeltaMethod, site: Geometry, t: Tensors, stored: Pieces, wide: torch.dtype) -> Parts:
     rows, width = stored.shape
-    out = room(stored.shape, stored.dtype)
     folded, place = _Folder(method, site, t), Place(width, wide)
     for start, stop in spans(rows, width):
         block = stored[start * width : stop * width].view(-1, width)
-        out[start:stop] = folded(start, stop, place(stop - start).copy_(block))
-    return out
+        yield folded(start, stop, place(stop - start).copy_(block))
 
 
 class _Folder:

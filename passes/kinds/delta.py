@@ -23,12 +23,13 @@ from surgery.core.site import Site
 from surgery.model import masked
 from surgery.model.byrows import Operand, Rows, by_rows
 from surgery.model.cut_attached import Around, Follow
+from surgery.model.flows import Parts, by_parts
 from surgery.model.modules import register_module
 from surgery.model.pieces import Pieces, by_pieces, whole
 from surgery.model.program import Attachment, Program
 from surgery.model.weights import Apply, Expr
 from surgery.passes.kinds import attach, tie_fold
-from surgery.passes.kinds.blocks import fold_by_rows, folded_rows
+from surgery.passes.kinds.blocks import fold_by_rows, folded_rows, stored_parts
 from surgery.passes.kinds.calls import call_config, calls_of, operand, weight_names, weight_of
 from surgery.passes.kinds.delta_method import DeltaMethod, Tensors
 from surgery.passes.kinds.follow import follow_delta
@@ -300,7 +301,20 @@ def _rows(cls: type[DeltaMethod], current: Operand, *tensors: Operand, site: Any
     return None if base else folded_rows(cls(**params), Geometry.of(site), current, tensors)
 
 
+def _parts(
+    cls: type[DeltaMethod], current: Tensor | Pieces, *tensors: Tensor | Pieces, site: Any, base: bool = False, **params: Any
+) -> Parts | None:
+    """What :func:`fold` gives, in parts."""
+    if base or not isinstance(current, Pieces):
+        return None
+    geometry, method = Geometry.of(site), cls(**params)
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    t = {s.name: whole(v).to(wide) for s, v in zip(method.tensors(geometry), tensors, strict=True)}
+    return stored_parts(method, geometry, t, current, wide)
+
+
 @by_pieces
+@by_parts(_parts)
 @by_rows(_rows)
 def fold(
     cls: type[DeltaMethod], current: Tensor | Pieces, *tensors: Tensor | Pieces, site: Any, base: bool = False, **params: Any

@@ -7,7 +7,7 @@ one lazy expression for each. Nothing is read while the spec is walked (a method
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from surgery.core.diagnostics import fail
 from surgery.core.method import Method, param
 from surgery.core.site import Site
-from surgery.model.pieces import Operand, Pieces, by_pieces, like, whole
+from surgery.model.flows import Parts, by_parts, gathered
+from surgery.model.pieces import Operand, Pieces, by_pieces, whole
 from surgery.model.program import Program
 from surgery.model.weights import Apply, Update, is_float
 from surgery.passes.kinds import attach
@@ -89,6 +90,12 @@ class MergeMethod(Method):
         NotFinite."""
         raise NotImplementedError
 
+    def parts(
+        self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]
+    ) -> Parts | None:
+        """What :meth:`merge` gives, in flat order and in parts that are not rounded yet; None where it has to be made whole."""
+        return None
+
 
 @dataclass(frozen=True)
 class TaskMethod(MergeMethod):
@@ -113,6 +120,15 @@ class TaskMethod(MergeMethod):
         return add_up(parts, weights, reuse=True)
 
     def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
+        return gathered(self._chunks(base, experts, weights, seed, prepared), base.shape, base.dtype)
+
+    def parts(
+        self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]
+    ) -> Parts | None:
+        own = type(self).merge is TaskMethod.merge
+        return self._chunks(base, experts, weights, seed, prepared) if own else None
+
+    def _chunks(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Parts:
         start = Wide(base)
         deltas = [delta_of(e, start) for e in experts]
         cleaners = [
@@ -126,18 +142,58 @@ class TaskMethod(MergeMethod):
             for clean, _ in measured:
                 clean.settle()
         scale = float(getattr(self, "scale", 1.0))
-        out = like(base)
-        into = out.view(-1)
         for at in chunks(base.shape):
             parts = [clean(watched(d(at)), at) for clean, d in zip(cleaners, deltas, strict=True)]
             change = self.fuse(parts, weights, prepared)
             if scale != 1:
                 change.mul_(scale)
-            into[at] = change.add_(start(at))
-        return out
+            yield change.add_(start(at))
+
+
+def _given(cls: type[MergeMethod], tensors: Sequence[Operand], dtype: str) -> list[Operand]:
+    """What a method is given: the base and one of each model."""
+    given: list[Operand] = [t if isinstance(t, Pieces) and cls.by_pieces else whole(t).contiguous() for t in tensors]
+    if not cls.reads_base and dtype:
+        given.insert(0, torch.empty(given[0].shape, dtype=getattr(torch, dtype)))
+    return given
+
+
+def _parts(
+    cls: type[MergeMethod], *tensors: Operand, weights: Any, seed: int, prepared: Any = (), tensor: str = "", of: Sequence[str] = (),
+    dtype: str = "", **params: Any,
+) -> Parts | None:  # fmt: skip
+    """What :func:`merged` gives, in parts; what is not finite is found as the parts come, and told by :func:`merged`."""
+    given = _given(cls, tensors, dtype)
+    parts = cls(**params).parts(given[0], given[1:], list(weights), seed, tuple(prepared))
+    if parts is None:
+        return None
+    if not cls.spreads and not cls.watches:
+        _all_finite(list(zip(given[len(given) - len(tensors) :], of, strict=False)), tensor)
+
+    def tell() -> None:
+        merged(cls, *tensors, weights=weights, seed=seed, prepared=prepared, tensor=tensor, of=of, dtype=dtype, **params)
+
+    return _looked_at(parts, given[0].dtype, tell) if of else parts
+
+
+def _looked_at(parts: Parts, dtype: torch.dtype, tell: Callable[[], None]) -> Parts:
+    """Parts rounded to ``dtype``; calls ``tell``, which raises, where one is not finite then."""
+    place = torch.empty(0, dtype=dtype)
+    try:
+        for part in parts:
+            if place.numel() < part.numel():
+                place = torch.empty(part.numel(), dtype=dtype)
+            rounded = place[: part.numel()].copy_(part.view(-1))
+            if not is_finite(rounded):
+                raise NotFinite
+            yield rounded
+    except NotFinite:
+        tell()
+        raise
 
 
 @by_pieces
+@by_parts(_parts)
 def merged(
     cls: type[MergeMethod], *tensors: Operand, weights: Any, seed: int, prepared: Any = (), tensor: str = "", of: Sequence[str] = (),
     dtype: str = "", **params: Any,
@@ -148,12 +204,10 @@ def merged(
     Raises S0798 for NaN or infinite elements.
     """
     method = cls(**params)
-    given = [t if isinstance(t, Pieces) and cls.by_pieces else whole(t).contiguous() for t in tensors]
-    sources = list(zip(given, of, strict=False))
+    given = _given(cls, tensors, dtype)
+    sources = list(zip(given[len(given) - len(tensors) :], of, strict=False))
     if not cls.spreads and not cls.watches:
         _all_finite(sources, tensor)
-    if not cls.reads_base and dtype:
-        given.insert(0, torch.empty(given[0].shape, dtype=getattr(torch, dtype)))
     try:
         made = method.merge(given[0], given[1:], list(weights), seed, tuple(prepared)).to(given[0].dtype)
     except NotFinite:

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from surgery.model.pieces import Operand, flat, like
+from surgery.model.flows import Parts, gathered
+from surgery.model.pieces import Operand, flat
 from surgery.model.room import scratch
 
 CHUNK = 1 << 17
@@ -181,10 +182,9 @@ def add_up(parts: Sequence[Tensor], weights: Sequence[float], divisor: float = 1
     return total if divisor == 1 else total.div_(divisor)
 
 
-def combination(tensors: Sequence[Operand], factors: Sequence[float], of: Operand, divisor: float = 1.0) -> Tensor:
-    """The sum of tensors times factors over a divisor, added in order in float32 and rounded once to the type of ``of``."""
-    out = like(of)
-    into, views = out.view(-1), [flat(t) for t in tensors]
+def combined(tensors: Sequence[Operand], factors: Sequence[float], of: Operand, divisor: float = 1.0) -> Parts:
+    """The sum of tensors times factors over a divisor, added in order in float32, chunk by chunk."""
+    views = [flat(t) for t in tensors]
     total, term = buffers(of.shape, 2)
     for at in chunks(of.shape):
         n = at.stop - at.start
@@ -193,5 +193,9 @@ def combination(tensors: Sequence[Operand], factors: Sequence[float], of: Operan
             sum_.mul_(factors[0])
         for view, factor in zip(views[1:], factors[1:], strict=True):
             sum_.add_(term[:n].copy_(view[at]), alpha=factor)
-        into[at] = sum_ if divisor == 1 else sum_.div_(divisor)
-    return out
+        yield sum_ if divisor == 1 else sum_.div_(divisor)
+
+
+def combination(tensors: Sequence[Operand], factors: Sequence[float], of: Operand, divisor: float = 1.0) -> Tensor:
+    """What :func:`combined` gives, rounded once to the type of ``of``."""
+    return gathered(combined(tensors, factors, of, divisor), of.shape, of.dtype)

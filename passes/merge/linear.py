@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.flows import Parts
 from surgery.model.pieces import Operand, whole
 from surgery.passes.kinds.adapter_method import FACTORWISE, AdapterSide
 from surgery.passes.kinds.merge import MergeMethod
-from surgery.passes.kinds.merge_math import combination
+from surgery.passes.kinds.merge_math import combination, combined
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,16 @@ class Linear(AdapterSide, MergeMethod):
         return "the factors sum to zero, and it divides by their sum" if self.normalize is not False and abs(sum(weights)) < 1e-8 else ""
 
     def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
-        divisor = sum(weights) if self.normalize is not False else 1.0
-        if len(experts) == 1 and weights[0] == divisor:
-            return whole(experts[0])
-        return combination(experts, weights, base, divisor)
+        return whole(experts[0]) if self._one(experts, weights) else combination(experts, weights, base, self._divisor(weights))
+
+    def parts(
+        self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]
+    ) -> Parts | None:
+        return None if self._one(experts, weights) else combined(experts, weights, base, self._divisor(weights))
+
+    def _divisor(self, weights: Sequence[float]) -> float:
+        return sum(weights) if self.normalize is not False else 1.0
+
+    def _one(self, experts: Sequence[Operand], weights: Sequence[float]) -> bool:
+        """Whether the result is the one model as it is."""
+        return len(experts) == 1 and weights[0] == self._divisor(weights)

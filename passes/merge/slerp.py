@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from surgery.core.method import param
+from surgery.model.flows import Parts
 from surgery.model.pieces import Operand
 from surgery.passes.kinds.merge import MergeMethod
 from surgery.passes.kinds.merge_angles import arc, products
-from surgery.passes.kinds.merge_math import combination
+from surgery.passes.kinds.merge_math import combination, combined
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class Slerp(MergeMethod):
         return "" if all(w == 1 for w in weights) else "it takes no factors: `t` says how far it goes; `merge nuslerp` takes them"
 
     def merge(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Tensor:
-        first, second = experts
+        return combination(experts, self._factors(*experts), base)
+
+    def parts(self, base: Operand, experts: Sequence[Operand], weights: Sequence[float], seed: int, prepared: tuple[Any, ...]) -> Parts:
+        return combined(experts, self._factors(*experts), base)
+
+    def _factors(self, first: Operand, second: Operand) -> tuple[float, float]:
         lengths = products(first, second)
         scale = math.prod(n if n > 1e-8 else 1.0 for n in map(math.sqrt, lengths[:2]))
-        return combination([first, second], list(arc(lengths[2] / scale, self.t)), base)
+        return arc(lengths[2] / scale, self.t)

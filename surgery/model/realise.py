@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from surgery.core.diagnostics import fail
+from surgery.model.flows import Parts, has_parts, parts_of
 from surgery.model.pieces import arguments, takes_pieces
 from surgery.model.room import copied, room, widened
 from surgery.model.stored import MANY, initial_value, read, read_part, take, torch_dtype
@@ -126,6 +127,18 @@ class Realiser(Mapping[str, torch.Tensor]):
         elif isinstance(expr, Apply | MatMul) and self._is_shared(value, expr):
             value = value.clone()  # what a caller may change must not be what is kept here
         return value
+
+    def parts(self, name: str, files: ExitStack) -> Parts | None:
+        """One weight in parts, for one thread that takes them without gradients; None where it has to be computed whole. ``files`` holds what is opened."""
+        expr = self.weights[name]
+        if not isinstance(expr, Apply) or expr.output is not None or self._memo is not None:
+            return None
+        function, slot = self.functions(expr.function), _slot(expr)
+        if not has_parts(function) or self._uses.get(slot, 1) > 1 or slot in self._cache:
+            return None
+        with _deep(min(4 * self._depth, 200_000) + 2000), torch.no_grad():
+            args = arguments(expr.args, self._value, files) if takes_pieces(function) else [self._value(arg) for arg in expr.args]
+        return parts_of(function, args, dict(expr.params))
 
     def _is_shared(self, value: torch.Tensor, expr: Expr) -> bool:
         """Whether the memory of a result is also that of a kept result or of a tensor that the expression holds."""

@@ -83,7 +83,7 @@ class Writer:
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=3)
         self._thread = threading.Thread(target=self._work, name="writing weights", daemon=True) if self.threaded else None
         self._ending: deque[Future[None]] = deque()
-        self._look = bytearray(LOOK if self.checking else 0)
+        self._look = Look() if self.checking else None
         if self._thread is not None:
             self._thread.start()
         return self
@@ -103,7 +103,7 @@ class Writer:
             if self._current is not None:
                 self._current.file.close()
         if self.threaded:
-            _give_back()
+            give_back()
         if kind is None:
             self.raise_fault()
 
@@ -184,52 +184,71 @@ class Writer:
                 done = 0
                 while done < len(block):
                     done += current.file.write(block[done:])
-                if self.checking and current.regular:
-                    self._compare(current, block)
+                if self._look is not None and current.regular:
+                    self._look.compare(current.path, current.file.fileno(), block, current.written)
             if current.digest is not None and self._hasher is None:
                 current.digest.update(block)
             current.written += len(block)
             if current.written - current.flushed >= WINDOW and current.regular and self._storer is not None:
                 self._store(current, self._storer)
 
-    def _compare(self, current: _Open, block: memoryview) -> None:
-        """What the file holds where a block was just written is the block, bit by bit."""
-        meant, look = np.frombuffer(block, np.uint8), memoryview(self._look)
-        for at in range(0, len(meant), LOOK):
-            part = look[: min(LOOK, len(meant) - at)]
-            if os.preadv(current.file.fileno(), [part], current.written + at) != len(part) or not _same(part, meant[at : at + LOOK]):
-                raise fail(
-                    "S0804", f"writing {current.path} failed: it does not hold what was written at byte {current.written + at}", exit_code=2,
-                    help="check the storage, and start again",
-                )  # fmt: skip
-
     def _store(self, current: _Open, storer: ThreadPoolExecutor) -> None:
         """Storing begins now; pages that are stored go, a window at a time."""
         descriptor, start, size = current.file.fileno(), current.flushed, current.written - current.flushed
         current.flushed = current.written
-        _sync_range(descriptor, start, size, _START_WRITING)
-        current.storing.append(storer.submit(_until_stored, descriptor, start, size))
+        store_soon(descriptor, start, size)
+        current.storing.append(storer.submit(until_stored, descriptor, start, size))
         while len(current.storing) > WINDOWS:
             current.storing.popleft().result()
 
 
-def _same(found: memoryview, meant: np.ndarray[Any, Any]) -> bool:
-    """Whether two places of one size hold the same bytes."""
-    call = _call("memcmp")  # beside the other threads, and without a place for what is equal
-    left = np.frombuffer(found, np.uint8)
-    if call is None:
-        return np.array_equal(left, meant)
-    return not call(ctypes.c_void_p(left.ctypes.data), ctypes.c_void_p(meant.ctypes.data), ctypes.c_size_t(meant.size))
+class Look:
+    """A place into which files are read back, for one thread."""
+
+    def __init__(self) -> None:
+        self._place = np.empty(LOOK, np.uint8)
+        self._view, self._start = memoryview(self._place), self._place.ctypes.data  # type: ignore[arg-type]
+
+    def compare(self, path: Path, handle: int, block: memoryview, at: int) -> None:
+        """What the file holds from byte ``at`` on is the block, bit by bit; raises S0804 where it is not."""
+        meant = np.frombuffer(block, np.uint8)
+        begin, step, call = meant.ctypes.data, len(self._place), _memcmp()
+        for start in range(0, len(meant), step):
+            size = min(step, len(meant) - start)
+            same = os.preadv(handle, [self._view[:size]], at + start) == size and (
+                np.array_equal(self._place[:size], meant[start : start + size])
+                if call is None
+                else not call(self._start, begin + start, size)
+            )
+            if not same:
+                raise fail(
+                    "S0804", f"writing {path} failed: it does not hold what was written at byte {at + start}", exit_code=2,
+                    help="check the storage, and start again",
+                )  # fmt: skip
 
 
-def _until_stored(descriptor: int, start: int, size: int) -> None:
+@cache
+def _memcmp() -> Any:
+    """Compares two addresses beside the other threads, and without a place for what is equal; None where it is not there."""
+    call = _call("memcmp")
+    if call is not None:
+        call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return call
+
+
+def store_soon(descriptor: int, start: int, size: int) -> None:
+    """The system begins to store a range, beside the computing of what follows, so that the final flush finds little left to do."""
+    _sync_range(descriptor, start, size, _START_WRITING)
+
+
+def until_stored(descriptor: int, start: int, size: int) -> None:
+    """Waits until a range is stored; its pages leave the system's cache."""
     _sync_range(descriptor, start, size, _UNTIL_STORED)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_range(descriptor: int, offset: int, size: int, flags: int) -> None:
-    """The system stores a range now, beside the computing of what follows, so that the final flush finds little left to do."""
     call = _call("sync_file_range")
     if call is not None:
         call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), flags)
@@ -246,7 +265,7 @@ def _call(name: str) -> Any:
         return None
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Freed memory goes back to the system: the allocator keeps some for every thread that worked, and none of them lives on; blocks that were
     held for the next tensors are not needed any more."""
     shared.clear()
