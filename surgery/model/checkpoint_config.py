@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import re
@@ -65,17 +64,11 @@ def _stated_families() -> frozenset[str]:
     list may be short, never wrong."""
     found = importlib.util.find_spec("transformers")
     try:
-        tree = ast.parse(Path(str(found and found.origin)).with_name("models").joinpath("auto", "auto_mappings.py").read_text("utf-8"))
-        for node in tree.body:
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.value, ast.Call)
-                and getattr(node.targets[0], "id", "") == "CONFIG_MAPPING_NAMES"
-            ):
-                return frozenset(str(name) for name, _ in ast.literal_eval(node.value.args[0]))
-    except (OSError, ValueError, SyntaxError, IndexError, TypeError):
-        pass  # another layout: the import knows
-    return frozenset()
+        text = Path(str(found and found.origin)).with_name("models").joinpath("auto", "auto_mappings.py").read_text("utf-8")
+    except OSError:
+        return frozenset()  # another layout: the import knows
+    table = re.search(r"^CONFIG_MAPPING_NAMES = OrderedDict\($(.*?)^\)$", text, re.M | re.S)
+    return frozenset(re.findall(r'^ +\("([^"]+)", "\w+"\),$', table[1], re.M) if table else ())
 
 
 @lru_cache(maxsize=1)
