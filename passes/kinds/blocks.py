@@ -84,7 +84,8 @@ def stored_parts(method: DeltaMethod, site: Geometry, t: Tensors, stored: Tensor
 
 def _parts(method: DeltaMethod, site: Geometry, t: Tensors, stored: Pieces, wide: torch.dtype) -> Parts:
     rows, width = stored.shape
-    folded, place = _Folder(method, site, t), Place(width, wide)
+    quick = method.folder(site, t) if wide == torch.float32 and not torch.is_grad_enabled() else None
+    folded, place = quick or _Folder(method, site, t), Place(width, wide)
     for start, stop in spans(rows, width):
         block = stored[start * width : stop * width].view(-1, width)
         yield folded(start, stop, place(stop - start).copy_(block))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.geometry import Geometry
 
 Tensors = Mapping[str, Tensor]
+Folder = Callable[[int, int, Tensor], Tensor]
+"""Rows ``[start, stop)`` of a canonical weight with a change in them; the rows that are given may be used up."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class DeltaMethod(Method):
     def rows(self, site: Geometry, t: Tensors, start: int, stop: int) -> Tensors | None:
         """The tensors with which :meth:`fold` changes rows ``[start:stop)`` of the canonical weight alone, given only these rows;
         None where a row depends on others."""
+        return None
+
+    def folder(self, site: Geometry, t: Tensors) -> Folder | None:
+        """``fold(start, stop, weight)`` as :meth:`fold_into` with the tensors of :meth:`rows` does it, for float32 weights and without gradients, where
+        there is less to say of every block; None where there is not."""
         return None
 
     def rebase(self, site: Geometry) -> tuple[str, int] | None:

@@ -22,6 +22,7 @@ from surgery.model.room import scratch
 from surgery.passes.kinds import lowrank_linear
 from surgery.passes.kinds.attach import TensorSpec
 from surgery.passes.kinds.delta import DeltaMethod, Tensors
+from surgery.passes.kinds.delta_method import Folder
 from surgery.passes.kinds.geometry import Geometry
 
 
@@ -94,6 +95,22 @@ class LowRankMethod(DeltaMethod):
         if own.delta is not LowRankMethod.delta or own.factors is not LowRankMethod.factors or own.fold is not DeltaMethod.fold:
             return None  # a gate, a norm or a core between the factors may look at all rows
         return {**t, "B": t["B"][start:stop]}
+
+    def folder(self, site: Geometry, t: Tensors) -> Folder | None:
+        own, (a, b), scale = type(self), self.factors(site, t), self.scale()
+        if own.fold_into is not LowRankMethod.fold_into or site.op != "linear" or self.rows(site, t, 0, 1) is None:
+            return None
+        if not a.dtype == b.dtype == torch.float32 or math.frexp(scale)[0] != 0.5:
+            return None
+        rank, columns = a.shape
+
+        def fold(start: int, stop: int, weight: Tensor) -> Tensor:
+            part = b[start:stop]
+            if adds_last(stop - start, rank, columns):
+                return weight.addmm_(part, a, alpha=scale)
+            return self.fold_into(site, {**t, "B": part}, weight)
+
+        return fold
 
     def forward(self, site: Geometry, t: Tensors, x: Tensor, out: Tensor, extra: Tensors, training: bool) -> Tensor:
         a, b = self.factors(site, t)

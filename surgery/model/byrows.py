@@ -105,6 +105,9 @@ class Place:
         self._place = torch.empty(0, width, dtype=dtype)
 
     def __call__(self, rows: int) -> Tensor:
-        if len(self._place) < rows:
-            self._place = torch.empty(rows, self._place.shape[1], dtype=self._place.dtype)
+        have, width = self._place.shape
+        if have == rows:
+            return self._place
+        if have < rows:
+            self._place = torch.empty(rows, width, dtype=self._place.dtype)
         return self._place[:rows]

@@ -40,7 +40,7 @@ class Pieces:
     """A stored tensor of ``shape`` and ``dtype``, for one thread. Raises S0721 when the file cannot be read any more."""
 
     def __init__(self, load: Load) -> None:
-        self.load, self.shape, self.dtype = load, load.shape, torch_dtype(load.dtype)
+        self.load, self.shape, self.dtype, self._count = load, load.shape, torch_dtype(load.dtype), math.prod(load.shape)
         self._place = torch.empty(0, dtype=self.dtype)
         self._view = memoryview(b"")
         try:
@@ -58,14 +58,16 @@ class Pieces:
         return len(self.shape)
 
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return self._count
 
     def whole(self) -> torch.Tensor:
         """All of it, in memory of its own."""
         return read(self.load)
 
     def __getitem__(self, at: slice) -> torch.Tensor:
-        start, stop, step = at.indices(self.numel())
+        if at.step is None and at.start is not None and at.stop is not None and 0 <= at.start <= at.stop <= self._count:
+            return self._read(at.start, at.stop)  # as nearly everybody asks, for every block
+        start, stop, step = at.indices(self._count)
         if step == 1:
             return self._read(start, max(start, stop))
         count = len(range(start, stop, step))
