@@ -322,6 +322,7 @@ def schedule_emission(session: Session, checked: Checked, position: int) -> None
         folded, changes = _folded(session.program, node.span, params.get("live"))
     if (check := getattr(backend, "check", None)) is not None and not session.sink.failed:
         check(session.program if folded is None else folded, node.span)
+        facts = (*facts, *_open_counts(session))
     if session.keep_base:
         assert session.base is not None
         session.emissions.append(Emission(checked, session.snapshot(position), session.base, folded))
@@ -342,6 +343,15 @@ def _told(session: Session, backend: Any, params: dict[str, Any], place: Span, s
     if (tell := getattr(backend, "plan", None)) is None or session.sink.failed:
         return ()
     return tuple(tell(session.program, params, live_modules(session.program, live), span))
+
+
+def _open_counts(session: Session) -> tuple[str, ...]:
+    """A line of the plan where only compile knows how many units each layer loses, on which a config may not agree."""
+    if session.study is not None or not any(s.verb == "prune" and s.params.get("scope") == "global" for s in session.plan.steps):
+        return ()
+    return (
+        "checked with the same count in every layer: compile chooses the counts, and refuses (S0862) those that the config has no word for",
+    )
 
 
 def _folded(program: Program, span: Span, live: Any) -> tuple[Program, list[SiteChange]]:

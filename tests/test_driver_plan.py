@@ -334,3 +334,10 @@ def test_an_output_that_keeps_what_a_failed_line_would_have_made(here: Path, nam
     )
     ran = surgery("plan", "a.surg", checkpoint("llama"))
     assert ran.code == 1 and ran.codes == ["S0303", "S0870"] and "`other`" in ran.err, ran.err
+
+
+@pytest.mark.parametrize(("scope", "open_"), [("layer", False), ("global", True)])
+def test_a_plain_checkpoint_of_counts_that_compile_chooses(here: Path, scope: str, open_: bool) -> None:
+    write("a.surg", f'surg 1\n\nprune ffn(ratio = 25%, scope = {scope}) on layers[*].ffn\nemit transformers to "plain"\n')
+    ran = surgery("plan", "a.surg", checkpoint("llama"))
+    assert ran.code == 0 and ("compile chooses the counts, and refuses (S0862)" in ran.out) is open_, ran.out
