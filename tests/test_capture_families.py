@@ -173,7 +173,7 @@ VIT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermedi
     ("family", "architecture", "config"),
     [
         ("convbert", "ConvBertModel", CONVBERT), ("llama4_text", "Llama4ForCausalLM", LLAMA4), ("bert-generation", "BertGenerationEncoder", BERT),
-        ("dinov3_vit", "DINOv3ViTModel", VIT), ("diffllama", "DiffLlamaForCausalLM", DIFFLLAMA),
+        ("dinov3_vit", "DINOv3ViTModel", VIT), ("diffllama", "DiffLlamaForCausalLM", DIFFLLAMA), ("ibert", "IBertModel", BERT),
     ],
 )  # fmt: skip
 def test_heads_of_further_families(family: str, architecture: str, config: dict[str, Any], here: Path) -> None:
