@@ -7,8 +7,8 @@ parameters are added to the scores (a class says that a table has heads, not tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -20,6 +20,7 @@ from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Part, Streams
 from surgery.model.dims import Axis, Leaf
+from surgery.model.twins import Lost
 
 
 @dataclass(eq=False)
@@ -38,6 +39,12 @@ class Core:
     """Parameters that the softmax counts as scores of a position without a value (Xiao et al., arXiv:2309.17453)."""
     added: tuple[fx.Node, ...] = ()
     """Everything else that is added to the scores besides ``mask``, such as a table of positions that is no part of it."""
+
+    def moved(self, node: Callable[[fx.Node], fx.Node]) -> Core:
+        """The same in a copy of the layer: what stands in the place of its nodes."""
+        scores, sinks, added = (tuple(map(node, nodes)) for nodes in (self.scores, self.sinks, self.added))
+        mask = self.mask and node(self.mask)
+        return Core(node(self.node), node(self.q), node(self.k), node(self.v), mask, self.causal, scores, sinks, added)
 
 
 @dataclass(eq=False)
@@ -74,13 +81,36 @@ class Attentions(Streams):
         self._causal: dict[fx.Node, bool] = {}
         self._first: dict[Projection, Attention] = {}
         self.found: list[Attention] = []
-        for core in self._cores():
-            found = self._attention(core)
-            if found is not None and not self._joins(found):
-                self.found.append(found)
-                for role in ("k", "v"):
-                    if role in found.parts:
-                        self._first.setdefault(found.parts[role].projection, found)
+        copies = view.copies
+        spans: dict[int, slice] = {}
+        for i, run in enumerate(copies.runs):
+            made = self._copied(i, self.found[spans[copies.of[i]]]) if i in copies.of else None
+            before = len(self.found)
+            for found in made if made is not None else map(self._attention, self._cores(run.nodes)):
+                if found is not None and (made is not None or not self._joins(found)):
+                    self.found.append(found)
+                    for role in ("k", "v"):
+                        if role in found.parts:
+                            self._first.setdefault(found.parts[role].projection, found)
+            spans[i] = slice(before, len(self.found))
+
+    def _copied(self, i: int, blocks: list[Attention]) -> list[Attention] | None:
+        """The blocks of a copy of the layer that has ``blocks``; None where they do not follow."""
+        try:
+            return [self._copy(i, block) for block in blocks] if all(b.lender is None for b in blocks) else None
+        except Lost:
+            return None
+
+    def _copy(self, i: int, block: Attention) -> Attention:
+        node, norm, part = self.copier(i)
+        core = block.core.moved(node)
+        parts = {role: part(p) for role, p in block.parts.items()}
+        return replace(
+            block, core=core, parts=parts, input=node(block.input), memory=block.memory and node(block.memory),
+            exit=self.copied_exit(i, block.exit), q_norms=[*map(norm, block.q_norms)], k_norms=[*map(norm, block.k_norms)],
+            tables=[*map(node, block.tables)], inner_norms=[*map(norm, block.inner_norms)], spans=self._spans(core, parts, self._width(core)),
+            also=[c.moved(node) for c in block.also],
+        )  # fmt: skip
 
     def _joins(self, found: Attention) -> bool:
         """Attention that runs again with the same queries and keys on other rows of one product's values belongs to the block before, which has all of
@@ -97,8 +127,8 @@ class Attentions(Streams):
         before.also.append(found.core)
         return True
 
-    def _cores(self) -> Iterator[Core]:
-        for node in self.view.nodes:
+    def _cores(self, nodes: list[fx.Node]) -> Iterator[Core]:
+        for node in nodes:
             name = ops.name_of(node)
             if name == "scaled_dot_product_attention":
                 args = node.args
@@ -210,10 +240,7 @@ class Attentions(Streams):
                 parts[role] = sources[0]
         if not parts:
             return None
-        sdpa = ops.name_of(core.node) == "scaled_dot_product_attention"
-        width = self.dims.axes(core.q)[-1]
-        if self.dims.symbolic(width):
-            width = self.dims.axes(core.k)[-1 if sdpa else -2]
+        width = self._width(core)
         head_dim, value_dim = self._size(width), self._size(self.dims.axes(core.v)[-1])
         between: list[Norm] = []
         out = self._output_projection(core, between)
@@ -239,6 +266,14 @@ class Attentions(Streams):
             core, parts, target, memory if cross else None, self.exit(out.node, target) if out else None, cross,
             heads, kv_heads, head_dim, value_dim, inside["q"], inside["k"], self._tables(core), between, lender, spans,
         )  # fmt: skip
+
+    def _width(self, core: Core) -> Axis:
+        """What the scores sum over."""
+        width: Axis = self.dims.axes(core.q)[-1]
+        if self.dims.symbolic(width):
+            sdpa = ops.name_of(core.node) == "scaled_dot_product_attention"
+            width = self.dims.axes(core.k)[-1 if sdpa else -2]
+        return width
 
     def _lender(self, parts: dict[str, Part]) -> Attention | None:
         """The earlier self-attention whose keys and values, the very same products, a block with queries of its own reads. Several

@@ -7,7 +7,7 @@ which classes do not hold: they name the activation and tell the gate from the v
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 from torch import fx
@@ -17,6 +17,7 @@ from surgery.model.anatomy.graphview import GraphView
 from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sources import Sources
 from surgery.model.anatomy.streams import Exit, Part, Streams, whole
+from surgery.model.twins import Lost
 
 
 @dataclass(eq=False)
@@ -42,26 +43,45 @@ class FeedForwards(Streams):
         self._routers()
 
     def _feed_forwards(self) -> Iterator[FeedForward]:
+        found: dict[Projection, FeedForward] = {}
         for down in self.view.projections:
             if down in self._taken or not _pointlike(down):
                 continue
-            found = self._trace(down)
-            if found is None:
-                continue
-            parts, activation, gated, norms = found
-            used = {p.projection for p in parts.values()}
-            if used & self._taken or not all(_pointlike(p) for p in used):
-                continue
-            source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
-            joined = self.exit(down.node, source)
-            if joined is None or self._only_weighs(parts["up"].projection, down) or self._remembers(down):
-                continue
-            parts["down"] = Part(down, down.rows)
-            self._taken |= {p.projection for p in parts.values()}
-            block = FeedForward(parts, source, joined, activation, gated, norms=norms)
-            if down.kind == "experts":
-                block.experts = down.stored[0]
-            yield block
+            i, first = self.view.copied.get(down, (0, None))
+            try:
+                block = self._block(down) if first is None else self._copy(i, found.get(first))
+            except Lost:
+                block = self._block(down)
+            if block is not None:
+                found[down] = block
+                self._taken |= {p.projection for p in block.parts.values()}
+                yield block
+
+    def _copy(self, i: int, block: FeedForward | None) -> FeedForward | None:
+        """What stands at run ``i``, a copy, for a block of the layer that it is a copy of. Raises Lost."""
+        if block is None:
+            return None
+        node, norm, part = self.copier(i)
+        parts = {role: part(p) for role, p in block.parts.items()}
+        exit = self.copied_exit(i, block.exit)
+        assert exit is not None
+        return replace(block, parts=parts, input=node(block.input), exit=exit, norms=[*map(norm, block.norms)])
+
+    def _block(self, down: Projection) -> FeedForward | None:
+        """The block whose last product is ``down``."""
+        found = self._trace(down)
+        if found is None:
+            return None
+        parts, activation, gated, norms = found
+        used = {p.projection for p in parts.values()}
+        if used & self._taken or not all(_pointlike(p) for p in used):
+            return None
+        source = self.view.strip(parts["up"].projection.x, gather=True, dropout=False)
+        joined = self.exit(down.node, source)
+        if joined is None or self._only_weighs(parts["up"].projection, down) or self._remembers(down):
+            return None
+        parts["down"] = Part(down, down.rows)
+        return FeedForward(parts, source, joined, activation, gated, down.stored[0] if down.kind == "experts" else None, norms=norms)
 
     def _only_weighs(self, up: Projection, down: Projection) -> bool:
         """The last product gives no features of the stream that the first one reads: its outputs weigh other values, such as the streams

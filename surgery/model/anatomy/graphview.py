@@ -10,9 +10,11 @@ from torch import fx
 
 from surgery.core.site import NodeRef
 from surgery.model.anatomy import ops
+from surgery.model.anatomy.copying import copied
 from surgery.model.anatomy.products import IntArray, Norm, Projection
 from surgery.model.dims import Axis, Dims
 from surgery.model.dims.slices import survivors
+from surgery.model.twins import Copies
 
 
 class GraphView:
@@ -36,11 +38,28 @@ class GraphView:
         self._biases: set[fx.Node] = set()
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
         self._users: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.nodes:
-            self._index(node)
-        for node in self.nodes:
-            if ops.name_of(node) in ("rsqrt", "sqrt") or (ops.name_of(node) == "pow" and node.args[1:] == (-0.5,)):
-                self._decomposed_norm(node)
+        self.copies = Copies(dims.runs)
+        self.copied: dict[Projection, tuple[int, Projection]] = {}
+        """Projections of layers that are copies: the number of the run, and the projection that stands there in the first one."""
+        self._indexed(self._index)
+        self._indexed(self._composed)
+
+    def _indexed(self, index: Callable[[fx.Node], None]) -> None:
+        """Asks ``index`` about every node, but notes what it found in a layer for the copies of the layer, too."""
+        found: dict[int, tuple[slice, slice, slice]] = {}
+        lists: list[list[Any]] = [self.projections, self.norms, self.embeddings]
+        for i, run in enumerate(self.copies.runs):
+            at = self.copies.of.get(i)
+            if at is None or not copied(self, i, *found[at]):
+                before = [len(x) for x in lists]
+                for node in run.nodes:
+                    index(node)
+                projections, norms, embeddings = (slice(a, len(x)) for a, x in zip(before, lists, strict=True))
+                found[i] = projections, norms, embeddings
+
+    def _composed(self, node: fx.Node) -> None:
+        if ops.name_of(node) in ("rsqrt", "sqrt") or (ops.name_of(node) == "pow" and node.args[1:] == (-0.5,)):
+            self._decomposed_norm(node)
 
     # ---------------------------------------------------------------- construction
 
@@ -117,7 +136,7 @@ class GraphView:
         out_axis = second.index(kept[0])
         rows = np.arange(stored[out_axis])
         kind = "linear" if out_axis == 0 else "conv1d"
-        self._add(Projection(0, node, x, kind, str(source.target), "", out_axis, 1 - out_axis, rows, stored, out.index(kept[0]) - len(out)))
+        self.add(Projection(0, node, x, kind, str(source.target), "", out_axis, 1 - out_axis, rows, stored, out.index(kept[0]) - len(out)))
 
     def _project(self, node: fx.Node, x: Any, weight: Any, bias: Any, kind: str, *, transposed: bool) -> None:
         if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or self.constant[x]:
@@ -141,7 +160,7 @@ class GraphView:
             bias = self._row_bias(node, (stored[0], len(rows))) if bias is None else bias
         elif kind in ("conv1d", "matmul"):
             kind = "conv1d" if out_axis == 1 else "linear"
-        self._add(Projection(0, node, x, kind, str(source.target), self.parameter_name(bias), out_axis, in_axis, rows, stored))
+        self.add(Projection(0, node, x, kind, str(source.target), self.parameter_name(bias), out_axis, in_axis, rows, stored))
 
     def _row_bias(self, node: fx.Node, shape: tuple[int, ...]) -> fx.Node | None:
         """The table ``[experts, features]`` of which each routed row is given its expert's line. The lines count as constants, as any
@@ -191,9 +210,10 @@ class GraphView:
         bias = self.parameter_name(self._argument(node, 2))
         feature = -(len(stored) - 1)
         rows = np.arange(stored[out_axis])
-        self._add(Projection(0, node, x, "conv", str(source.target), bias, out_axis, 1 - out_axis, rows, stored, feature))
+        self.add(Projection(0, node, x, "conv", str(source.target), bias, out_axis, 1 - out_axis, rows, stored, feature))
 
-    def _add(self, projection: Projection) -> None:
+    def add(self, projection: Projection) -> None:
+        """Notes a projection, in order of execution."""
         projection.order = len(self.projections)
         self.projections.append(projection)
         self.by_node[projection.node] = projection

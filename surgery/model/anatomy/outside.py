@@ -54,7 +54,7 @@ class _Finder:
     def trunk_before(self, node: fx.Node) -> Trunk | None:
         """The trunk whose last residual addition is nearest behind a value."""
         exits = {e: t for t in self.trunks for e in t.exits}
-        reached = [(self.view.position[n], exits[n]) for n in self.view.backward(node) if n in exits]
+        reached = [(self.view.position[n], exits[n]) for n in self.view.backward(node, exits.__contains__) if n in exits]
         return max(reached, key=lambda r: r[0])[1] if reached else None
 
     def stage_of(self, path: str) -> LayerStack | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import fx
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
+Node = Callable[[fx.Node], fx.Node]
+Name = Callable[[str, str], str]
 
 
 @dataclass(eq=False)
@@ -35,6 +38,11 @@ class Projection:
     def whole(self) -> bool:
         return len(self.rows) == self.stored[self.out_axis]
 
+    def moved(self, node: Node, name: Name) -> Projection:
+        """The same call in a copy of the layer: what stands in the place of its nodes and of its parameters."""
+        weight, bias = name(self.weight, self.weight), name(self.bias, self.bias)
+        return replace(self, node=node(self.node), x=node(self.x), weight=weight, bias=bias)
+
 
 @dataclass(eq=False)
 class Norm:
@@ -47,3 +55,8 @@ class Norm:
     bias: str = ""
     eps: float | None = None
     inner: list[fx.Node] = field(default_factory=list)
+
+    def moved(self, node: Node, name: Name) -> Norm:
+        """The same normalisation in a copy of the layer."""
+        weight, bias = name(self.weight, self.weight), name(self.bias, self.bias)
+        return Norm(node(self.x), node(self.out), self.kind, weight, bias, self.eps, [node(n) for n in self.inner])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -29,8 +30,18 @@ class Names:
     aliases: dict[str, str]
 
     def under(self, path: str) -> tuple[str, ...]:
-        prefix = f"{path}."
-        return tuple([p for p in self.parameters if p.startswith(prefix)])
+        return tuple(self._inside.get(path, ()))
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """The parameters below each path."""
+        found: dict[str, list[str]] = {}
+        for name in self.parameters:
+            at = name.find(".")
+            while at >= 0:
+                found.setdefault(name[:at], []).append(name)
+                at = name.find(".", at + 1)
+        return found
 
 
 class Builder:

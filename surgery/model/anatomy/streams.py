@@ -6,7 +6,10 @@ follow the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from torch import fx
 
@@ -14,6 +17,9 @@ from surgery.model.anatomy import ops
 from surgery.model.anatomy.graphview import GraphView
 from surgery.model.anatomy.products import Norm, Projection
 from surgery.model.anatomy.sources import Part, Sources
+from surgery.model.twins import Lost
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -35,6 +41,25 @@ class Streams:
         self.view = view
         self.dims = view.dims
         self.sources = sources
+
+    def copier(self, i: int) -> tuple[Callable[[fx.Node], fx.Node], Callable[[Norm], Norm], Callable[[Part], Part]]:
+        """What stands at run ``i``, a copy, for a node, a norm and a part of the layer that it is a copy of; they raise Lost."""
+        view, node = self.view, partial(self.view.copies.node, i)
+
+        def at(table: dict[fx.Node, T], key: fx.Node) -> T:
+            found = table.get(node(key))
+            if found is None:
+                raise Lost
+            return found
+
+        return node, lambda n: at(view.norm_of, n.out), lambda p: Part(at(view.by_node, p.projection.node), p.rows)
+
+    def copied_exit(self, i: int, exit: Exit | None) -> Exit | None:
+        """Where a copy joins the stream."""
+        if exit is None:
+            return None
+        node, norm, _ = self.copier(i)
+        return Exit(node(exit.output), node(exit.residual), node(exit.add), node(exit.joined), [norm(n) for n in exit.norms])
 
     def from_projection(self, node: fx.Node) -> bool:
         """The value is a projection's output up to scales, views and dropout: a sublayer's contribution, not a stream."""

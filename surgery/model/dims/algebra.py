@@ -284,8 +284,8 @@ class Algebra:
                     self.conflict(x, y)
                     fine = False
                 else:
-                    if x.kind == CAT and y.kind == PROD:
-                        x, y = y, x
+                    if x.kind > y.kind or (x.kind == y.kind and y.uid < x.uid):
+                        x, y = y, x  # a product stays; of two alike the older, so that what is shared keeps its root
                     if find(x) is x and find(y) is y and x is not y:
                         y.parent = x
                     work.extend(pairs)

@@ -22,13 +22,16 @@ from surgery.model.dims import (  # noqa: F401  (importing the rules registers t
     rules_shape,
 )
 from surgery.model.dims.algebra import Axis
-from surgery.model.dims.context import RULES, Context, Rule, name_of
+from surgery.model.dims.context import RULES, Axes, Context, Rule, name_of
 from surgery.model.dims.domains import lose_domain
 from surgery.model.dims.result import Dims
+from surgery.model.dims.stamp import Stamper
+from surgery.model.twins import runs
 
 
 def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | None = None, strict: bool = False) -> Dims:
-    """Dimension classes of a flat functional graph, in time linear in its nodes.
+    """Dimension classes of a flat functional graph, in time linear in its nodes; a layer that stands many times is walked until its walk
+    tells nothing new of what comes in, and stamped from then on (see :mod:`surgery.model.dims.stamp`).
 
     ``graph`` holds placeholders, ``get_attr`` nodes named after full parameter names, operators and one output; each node's
     ``meta["spec"]`` is a :class:`~surgery.model.program.ValueSpec` or a tuple of them. ``aliases`` maps further names of tied
@@ -44,7 +47,24 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
     unknown: list[tuple[fx.Node, str]] = []
     aliases = aliases or {}
     carried = _carried(graph)
-    for node in graph.nodes:
+    stamper = Stamper(cx, parameters, aliases, unknown)
+    parts = runs(graph)
+    for run in parts:
+        if not run.key:
+            _walk(cx, run.nodes, parameters, aliases, unknown, carried, strict)
+        elif not stamper.stamp(run):
+            walk = stamper.start(run)
+            _walk(cx, run.nodes, parameters, aliases, unknown, carried, strict)
+            stamper.end(walk)
+    return Dims(cx, parameters, unknown, graph, parts)
+
+
+def _walk(
+    cx: Context, nodes: list[fx.Node], parameters: dict[str, Axes], aliases: Mapping[str, str],
+    unknown: list[tuple[fx.Node, str]], carried: set[fx.Node], strict: bool,
+) -> None:  # fmt: skip
+    """Axes for every node of a run, one after the other."""
+    for node in nodes:
         cx.node = cx.algebra.node = node
         if node.op == "output":
             for value in _nodes_in(node.args):
@@ -92,7 +112,6 @@ def analyse(graph: fx.Graph | fx.GraphModule, *, aliases: Mapping[str, str] | No
                 cx.values[node] = _opaque(cx, node, f"{called} has no dimension rule")
             else:
                 cx.values[node] = _checked(cx, node, run, called, shapes, strict)
-    return Dims(cx, parameters, unknown, graph)
 
 
 def _carried(graph: fx.Graph) -> set[fx.Node]:

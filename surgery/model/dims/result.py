@@ -16,13 +16,18 @@ from surgery.model.dims.context import Axes, Context
 from surgery.model.dims.groups import Change, Group, Leaf, Member, spans
 from surgery.model.dims.masks import Keep, Mask, Ranges, to_ranges
 from surgery.model.dims.order import follows, has_run
+from surgery.model.twins import Run
 
 
 class Dims:
     """Dimension classes of one graph; see :func:`surgery.model.dims.analyse`."""
 
-    def __init__(self, cx: Context, parameters: dict[str, Axes], unknown: list[tuple[fx.Node, str]], graph: fx.Graph) -> None:
+    def __init__(
+        self, cx: Context, parameters: dict[str, Axes], unknown: list[tuple[fx.Node, str]], graph: fx.Graph, runs: list[Run]
+    ) -> None:
         self.graph = graph
+        self.runs = runs
+        """The graph's nodes in order, with what is known of layers that are copies of one another."""
         self._cx = cx
         self._parameters = parameters
         self.unknown = tuple(unknown)
