@@ -204,12 +204,13 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_a_real_interrupt_leaves_nothing(here: Path) -> None:
-    code = "import os, signal, surgery.cli.report as r\nold = os.fsync\ndef stop(fd):\n    os.kill(os.getpid(), signal.SIGINT)\n    old(fd)\nos.fsync = stop\n"
+@pytest.mark.parametrize(("name", "code_"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_real_interrupt_leaves_nothing(name: str, code_: int, here: Path) -> None:
+    code = f"import os, signal, surgery.cli.report as r\nold = os.fsync\ndef stop(fd):\n    os.kill(os.getpid(), signal.{name})\n    old(fd)\nos.fsync = stop\n"
     code += "import sys\nfrom surgery.cli.main import main\nsys.exit(main(['fmt', 'ugly.surg']))\n"
     (here / "ugly.surg").write_text("surg 1\nadapt  lora on layers\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.returncode == code_ and "Traceback" not in done.stderr
     assert (here / "ugly.surg").read_text() == "surg 1\nadapt  lora on layers\n" and not list(here.glob(".*"))
     assert signal.getsignal(signal.SIGINT) is not None
 

@@ -1,6 +1,6 @@
 """``surgery VERB ...``: finds the verb's file, runs it, turns every failure into a diagnostic and an exit code.
 
-0 fine, 1 findings, 2 usage, input/output or internal fault, 130 interrupted; the same in every output format.
+0 fine, 1 findings, 2 usage, input/output or internal fault, 130 interrupted, 143 terminated; the same in every output format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from surgery.cli.command import FAULT, Command, parser_for
@@ -76,21 +76,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _interrupted() if pressed else _last_words(report, internal(e))
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _watch(pressed: list[int]) -> Callable[..., Any] | None:
-    """Notes Ctrl-C in ``pressed`` and raises KeyboardInterrupt as ever; gives the handler to put back, None where nothing was changed."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return None
+def _watch(pressed: list[int]) -> dict[int, Any]:
+    """Notes Ctrl-C in ``pressed`` and raises KeyboardInterrupt as ever, and ends on SIGTERM with what is half written cleared away; gives the
+    handlers to put back."""
+    found: dict[int, Any] = {}
+    if threading.current_thread() is not threading.main_thread():
+        return found
 
     def handler(number: int, frame: Any) -> None:
         pressed.append(number)
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, handler)
-    return signal.default_int_handler
+    def ended(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the clearing away
+        raise SystemExit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        found[signal.SIGINT] = signal.signal(signal.SIGINT, handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        found[signal.SIGTERM] = signal.signal(signal.SIGTERM, ended)
+    return found
 
 
 def internal(fault: Exception) -> SurgeryError:
