@@ -17,12 +17,14 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from surgery.backends import pt2_ops
 from surgery.backends.aoti_quick import quick
 from surgery.core.diagnostics import SurgeryError, fail
 from surgery.core.source import Span
@@ -82,23 +84,29 @@ def build(
     place: Path,
     options: dict[str, Any] | None = None,
     span: Span | None = None,
+    python: list[str] | None = None,
 ) -> list[Path]:
     """Compiles a module that takes keyword arguments; ``place`` is an empty folder. Gives the files for :func:`package`.
 
-    ``shapes``: for each keyword which axes are open, as ``torch.export`` takes it. Raises S0893 when the graph cannot be exported, S0892 when it cannot be
+    ``python`` is given the operations of ours that the package still calls. ``shapes``: for each keyword which axes are open, as ``torch.export`` takes it. Raises S0893 when the graph cannot be exported, S0892 when it cannot be
     compiled.
     """
     with quiet(), torch.no_grad(), _young():
         try:
-            exported = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
+            exported = pt2_ops.plain(torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False))
         except Exception as exc:
             raise _failed(
                 "S0893", "torch.export cannot express this model", exc, span, "write `emit torch` instead, or report the model's config"
             ) from exc
+        if python is not None:
+            python += pt2_ops.left(exported)
         try:
-            with _settled(), quick():
+            with _settled(), quick() if example_device(example) == "cpu" else nullcontext(), pt2_ops.every_type():
                 made = torch._inductor.aot_compile(
-                    exported.module(check_guards=False), (), example, options={**defaults(place), **(options or {})}
+                    exported.module(check_guards=False),
+                    (),
+                    example,
+                    options=known({**defaults(place, example_device(example)), **(options or {})}),
                 )
         except Exception as exc:
             raise _failed(
@@ -110,7 +118,12 @@ def build(
     return libraries + [f for f in files if f.suffix not in (".so", ".cpp", ".h")]
 
 
-def defaults(place: Path) -> dict[str, Any]:
+def example_device(example: dict[str, Any]) -> str:
+    """Where a package is for: the kind of device that its example lies on."""
+    return next((leaf.device.type for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)), "cpu")
+
+
+def defaults(place: Path, target: str = "cpu") -> dict[str, Any]:
     """Inductor's options: weights packed for the processor, constants computed ahead, no trace of this machine in what the compiler writes."""
     headers = Path(torch.__file__).parent
     # -s: no symbols that only debuggers read; they hold names of temporary files
@@ -120,7 +133,7 @@ def defaults(place: Path) -> dict[str, Any]:
         "aot_inductor.model_name_for_generated_files": NAME,
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,
-        "aot_inductor.force_mmap_weights": True,  # behind the library and not through the linker, which copies them once more
+        "aot_inductor.force_mmap_weights": target == "cpu",  # behind the library and not through the linker, which copies them once more
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, which are compiled at -O3: runs as fast, compiles in two thirds
         "cpp.march": f"native -s -ffile-prefix-map={place}=. -ffile-prefix-map={headers}=torch",
         "size_asserts": False,  # their texts hold addresses of this process
@@ -128,6 +141,12 @@ def defaults(place: Path) -> dict[str, Any]:
         "cpp.dynamic_threads": True,
         "freezing": True,
     }
+
+
+def known(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that this release of torch has: inductor's settings are private and come and go, and it refuses what it does not know."""
+    has = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in options.items() if name in has}
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def where_changed(propagate: Callable[..., Any]) -> Callable[..., Any]:
         from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
         mode = detect_fake_mode(inputs)
-        if mode is None or any(n.op == "call_module" for n in gm.graph.nodes):
+        if mode is None or any(n.op == "call_module" or isinstance(n.target, torch._ops.HigherOrderOperator) for n in gm.graph.nodes):
             return propagate(gm, inputs, *rest, **more)
         known = last[1] if last[0] is gm else {}
         seen: dict[fx.Node, tuple[Any, ...]] = {}

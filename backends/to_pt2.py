@@ -25,6 +25,7 @@ from surgery.model.atomic import AtomicOutput
 from surgery.model.live import live_root
 from surgery.model.program import Program
 from surgery.model.pytree import Tree
+from surgery.model.retarget import retarget
 from surgery.model.sample import placeholders, sample_inputs
 
 PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -101,10 +102,10 @@ class Pt2Backend:
         aoti.require_compiler(target, request.span)
         aoti.ask_ahead()
         program = cached_as_asked(program, request.params.get("cache"), request.span)
-        root = live_root(program, request.tensors, dtype=PRECISION[precision], device=target).eval()
+        root = live_root(program, request.tensors, dtype=PRECISION[precision]).eval()
         root.requires_grad_(False)
         names = output_names(program, _outputs(root))
-        measured = cases(program, _from_memory(root, target), PRECISION[precision])
+        measured = cases(program, root, PRECISION[precision])
         fused = None
         if request.params.get("optimize", "all") in ("all", None, True):
             fused = fuse(program, root, Target(backend="pt2", device=target, precision=precision))
@@ -115,7 +116,8 @@ class Pt2Backend:
         with tempfile.TemporaryDirectory(prefix="surgery-pt2-") as folder:
             place = Path(folder)
             report("emitting pt2: compiling", 0, STEPS)
-            files = compiled(program, fused.graph if fused else root, place, target, span=request.span)
+            python: list[str] = []
+            files = compiled(program, on_device(fused.graph if fused else root, target), place, target, span=request.span, python=python)
             with AtomicOutput(request.target, folder=False, force=request.force, own=lambda p: owns(p, request.spec_digest)) as temporary:
                 report("emitting pt2: packing", 1, STEPS)
                 aoti.package(files, temporary)
@@ -141,6 +143,8 @@ class Pt2Backend:
             if item["type"] != "const"
         )
         told = [f'torch._inductor.aoti_load_package("{request.target.name}")({call})', *(fused.summary() if fused else [])]
+        if python:
+            told.insert(1, f"`import surgery.model.recurrence` comes first: {', '.join(python)} is written in Python")
         notes = [f"{request.target.name}: {line}" for line in told]
         return Emitted((request.target,), tuple(certificates), tuple(notes), tuple(record["fusions"]))
 
@@ -169,8 +173,9 @@ def compiled(
     *,
     options: Mapping[str, Any] | None = None,
     span: Span | None = None,
+    python: list[str] | None = None,
 ) -> list[Path]:
-    """The files of the package of a root graph, made in the folder ``place``. Batch, length and past stay open."""
+    """The files of the package of a root graph, made in the folder ``place``. Batch, length and past stay open. ``python``: as :func:`aoti.build` has it."""
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     tree = served.input_tree(program)
     example = sample_inputs(program, batch=BATCH, length=LENGTH, seed=1, padding=False, dtype=dtype, past=5)
@@ -181,7 +186,7 @@ def compiled(
     nested = served.nest(iter([t.to(target) for t in example]), tree)
     shapes = served.nest(iter(axes), tree)
     module = wrapped(root, tree, program.signature.out_spec)
-    return aoti.build(module, nested, shapes, place / "build", options=dict(options or {}), span=span)
+    return aoti.build(module, nested, shapes, place / "build", options=dict(options or {}), span=span, python=python)
 
 
 def flat_run(package: Callable[..., Any], program: Program, target: str) -> Callable[[list[torch.Tensor]], Sequence[Any]]:
@@ -189,14 +194,24 @@ def flat_run(package: Callable[..., Any], program: Program, target: str) -> Call
     tree, out = served.input_tree(program), program.signature.out_spec
 
     def run(inputs: list[torch.Tensor]) -> Sequence[Any]:
-        return served.flat(package(**served.nest(iter([t.to(target) for t in inputs]), tree)), out)
+        return [t.cpu() for t in served.flat(package(**served.nest(iter([t.to(target) for t in inputs]), tree)), out)]
 
     return run
 
 
-def _from_memory(root: nn.Module, target: str) -> Callable[..., Any]:
-    """The root graph for inputs that lie in main memory."""
-    return root if target == "cpu" else lambda *inputs: root(*(t.to(target) for t in inputs))
+def on_device(root: fx.GraphModule, target: str) -> fx.GraphModule:
+    """A root graph, fused or not, with its tensors and the devices that it names moved to ``target``, in place. Graphs are fused and measured in
+    main memory, so that every target has the same graph and the package is held against another processor's numbers."""
+    if target == "cpu":
+        return root
+    retarget(root, device=target)
+    for node in root.graph.find_nodes(op="get_attr"):
+        path, _, leaf = str(node.target).rpartition(".")
+        owner = root.get_submodule(path)
+        value = getattr(owner, leaf)
+        if isinstance(value, torch.Tensor) and leaf not in owner._parameters and leaf not in owner._buffers:
+            setattr(owner, leaf, value.to(target))
+    return root.to(target)
 
 
 def _outputs(root: fx.GraphModule) -> int:

@@ -14,7 +14,9 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
-from surgery.backends import aoti, served, to_pt2
+from surgery.backends import aoti, pt2_ops, served, to_pt2
+from surgery.backends.fuse.engine import fuse
+from surgery.backends.fuse.rule import Target
 from surgery.backends.protocol import EmitRequest, check_target, owner_mark, owns
 from surgery.benching import bench
 from surgery.core.diagnostics import SurgeryError
@@ -40,7 +42,9 @@ def bert() -> Any:
 def quick() -> Iterator[None]:
     """The code around the kernels is compiled without optimization: what it computes is the same."""
     usual = aoti.defaults
-    with patch.object(aoti, "defaults", lambda place: {**usual(place), "aot_inductor.compile_wrapper_opt_level": "O0"}):
+    with patch.object(
+        aoti, "defaults", lambda place, target="cpu": {**usual(place, target), "aot_inductor.compile_wrapper_opt_level": "O0"}
+    ):
         yield
 
 
@@ -130,6 +134,38 @@ def test_bench_runs_a_package_beside_the_module(place: Path) -> None:
     assert shown["shapes"][0]["best_artifact"].endswith("model.pt2 [AOTInductor]")
     assert set(shown["arms"][1]["ideal"]["first_token_ms"]) == {"1", "7"} and shown["arms"][1]["ideal"]["token_ms"] is None
     json.dumps(shown)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_graph_moves_with_all_that_it_reads(model: str) -> None:
+    """Fused for a device and moved, it runs on inputs there alone: nothing it reads or makes stays behind. Meta tensors refuse others."""
+    made = bert() if model == "bert" else live(LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, **LM))
+    program = program_for(made)
+    root = live_root(program, Tensors(registry.function), dtype=torch.float16).eval().requires_grad_(False)
+    graph = to_pt2.on_device(fuse(program, root, Target(backend="pt2", device="cuda", precision="fp16")).graph, "meta")
+    inputs = sample_inputs(program, batch=2, length=7, seed=1, padding=True, dtype=torch.float16, past=3)
+    outputs = graph(*(t.to("meta") for t in inputs))
+    assert all(t.device.type == "meta" for t in outputs)
+    assert all(t.device.type == "meta" for t in (*graph.parameters(), *graph.buffers()))
+
+
+def test_experts_become_an_operation_of_torch() -> None:
+    """Also in odd sizes and types that torch's own would not be traced in: a package is run where this one is not installed."""
+
+    class Experts(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = torch.ops.surgery.grouped_mm(x, weight.transpose(-2, -1), ends)
+            return made
+
+    ends = torch.tensor([3, 3, 11], dtype=torch.int32)
+    for inner, outer in ((16, 8), (6, 5)):
+        given = torch.randn(11, inner), torch.randn(3, outer, inner), ends
+        exported = torch.export.export(Experts(), given, dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, None, None))
+        assert pt2_ops.left(exported) == ["surgery.grouped_mm.default"]
+        plain = pt2_ops.plain(exported)
+        assert not pt2_ops.left(plain)
+        torch.testing.assert_close(plain.module()(*given), Experts()(*given))
+    assert pt2_ops.plain(plain) is plain
 
 
 def test_a_failed_certificate_leaves_what_stood_there(place: Path) -> None:

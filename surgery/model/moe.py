@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.model import grouped  # noqa: F401  (registers surgery.grouped_mm)
+from surgery.model.grouped import product
 from surgery.model.modules import register_module
 
 ROUTERS = ("mixtral", "switch", "sum")
@@ -98,11 +98,11 @@ class MoeBlock(nn.Module):
         """Rows sorted by expert through their experts; ``ids`` is the expert of each row, ``ends`` where each expert's rows end."""
         e = self.experts
         name = "gate_up_proj" if self.layout.gated else "up_proj"
-        h = torch.ops.surgery.grouped_mm(rows, getattr(e, name).transpose(-2, -1), ends)
+        h = product(rows, getattr(e, name).transpose(-2, -1), ends)
         if self.layout.up_bias:
             h = h + getattr(e, f"{name}_bias")[ids]
         h = self.act(*h.chunk(2, dim=-1)) if self.layout.gated else self.act(h)
-        out: Tensor = torch.ops.surgery.grouped_mm(h, e.down_proj.transpose(-2, -1), ends)
+        out = product(h, e.down_proj.transpose(-2, -1), ends)
         return out + e.down_proj_bias[ids] if self.layout.down_bias else out
 
 

@@ -1,8 +1,8 @@
 """What the running module does differently from the recorded graph, with the same result: less copied, less kept.
 
 The recorded graph serves every length of a cache and every mask and states repeated key heads; at run time an empty cache needs
-no concatenation, the attention kernel reads grouped heads as they are, a mask that masks nothing is left out, and a frozen
-projection and its adapter are one step. The stored graph, analyses and exports never see this.
+no concatenation, the attention kernel reads grouped heads as they are, a mask that masks nothing is left out, a frozen
+projection and its adapter are one step, and experts are torch's own kernel where it takes them. The stored graph, analyses and exports never see this.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.model.attend import attend
+from surgery.model.grouped import product
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -49,6 +50,8 @@ def tune(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.cat.default:
             _append(graph, node)
+        elif node.target is torch.ops.surgery.grouped_mm.default:
+            node.target = product
         elif node.op == "call_module":
             _join(graph, node)
     for node in list(graph.nodes):

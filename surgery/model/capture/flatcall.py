@@ -261,13 +261,15 @@ def _lean(stubs: bool) -> Iterator[None]:
     if not stubs:
         yield
         return
-    noted = fx.config.do_not_emit_stack_traces
-    fx.config.do_not_emit_stack_traces = True
+    noted = getattr(fx.config, "do_not_emit_stack_traces", None)  # a private switch: a torch without it takes longer
+    if noted is not None:
+        fx.config.do_not_emit_stack_traces = True
     try:
         with settings.patch(fake_tensor_cache_enabled=False):
             yield
     finally:
-        fx.config.do_not_emit_stack_traces = noted
+        if noted is not None:
+            fx.config.do_not_emit_stack_traces = noted
 
 
 def trace(model: nn.Module, call: Call, *, stubs: bool) -> Trace:
