@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from surgery.core.diagnostics import SurgeryError, fail
+from surgery.model.atomic import AtomicOutput
 from tests.caching import capture_cache
 from tests.driver_support import LORA, checkpoint, debris, model, start, surgery, tree, write
 
@@ -125,6 +127,19 @@ def test_what_is_not_ours_stays(here: Path) -> None:
     assert tree("out") == {"letter.txt": b"a letter"}
     Path("out/letter.txt").unlink()
     assert surgery("compile", "a.surg", reference).code == 0, "an empty folder may be filled"
+
+
+@pytest.mark.parametrize("emitted", ["", 'emit onnx to "out"\n', 'emit report to "out"\n'], ids=["torch", "onnx", "report"])
+def test_devices_and_pipes_are_never_replaced(here: Path, emitted: str) -> None:
+    """Not by `--force` either: as root it would take the place of a device that everybody writes to."""
+    reference = model("bert")
+    write("a.surg", TORCH if not emitted else "surg 1\n" + emitted)
+    os.mkfifo("out")
+    ran = surgery("compile", "a.surg", reference, "--force")
+    assert (ran.code, ran.codes) == (2, ["S0803"]) and "a pipe" in ran.err
+    assert stat.S_ISFIFO(os.lstat("out").st_mode)
+    with pytest.raises(SurgeryError, match="S0803"), AtomicOutput("out", force=True):
+        pass
 
 
 def test_a_trained_artifact_is_not_replaced_by_its_own_spec(here: Path) -> None:

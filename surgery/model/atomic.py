@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from surgery.core.diagnostics import SurgeryError, fail
+from surgery.core.source import Span
 
 try:
     import fcntl
@@ -122,6 +124,17 @@ def pending(path: str | Path) -> Path:
     return next((o.temporary for o in group.waiting if o.path == own), own) if group is not None else own
 
 
+ODD = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def refuse_odd(path: Path, span: Span | None = None, label: str = "") -> None:
+    """S0803 for what is neither a file, a folder nor a link, forced or not: a device that a file took the place of is broken for everybody."""
+    with suppress(FileNotFoundError):
+        what = ODD.get(stat.S_IFMT(os.lstat(path).st_mode))
+        if what is not None:
+            raise fail("S0803", f"{path} is {what}", span, label, exit_code=2, help="choose another path; `--force` does not replace it")
+
+
 class AtomicOutput:
     """Context manager for one output file or folder.
 
@@ -200,6 +213,7 @@ class AtomicOutput:
         self._drop_lock()
 
     def _check_target(self) -> None:
+        refuse_odd(self.path)
         if not os.path.lexists(self.path) or self.force:
             return
         if self.path.is_dir() and not self.path.is_symlink() and not any(self.path.iterdir()):
