@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,8 +115,7 @@ def owns(path: Path, digest: str) -> bool:
 
 def check_target(path: Path, backend: str, force: bool, digest: str, span: Span | None = None) -> None:
     """Before any work: S0803 when something else stands at the target of an ``emit`` and ``force`` is not given, and for devices and pipes always."""
-    with suppress(NotADirectoryError, PermissionError):  # which the writer tells of
-        refuse_odd(path, span, f"emit {backend} would replace it")
+    refuse_odd(path, span, f"emit {backend} would replace it")
     if force or not (path.exists() or path.is_symlink()) or owns(path, digest):
         return
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):

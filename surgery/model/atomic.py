@@ -129,10 +129,12 @@ ODD = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe
 
 def refuse_odd(path: Path, span: Span | None = None, label: str = "") -> None:
     """S0803 for what is neither a file, a folder nor a link, forced or not: a device that a file took the place of is broken for everybody."""
-    with suppress(FileNotFoundError):
+    try:
         what = ODD.get(stat.S_IFMT(os.lstat(path).st_mode))
-        if what is not None:
-            raise fail("S0803", f"{path} is {what}", span, label, exit_code=2, help="choose another path; `--force` does not replace it")
+    except OSError:  # nothing is there, or whoever writes it will tell why it cannot be
+        return
+    if what is not None:
+        raise fail("S0803", f"{path} is {what}", span, label, exit_code=2, help="choose another path; `--force` does not replace it")
 
 
 class AtomicOutput:
