@@ -43,8 +43,11 @@ def runs(graph: fx.Graph) -> list[Run]:
             nodes, at = found[-1].nodes, path
         nodes.append(node)
     keys: dict[tuple[object, ...], list[Run]] = {}
-    for run in found:
-        if run.key:
+    named = [run for run in found if run.key]
+    for run in named:
+        run.key = ()
+    if len(named) >= LEAST:
+        for run in named:
             run.key = tuple([id(n.target) if n.op == "call_function" else (n.op, n.meta.get("parameter")) for n in run.nodes])
             keys.setdefault(run.key, []).append(run)
     for same in keys.values():
