@@ -6,6 +6,7 @@ import os
 import re
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,6 +143,15 @@ def capture_error(error: BaseException, module: nn.Module, fixed: dict[Any, tupl
 
 
 _LARGER = (*range(33), 101, 1009)
+_REMAINDERS = 1100
+"""So many lengths up to the model's longest are tried: a remainder by anything smaller comes back among them."""
+
+
+def _never(expr: Any, hints: dict[Any, int], symbol: Any, sizes: Sequence[int]) -> bool:
+    """Whether an equation holds for none of these sizes of a symbol."""
+    import sympy
+
+    return all(expr.subs({**hints, symbol: size}) == sympy.false for size in sizes)
 
 
 def refuse_fixed_counts(module: nn.Module, graph: fx.Graph) -> None:
@@ -152,6 +162,8 @@ def refuse_fixed_counts(module: nn.Module, graph: fx.Graph) -> None:
     """
     import sympy
 
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    far = range(max(limit - _REMAINDERS, 1), limit + 1) if isinstance(limit, int) else range(0)
     values = (n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
     sizes = [s for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
     if not sizes:
@@ -165,10 +177,10 @@ def refuse_fixed_counts(module: nn.Module, graph: fx.Graph) -> None:
         if len(hints) != len(expr.free_symbols):
             continue
         for symbol, hint in hints.items():
-            larger = ({**hints, symbol: 2 * hint + more} for more in _LARGER)
-            if any(expr.subs(at) != sympy.false for at in larger):
+            near = [2 * hint + more for more in _LARGER]
+            if not any(len(larger) and _never(expr, hints, symbol, larger) for larger in (near, far)):
                 continue
-            fits = [n for n in range(1, 2 * hint) if expr.subs({**hints, symbol: n}) == sympy.true]
+            fits = [n for n in range(1, 2 * hint + _LARGER[-1]) if expr.subs({**hints, symbol: n}) == sympy.true]
             place = getattr(env.guards, "places", {}).get(guard.expr)
             raise fail(
                 "S0503", f"{type(module).__name__} fixes a size that was to stay open" + (f": {place}" if place else ""),
