@@ -21,7 +21,7 @@ class Ties(Refactored):
     """Trims task vectors, elects a sign for each entry, and averages the entries that agree.
 
     1. of each ``tau_i = theta_i - theta_0`` the fraction ``density`` of largest magnitude stays: of the whole model (``trim = global``, the
-       paper) or of each tensor (``trim = tensor``)
+       paper, with one density for all layers) or of each tensor (``trim = tensor``)
     2. the sign of an entry is that of the summed ``tau_i`` (``elect = before``) or of the sum weighted by the factors (``elect = weighted``);
        where the sum is zero, a global trim takes the sign that most entries of the model have, a tensor's trim plus
     3. the mean of the entries with that sign, divided by their number (``divide = count``) or by their factors (``divide = weight``), or their
