@@ -18,6 +18,7 @@ from surgery.backends.protocol import EmitRequest
 from surgery.core.diagnostics import SurgeryError, error, fail
 from surgery.core.source import Span
 from surgery.model.program import Program
+from surgery.model.retarget import graphs_of
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,25 @@ def no_decoder_cache(program: Program, why: str, span: Span | None) -> SurgeryEr
     )  # fmt: skip
 
 
-def refuse_other(found: list[dict[str, Any]], span: Span | None) -> None:
+def half_chooses(root: torch.nn.Module, precision: str) -> list[str]:
+    """What to say of a model that picks experts from rounded scores."""
+    half = precision in ("fp16", "bf16")
+    if half and any(n.target is torch.ops.aten.topk.default for _, gm in graphs_of(root) for n in gm.graph.nodes):
+        return [
+            f"a token whose experts score alike within the rounding of {precision} may be sent to another one: write `precision = fp32`"
+        ]
+    return []
+
+
+def refuse_other(found: list[dict[str, Any]], span: Span | None, more: Sequence[str] = ()) -> None:
+    """S0842 where a certificate does not hold; ``more`` is what may be the cause."""
     bad = [c for c in found if not c["ok"]]
     if bad:
         raise SurgeryError(
             error(
                 "S0842", "the ONNX graph does not compute what the module computes", span, "asked for here",
                 notes=[f"{what(c)}: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                help="nothing was written; try another opset, and please report the model's config",
+                help=["nothing was written", *more] if more else "nothing was written; try another opset, and please report the model's config",
             )
         )  # fmt: skip
 

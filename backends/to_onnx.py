@@ -255,7 +255,7 @@ def _make(graph: Graph, request: EmitRequest, options: Options) -> None:
         graph.certificates += swaps(program, root, model, run, live, measured, TOLERANCE["fp32" if precision == "int8" else precision])
     if precision == "fp16":
         onnx_faults.refuse_overflow(graph.certificates, program, model, run, measured, span)
-    onnx_faults.refuse_other(graph.certificates, span)
+    onnx_faults.refuse_other(graph.certificates, span, onnx_faults.half_chooses(root, precision))
     if precision == "int8":
         model, run = _to_int8(graph, model, span, live)
         packed = None

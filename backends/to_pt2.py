@@ -17,6 +17,7 @@ from surgery.backends.fuse.engine import fuse
 from surgery.backends.fuse.rule import Target
 from surgery.backends.onnx_certify import cases
 from surgery.backends.onnx_export import output_names
+from surgery.backends.onnx_faults import half_chooses
 from surgery.backends.protocol import EmitRequest, Emitted, owns
 from surgery.core.diagnostics import SurgeryError, error, fail
 from surgery.core.progress import report
@@ -131,7 +132,8 @@ class Pt2Backend:
                         error(
                             "S0894", "the compiled package does not compute what the module computes", request.span, "asked for here",
                             notes=[f"{c['output']} on {c['case']} input: error {c['max_abs_error']:.3g}, allowed {c['tolerance']:.3g}" for c in bad],
-                            help="nothing was written; please report this with the model's config and `g++ --version`",
+                            help=["nothing was written", *chosen] if (chosen := half_chooses(root, precision))
+                            else "nothing was written; please report this with the model's config and `g++ --version`",
                         )
                     )  # fmt: skip
                 report("emitting pt2: writing", 3, STEPS)

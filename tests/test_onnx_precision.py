@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import fx
 
+from surgery.backends import onnx_faults
+from surgery.core.diagnostics import SurgeryError
 from tests.driver_support import LORA, model, surgery, write
 
 TOLERANCE = {"fp16": 4e-3, "bf16": 4e-2}
@@ -69,3 +72,16 @@ def test_convolutions_in_bf16_need_a_newer_opset(here: Path) -> None:
     ran = surgery("compile", "a.surg", model("vit"))
     assert (ran.code, ran.codes) == (1, ["S0841"]) and "write `opset = 22`" in ran.err
     assert not Path("out.onnx").exists()
+
+
+def test_models_that_pick_experts_are_told_apart_when_rounding_fails() -> None:
+    """What half precision changed may be a choice, which no other opset mends."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.topk.default, (graph.placeholder("scores"), 2)))
+    root = fx.GraphModule(torch.nn.Module(), graph)
+    (said,) = onnx_faults.half_chooses(root, "bf16")
+    assert "experts" in said and onnx_faults.half_chooses(root, "fp32") == []
+    failed = {"ok": False, "output": "logits", "case": "random", "max_abs_error": 1.0, "tolerance": 0.1}
+    with pytest.raises(SurgeryError) as caught:
+        onnx_faults.refuse_other([failed], None, [said])
+    assert said in caught.value.diagnostics[0].help and not any("report" in line for line in caught.value.diagnostics[0].help)
