@@ -11,7 +11,9 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -197,6 +199,20 @@ def load(path: Path, threads: bool = True) -> Callable[..., Any]:
     with quiet():
         made: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
     return made
+
+
+def try_apart(path: Path, imports: Sequence[str] = (), span: Span | None = None) -> None:
+    """Opens a package in a process of its own first, for kernels of a device whose driver may take the process with it. Raises S0894 when that fails."""
+    code = "".join(f"import {name}\n" for name in ("sys", "torch", *imports)) + "torch._inductor.aoti_load_package(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return
+    ended = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+    last = [line.strip()[:200] for line in done.stderr.splitlines() if line.strip()][-1:]
+    raise fail(
+        "S0894", f"the compiled package cannot be opened: a process that tried ended with {ended}", span, "asked for here", notes=last,
+        help="nothing was written; write `emit torch` or `emit onnx`, and please report this with the versions of torch and of the driver",
+    )  # fmt: skip
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

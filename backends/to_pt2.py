@@ -36,6 +36,9 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 BATCH, LENGTH = 8, 127
 """Of the example that is traced. Weights are packed for products of so many rows; what suits many rows was measured to suit few as well."""
 
+RECURRENCES = "surgery.model.recurrence"
+"""The module with the only operations that packages call in Python."""
+
 STEPS = 4
 """Of one emission: compiling, packing, measuring, writing."""
 
@@ -124,6 +127,8 @@ class Pt2Backend:
                 aoti.package(files, temporary)
                 (place / "model.pt2").symlink_to(temporary.absolute())  # torch opens files of this name only
                 report("emitting pt2: measuring torch against the package", 2, STEPS)
+                if target != "cpu":
+                    aoti.try_apart(place / "model.pt2", [RECURRENCES] if python else [], request.span)
                 run = flat_run(aoti.load(place / "model.pt2"), program, target)
                 certificates = served.measure(measured, run, names, claim="torch = pt2", tolerance=TOLERANCE[precision])
                 bad = [c for c in certificates if not c["ok"]]
@@ -146,7 +151,7 @@ class Pt2Backend:
         )
         told = [f'torch._inductor.aoti_load_package("{request.target.name}")({call})', *(fused.summary() if fused else [])]
         if python:
-            told.insert(1, f"`import surgery.model.recurrence` comes first: {', '.join(python)} is written in Python")
+            told.insert(1, f"`import {RECURRENCES}` comes first: {', '.join(python)} is written in Python")
         notes = [f"{request.target.name}: {line}" for line in told]
         return Emitted((request.target,), tuple(certificates), tuple(notes), tuple(record["fusions"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_a_graph_moves_with_all_that_it_reads(model: str) -> None:
     outputs = graph(*(t.to("meta") for t in inputs))
     assert all(t.device.type == "meta" for t in outputs)
     assert all(t.device.type == "meta" for t in (*graph.parameters(), *graph.buffers()))
+
+
+def test_a_package_that_takes_its_process_along_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aoti.try_apart(place / "model.pt2")
+    (tmp_path / "broken.pt2").write_bytes(b"PK")
+    with pytest.raises(SurgeryError, match=r"S0894.*exit code 1"):
+        aoti.try_apart(tmp_path / "broken.pt2")
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SurgeryError, match=r"S0894.*SIGSEGV"):
+        aoti.try_apart(place / "model.pt2")
 
 
 def test_experts_become_an_operation_of_torch() -> None:
