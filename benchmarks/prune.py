@@ -12,7 +12,7 @@ process of its own, after two rounds that do not count. Garbage is collected as 
 
 ``whole`` removes a quarter of everything: hidden units, heads (whole key-value groups) and the residual width, which takes us three statements with an
 analysis each and torch-pruning one ``MagnitudePruner`` over all layers. Both sides choose their own units, so outputs are not compared; the share of the parameters
-that is left is printed. A model that takes the peer longer than ``--limit`` seconds is given up.
+that is left is printed; two rounds of both sides do not count. A model that takes the peer longer than ``--limit`` seconds is given up.
 
 ``shards`` writes a Llama-shaped checkpoint in bf16 and prunes it without data, by magnitude. Each figure is of a process of its own: a plain copy
 of the files (read and written); a compile that chooses, cuts, hashes what it reads and writes, and checks what was written (loaded = program: every byte
@@ -191,7 +191,7 @@ def whole_by_peer(at: int, rounds: int, threads: int) -> dict[str, float]:
     warnings.simplefilter("ignore")
     model, inputs, _ = list(models().values())[at]()
     times = []
-    for _ in range(rounds):
+    for _ in range(WARM_UP + rounds):
         live = deepcopy(model)
         heads: dict[nn.Module, int] = {}
         for name, module in live.named_modules():
@@ -205,7 +205,7 @@ def whole_by_peer(at: int, rounds: int, threads: int) -> dict[str, float]:
         ).step()  # fmt: skip
         times.append(time.perf_counter() - start)
     left = sum(p.numel() for p in live.parameters()) / sum(p.numel() for p in model.parameters())
-    return {"seconds": statistics.median(times), "left": left}
+    return {"seconds": statistics.median(times[WARM_UP:]), "left": left}
 
 
 def compare_whole(rounds: int, threads: int, limit: int) -> None:
@@ -222,7 +222,7 @@ def compare_whole(rounds: int, threads: int, limit: int) -> None:
         heads = "kv_groups" if "Llama" in name else "heads"
         statements = load_spec(WHOLE.format(heads=heads)).statements
         times: dict[str, list[float]] = {"cut": [], "tensors": []}
-        for _ in range(rounds):
+        for _ in range(WARM_UP + rounds):
             mine = program.copy()
             start = time.perf_counter()
             for statement in statements:
@@ -230,12 +230,12 @@ def compare_whole(rounds: int, threads: int, limit: int) -> None:
             times["cut"].append(time.perf_counter() - start)
             realised(mine, program)
             times["tensors"].append(time.perf_counter() - start)
-        middle = {k: statistics.median(v) for k, v in times.items()}
+        middle = {k: statistics.median(v[WARM_UP:]) for k, v in times.items()}
         row = [name, f"{middle['cut']:.3f} s", f"{middle['tensors']:.3f} s", f"{parameters(mine) / parameters(program):.1%}"]
         try:
             theirs = child("prune", str(at), str(rounds), str(threads), timeout=limit)
         except subprocess.TimeoutExpired:
-            row += [f"more than {limit} s", "", *(f"> {limit / rounds / middle[k]:.0f}" for k in ("cut", "tensors"))]
+            row += [f"more than {limit} s", "", *(f"> {limit / (WARM_UP + rounds) / middle[k]:.0f}" for k in ("cut", "tensors"))]
         else:
             row += [
                 f"{theirs['seconds']:.3f} s",
