@@ -161,3 +161,20 @@ def test_a_large_model_is_folded_and_merged_in_parts_to_the_same_bytes(tmp_path:
     assert sum(seen) > 10
     assert Path("large/model.safetensors").read_bytes() == Path("small/model.safetensors").read_bytes()
     assert done.certificates[-1]["bytes"] == Path("large/model.safetensors").stat().st_size
+
+
+def test_parts_that_do_not_fill_their_tensor_are_found(tmp_path: Path) -> None:
+    """A hole in a file would read as zeros."""
+    shapes, dtypes = {"a": (4, 8), "b": (3,)}, {"a": "float32", "b": "float32"}
+    tensors = {n: torch.ones(s) for n, s in shapes.items()}
+    for short in (torch.ones(31), torch.ones(33)):
+        with pytest.raises(ValueError, match="a: promised 128 bytes"):
+            write_safetensors(
+                tmp_path,
+                tensors,
+                shapes,
+                dtypes,
+                workers=2,
+                hashing=False,
+                parts=lambda name, files, t=short: iter([t]) if name == "a" else None,
+            )

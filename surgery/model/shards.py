@@ -199,7 +199,10 @@ class _Work:
         with ExitStack() as files, torch.no_grad():
             found = None if parts is None else parts(name, files)
             if found is not None:
+                start = pen.at
                 pen.parts(found, torch_dtype(self.dtypes[name]))
+                if pen.at - start != self.sizes[name]:
+                    raise ValueError(f"{name}: promised {self.sizes[name]} bytes, got {pen.at - start} in parts")
                 return
         pen.tensor(self.make(name))
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from math import gcd, prod
 from typing import Any
 
+from surgery.model.dims.moved import moved
+
 LEAF, PROD, CAT = 0, 1, 2
 
 
@@ -303,7 +305,7 @@ class Algebra:
             return self._align_products(factors(x), factors(y))
         if x.kind == CAT and y.kind == CAT:
             xs, ys = segments(x), segments(y)
-            return None if _moved(xs, ys) else self._align_concats(xs, ys)
+            return None if moved(xs, ys) else self._align_concats(xs, ys)
         return self._align_mixed(x, y) if x.kind == PROD else self._align_mixed(y, x)
 
     def _align_products(self, xs: list[Axis], ys: list[Axis]) -> list[tuple[Axis, Axis]] | None:
@@ -390,20 +392,3 @@ class Algebra:
             return None
         trailing = chain[index:]
         return [(part, self.product([head, *trailing])) for part, head in zip(parts, heads, strict=True)]
-
-
-def _moved(xs: list[Axis], ys: list[Axis]) -> bool:
-    """Whether two concatenations hold a segment at places that overlap without being one: a sequence that meets itself some positions further on. Made
-    one, every unit would be the next one, and each would be a segment of its own."""
-    places: dict[int, int] = {}
-    at = 0
-    for x in xs:
-        places.setdefault(id(x), at)
-        at += x.size
-    at = 0
-    for y in ys:
-        before = places.get(id(y), at)
-        if 0 < abs(at - before) < y.size:
-            return True
-        at += y.size
-    return False
